@@ -1,0 +1,26 @@
+//! DeltaBox: sandboxes whose whole state (files, processes, memory, sessions) can be checkpointed,
+//! rolled back and forked in about a millisecond, on a stock Linux kernel.
+//!
+//! ```no_run
+//! # fn main() -> deltabox::Result<()> {
+//! let host = deltabox::Host::open(deltabox::HostConfig::default())?;
+//! let sandbox = host.create(deltabox::SandboxSpec::default())?;
+//! let before = sandbox.checkpoint(None)?.id;
+//! sandbox.run(&["rm", "-rf", "/usr"])?;
+//! sandbox.rollback(before)?;
+//! # Ok(()) }
+//! ```
+
+mod error;
+mod host;
+mod report;
+mod sandbox;
+mod session;
+mod spec;
+
+pub use error::{Error, Result};
+pub use host::{Host, HostConfig};
+pub use report::*;
+pub use sandbox::{RunOutput, Sandbox};
+pub use session::{Events, Session};
+pub use spec::*;

@@ -1,0 +1,272 @@
+//! What the library tells of sandboxes, sessions, checkpoints and their differences.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+
+/// Names a checkpoint: unique in a state directory, never used again. Written `c17`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct CheckpointId(pub u64);
+
+/// Names a session of a sandbox; a fork keeps the numbers of its source. Written `s3`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct SessionId(pub u64);
+
+macro_rules! id_text {
+    ($type:ident, $letter:literal, $what:literal) => {
+        impl std::fmt::Display for $type {
+            fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+                write!(f, concat!($letter, "{}"), self.0)
+            }
+        }
+        impl std::str::FromStr for $type {
+            type Err = String;
+            fn from_str(s: &str) -> Result<Self, String> {
+                s.strip_prefix($letter)
+                    .and_then(|n| n.parse().ok())
+                    .map(Self)
+                    .ok_or_else(|| format!(concat!("{:?} is not ", $what), s))
+            }
+        }
+        impl Serialize for $type {
+            fn serialize<S: serde::Serializer>(&self, s: S) -> Result<S::Ok, S::Error> {
+                s.collect_str(self)
+            }
+        }
+        impl<'de> Deserialize<'de> for $type {
+            fn deserialize<D: serde::Deserializer<'de>>(d: D) -> Result<Self, D::Error> {
+                String::deserialize(d)?
+                    .parse()
+                    .map_err(serde::de::Error::custom)
+            }
+        }
+    };
+}
+id_text!(CheckpointId, "c", "a checkpoint (they look like c17)");
+id_text!(SessionId, "s", "a session (they look like s3)");
+
+/// How a sandbox is.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "state", rename_all = "lowercase")]
+pub enum SandboxState {
+    /// Its processes run.
+    Running,
+    /// Its processes were ended by `stop`; checkpoints can be rolled back to.
+    Stopped,
+    /// A rollback failed past repair; checkpoints can still be rolled back to.
+    Failed {
+        /// What failed.
+        reason: String,
+    },
+}
+
+/// What a sandbox is and how it is doing.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct SandboxInfo {
+    /// Its name.
+    pub name: String,
+    /// How it is.
+    #[serde(flatten)]
+    pub state: SandboxState,
+    /// The base directory.
+    pub base: PathBuf,
+    /// The checkpoint that the present state comes from.
+    pub current: Option<CheckpointId>,
+    /// How often it was rolled back.
+    pub epoch: u64,
+    /// Seconds since 1970.
+    pub created: u64,
+    /// The checkpoints of its tree.
+    pub checkpoints: usize,
+    /// Processes alive, without init.
+    pub processes: usize,
+    /// Bytes of file data that its tree of checkpoints holds.
+    pub file_bytes: u64,
+    /// Bytes of memory pages that its tree of checkpoints holds.
+    pub page_bytes: u64,
+    /// What the sandbox does without, and why (limits whose cgroup controller is missing, say).
+    pub warnings: Vec<String>,
+}
+
+/// A command or shell that was started in a sandbox.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct SessionInfo {
+    /// Its number.
+    pub id: SessionId,
+    /// Program and arguments.
+    pub argv: Vec<String>,
+    /// The pid inside.
+    pub pid: i32,
+    /// Whether it is on a pseudo-terminal.
+    pub tty: bool,
+    /// The exit status when it has ended: 0-255, 128+n for signal n.
+    pub exit: Option<i32>,
+    /// Bytes of output so far (standard output and error together).
+    pub output: u64,
+}
+
+/// Which stream a piece of output came from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Stream {
+    /// Standard output, or a terminal.
+    Stdout,
+    /// Standard error.
+    Stderr,
+}
+
+/// Something that happened in a session.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum SessionEvent {
+    /// Output.
+    Output {
+        /// From where.
+        stream: Stream,
+        /// What.
+        bytes: Vec<u8>,
+    },
+    /// The command ended; nothing follows.
+    Exit {
+        /// 0-255, 128+n for signal n.
+        status: i32,
+        /// Whether the time that [`crate::CommandSpec::timeout`] allows had passed.
+        timed_out: bool,
+    },
+    /// The sandbox was rolled back, or removed, and this session's future with it; nothing follows.
+    RolledBack {
+        /// The sandbox's epoch from now on.
+        epoch: u64,
+    },
+}
+
+/// How long the parts of a checkpoint or rollback took.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+pub struct Phases(pub Vec<(String, Duration)>);
+
+/// A checkpoint that was made.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct CheckpointReport {
+    /// Its name.
+    pub id: CheckpointId,
+    /// How long the processes stood still.
+    pub stop: Duration,
+    /// From the call to its return.
+    pub total: Duration,
+    /// The parts, in order.
+    pub phases: Phases,
+    /// Memory pages copied.
+    pub pages: u64,
+    /// Processes carried.
+    pub processes: usize,
+}
+
+/// A rollback that was made.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct RollbackReport {
+    /// The checkpoint whose state the sandbox has now.
+    pub id: CheckpointId,
+    /// The sandbox's epoch from now on.
+    pub epoch: u64,
+    /// From the request until the processes ran again.
+    pub total: Duration,
+    /// The parts, in order.
+    pub phases: Phases,
+    /// Memory pages written back.
+    pub pages: u64,
+    /// Processes undone in place.
+    pub kept: usize,
+    /// Processes built again.
+    pub rebuilt: usize,
+    /// Processes killed because they were born since.
+    pub killed: usize,
+    /// Whether undoing in place failed, why, and the whole tree was built again instead.
+    pub fallback: Option<String>,
+    /// Network connections and the like that could not be given back.
+    pub notes: Vec<String>,
+}
+
+/// One checkpoint in the tree.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct CheckpointInfo {
+    /// Its name.
+    pub id: CheckpointId,
+    /// The checkpoint before it.
+    pub parent: Option<CheckpointId>,
+    /// What the caller called it.
+    pub message: Option<String>,
+    /// Seconds since 1970.
+    pub created: u64,
+    /// Processes in it.
+    pub processes: usize,
+    /// Whether the sandbox's present state comes from it.
+    pub current: bool,
+}
+
+/// The checkpoints of a sandbox, parents before children.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+pub struct Tree {
+    /// All nodes.
+    pub nodes: Vec<CheckpointInfo>,
+}
+
+/// How one path differs.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "kind", rename_all = "lowercase")]
+pub enum FileChange {
+    /// Only in the second state.
+    Added {
+        /// Where.
+        path: PathBuf,
+    },
+    /// In both, with different content or attributes.
+    Modified {
+        /// Where.
+        path: PathBuf,
+    },
+    /// Only in the first state.
+    Deleted {
+        /// Where.
+        path: PathBuf,
+    },
+    /// The same inode under another name.
+    Renamed {
+        /// The name in the first state.
+        from: PathBuf,
+        /// The name in the second state.
+        to: PathBuf,
+    },
+}
+
+/// A process, as a difference names it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ProcessName {
+    /// The pid inside.
+    pub pid: i32,
+    /// Its command line, or its name where that is empty.
+    pub command: String,
+}
+
+/// What differs between two states.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+pub struct Difference {
+    /// Paths, sorted.
+    pub files: Vec<FileChange>,
+    /// Processes only in the second state.
+    pub came: Vec<ProcessName>,
+    /// Processes only in the first state.
+    pub went: Vec<ProcessName>,
+}
+
+/// One thing that the kernel must offer.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Feature {
+    /// What, in words.
+    pub name: String,
+    /// Whether it is there.
+    pub present: bool,
+    /// Whether DeltaBox works without it.
+    pub required: bool,
+    /// What was seen, and what to do if it is not there.
+    pub detail: String,
+}

@@ -1,0 +1,53 @@
+//! What the engine needs to know of the sandbox around the processes.
+
+use std::io;
+use std::os::fd::{BorrowedFd, OwnedFd};
+use std::path::Path;
+
+use serde::{Deserialize, Serialize};
+
+use crate::ids::{HostPid, InnerPid};
+
+/// Names a pipe or terminal end that lives outside the tree: the standard streams of a session,
+/// whose other end the service holds. The number is the caller's own.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+pub struct ExternalId(pub u64);
+
+/// The sandbox around a process tree, as the engine sees it.
+///
+/// Every descriptor that a method returns is close-on-exec and belongs to the caller.
+pub trait Environment: Sync {
+    /// The cgroup v2 directory that holds every process of the tree, and no other.
+    fn cgroup(&self) -> &Path;
+    /// PID 1 of the sandbox; no part of the tree.
+    fn init_pid(&self) -> HostPid;
+    /// The root directory of the sandbox (an `O_PATH` descriptor in its mount namespace).
+    fn root(&self) -> BorrowedFd<'_>;
+    /// `st_dev` of the sandbox's versioned filesystem.
+    fn fs_device(&self) -> u64;
+    /// Opens an inode of the versioned filesystem by its number, also one that has no name any
+    /// more. `flags` are `open(2)` flags.
+    fn open_inode(&self, ino: u64, flags: i32) -> io::Result<OwnedFd>;
+    /// The pipe (by inode number, as `st_ino` tells) whose other end is outside the tree.
+    fn external_pipe(&self, ino: u64) -> Option<ExternalId>;
+    /// The inside end of an external pipe, made anew if the old one is gone.
+    /// `write` says which end the tree holds.
+    fn open_external(&self, id: ExternalId, write: bool) -> io::Result<OwnedFd>;
+    /// Makes the next process or thread born in the sandbox get this number
+    /// (`/proc/sys/kernel/ns_last_pid`, written by init).
+    fn set_next_pid(&self, pid: InnerPid) -> io::Result<()>;
+    /// Makes init give birth to a process with this number. It waits in `pause(2)`, has the sandbox's seccomp filter,
+    /// bounding set and `no_new_privs`, holds no descriptor, and is in the tree's cgroup.
+    fn birth(&self, pid: InnerPid) -> io::Result<HostPid>;
+    /// A descriptor of one of the namespaces of the sandbox (`/proc/PID/ns/…` of init).
+    fn namespace(&self, kind: Namespace) -> io::Result<OwnedFd>;
+}
+
+/// The namespaces that the engine enters to make an object for a process.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Namespace {
+    /// Network: sockets are made in it.
+    Net,
+    /// Mounts.
+    Mount,
+}

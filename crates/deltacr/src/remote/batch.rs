@@ -1,0 +1,220 @@
+//! A list of system calls, composed in safe Rust, that a stopped process runs in one go.
+//!
+//! A batch is laid out in the target's *area*: records first, then a heap with the calls' inputs
+//! and outputs. An argument may be a number, the address of heap bytes, or the result of an
+//! earlier call (or an integer which an earlier call wrote to the heap).
+
+/// Bytes of one record: nr, argument kinds, six arguments, result, flags.
+pub(crate) const RECORD: usize = 80;
+/// Bytes that records and heap may take together.
+pub const CAPACITY: usize = 60 * 1024;
+
+/// Names a call of the same batch.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct CallId(pub(crate) usize);
+
+/// Names bytes in the batch's heap.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct DataRef {
+    pub(crate) offset: usize,
+    pub(crate) len: usize,
+}
+
+impl DataRef {
+    /// A part of these bytes. Panics if it does not lie within.
+    pub fn at(self, offset: usize, len: usize) -> Self {
+        assert!(offset + len <= self.len, "a part lies within the whole");
+        Self {
+            offset: self.offset + offset,
+            len,
+        }
+    }
+}
+
+/// One argument of a remote call.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Arg {
+    /// A number or an address in the target.
+    Value(u64),
+    /// The address of these heap bytes.
+    Data(DataRef),
+    /// What an earlier call returned.
+    Result(CallId),
+    /// The 32-bit integer (sign extended) that an earlier call will have written here.
+    Int(DataRef),
+}
+
+impl From<u64> for Arg {
+    fn from(v: u64) -> Self {
+        Self::Value(v)
+    }
+}
+impl From<i32> for Arg {
+    fn from(v: i32) -> Self {
+        Self::Value(i64::from(v) as u64)
+    }
+}
+impl From<u32> for Arg {
+    fn from(v: u32) -> Self {
+        Self::Value(u64::from(v))
+    }
+}
+impl From<usize> for Arg {
+    fn from(v: usize) -> Self {
+        Self::Value(v as u64)
+    }
+}
+impl From<DataRef> for Arg {
+    fn from(d: DataRef) -> Self {
+        Self::Data(d)
+    }
+}
+impl From<CallId> for Arg {
+    fn from(c: CallId) -> Self {
+        Self::Result(c)
+    }
+}
+
+#[derive(Clone, Debug)]
+struct Call {
+    nr: i64,
+    args: Vec<Arg>,
+    must: bool,
+}
+
+/// A list of system calls for one process. See the module's description.
+#[derive(Clone, Debug, Default)]
+pub struct Batch {
+    calls: Vec<Call>,
+    heap: Vec<u8>,
+}
+
+impl Batch {
+    /// An empty batch.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Whether nothing was asked.
+    pub fn is_empty(&self) -> bool {
+        self.calls.is_empty()
+    }
+
+    /// Whether `calls` more calls with `heap` more bytes still fit.
+    pub fn fits(&self, calls: usize, heap: usize) -> bool {
+        (self.calls.len() + calls) * RECORD + self.heap.len() + heap + 16 * (calls + 1) <= CAPACITY
+    }
+
+    /// Adds a call. Its failure does not keep the rest from running.
+    pub fn call(&mut self, nr: i64, args: &[Arg]) -> CallId {
+        self.push(nr, args, false)
+    }
+
+    /// Adds a call whose failure ends the batch there: the calls after it do not run.
+    pub fn must(&mut self, nr: i64, args: &[Arg]) -> CallId {
+        self.push(nr, args, true)
+    }
+
+    fn push(&mut self, nr: i64, args: &[Arg], must: bool) -> CallId {
+        assert!(args.len() <= 6, "a system call has at most six arguments");
+        self.calls.push(Call {
+            nr,
+            args: args.to_vec(),
+            must,
+        });
+        CallId(self.calls.len() - 1)
+    }
+
+    /// Puts bytes into the heap, aligned to 8, for a call to read (or to read and write).
+    pub fn input(&mut self, bytes: &[u8]) -> DataRef {
+        let data = self.output(bytes.len());
+        self.heap[data.offset..][..bytes.len()].copy_from_slice(bytes);
+        data
+    }
+
+    /// Sets aside zeroed bytes in the heap, aligned to 8, for a call to write.
+    pub fn output(&mut self, len: usize) -> DataRef {
+        let offset = self.heap.len().next_multiple_of(8);
+        self.heap.resize(offset + len, 0);
+        DataRef { offset, len }
+    }
+
+    pub(crate) fn count(&self) -> usize {
+        self.calls.len()
+    }
+
+    fn heap_offset(&self) -> usize {
+        self.calls.len() * RECORD
+    }
+
+    /// The bytes for the target's area, which begins at `area` there.
+    pub(crate) fn encode(&self, area: u64) -> Vec<u8> {
+        let heap = area + self.heap_offset() as u64;
+        let mut out = Vec::with_capacity(self.heap_offset() + self.heap.len());
+        for call in &self.calls {
+            let mut kinds = [0_u8; 8];
+            let mut values = [0_u64; 6];
+            for (i, arg) in call.args.iter().enumerate() {
+                (kinds[i], values[i]) = match *arg {
+                    Arg::Value(v) => (0, v),
+                    Arg::Data(d) => (0, heap + d.offset as u64),
+                    Arg::Result(c) => (1, area + (c.0 * RECORD + 64) as u64),
+                    Arg::Int(d) => (2, heap + d.offset as u64),
+                };
+            }
+            out.extend_from_slice(&call.nr.to_le_bytes());
+            out.extend_from_slice(&kinds);
+            for v in values {
+                out.extend_from_slice(&v.to_le_bytes());
+            }
+            // A call that did not run reads as if the kernel knew no such call.
+            out.extend_from_slice(&i64::from(-libc::ENOSYS).to_le_bytes());
+            out.extend_from_slice(&u64::from(call.must).to_le_bytes());
+        }
+        out.extend_from_slice(&self.heap);
+        out
+    }
+
+    pub(crate) fn outcome(&self, bytes: Vec<u8>) -> Outcome {
+        Outcome {
+            heap: self.heap_offset(),
+            bytes,
+        }
+    }
+}
+
+/// What a batch brought: the result of each call, and the heap as the calls left it.
+/// The bytes come from the target and are to be checked like any input.
+#[derive(Debug)]
+pub struct Outcome {
+    heap: usize,
+    bytes: Vec<u8>,
+}
+
+impl Outcome {
+    /// What the call returned, or its errno.
+    pub fn result(&self, call: CallId) -> std::io::Result<u64> {
+        let at = call.0 * RECORD + 64;
+        let raw = i64::from_le_bytes(self.bytes[at..at + 8].try_into().expect("eight bytes"));
+        if (-4095..0).contains(&raw) {
+            Err(std::io::Error::from_raw_os_error(-raw as i32))
+        } else {
+            Ok(raw as u64)
+        }
+    }
+
+    /// The heap bytes, as the calls left them.
+    pub fn bytes(&self, data: DataRef) -> &[u8] {
+        &self.bytes[self.heap + data.offset..][..data.len]
+    }
+
+    /// A 32-bit integer that a call wrote.
+    pub fn int(&self, data: DataRef) -> i32 {
+        i32::from_le_bytes(self.bytes(data.at(0, 4)).try_into().expect("four bytes"))
+    }
+
+    /// A 64-bit integer that a call wrote.
+    pub fn long(&self, data: DataRef) -> u64 {
+        u64::from_le_bytes(self.bytes(data.at(0, 8)).try_into().expect("eight bytes"))
+    }
+}
