@@ -140,9 +140,9 @@ pub enum SessionEvent {
     },
 }
 
-/// How long the parts of a checkpoint or rollback took.
+/// How long the parts of a checkpoint or rollback took; in JSON pairs of a name and seconds.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
-pub struct Phases(pub Vec<(String, Duration)>);
+pub struct Phases(#[serde(with = "phases")] pub Vec<(String, Duration)>);
 
 /// A checkpoint that was made.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -150,8 +150,10 @@ pub struct CheckpointReport {
     /// Its name.
     pub id: CheckpointId,
     /// How long the processes stood still.
+    #[serde(with = "seconds")]
     pub stop: Duration,
     /// From the call to its return.
+    #[serde(with = "seconds")]
     pub total: Duration,
     /// The parts, in order.
     pub phases: Phases,
@@ -169,6 +171,7 @@ pub struct RollbackReport {
     /// The sandbox's epoch from now on.
     pub epoch: u64,
     /// From the request until the processes ran again.
+    #[serde(with = "seconds")]
     pub total: Duration,
     /// The parts, in order.
     pub phases: Phases,
@@ -217,23 +220,28 @@ pub enum FileChange {
     /// Only in the second state.
     Added {
         /// Where.
+        #[serde(serialize_with = "lossy")]
         path: PathBuf,
     },
     /// In both, with different content or attributes.
     Modified {
         /// Where.
+        #[serde(serialize_with = "lossy")]
         path: PathBuf,
     },
     /// Only in the first state.
     Deleted {
         /// Where.
+        #[serde(serialize_with = "lossy")]
         path: PathBuf,
     },
     /// The same inode under another name.
     Renamed {
         /// The name in the first state.
+        #[serde(serialize_with = "lossy")]
         from: PathBuf,
         /// The name in the second state.
+        #[serde(serialize_with = "lossy")]
         to: PathBuf,
     },
 }
@@ -269,4 +277,80 @@ pub struct Feature {
     pub required: bool,
     /// What was seen, and what to do if it is not there.
     pub detail: String,
+}
+
+/// A sandbox may use names that are not UTF-8; text formats show them with U+FFFD instead of failing.
+fn lossy<S: serde::Serializer>(path: &std::path::Path, s: S) -> Result<S::Ok, S::Error> {
+    s.serialize_str(&path.to_string_lossy())
+}
+
+/// Durations are numbers of seconds in JSON.
+mod seconds {
+    use serde::{Deserialize, Deserializer, Serialize, Serializer};
+    use std::time::Duration;
+
+    pub(super) fn serialize<S: Serializer>(d: &Duration, s: S) -> Result<S::Ok, S::Error> {
+        d.as_secs_f64().serialize(s)
+    }
+
+    pub(super) fn deserialize<'de, D: Deserializer<'de>>(d: D) -> Result<Duration, D::Error> {
+        Duration::try_from_secs_f64(f64::deserialize(d)?).map_err(serde::de::Error::custom)
+    }
+}
+
+mod phases {
+    use serde::{Deserialize, Deserializer, Serializer};
+    use std::time::Duration;
+
+    pub(super) fn serialize<S: Serializer>(
+        phases: &[(String, Duration)],
+        s: S,
+    ) -> Result<S::Ok, S::Error> {
+        s.collect_seq(phases.iter().map(|(name, d)| (name, d.as_secs_f64())))
+    }
+
+    pub(super) fn deserialize<'de, D: Deserializer<'de>>(
+        d: D,
+    ) -> Result<Vec<(String, Duration)>, D::Error> {
+        Vec::<(String, f64)>::deserialize(d)?
+            .into_iter()
+            .map(|(name, seconds)| {
+                Duration::try_from_secs_f64(seconds)
+                    .map(|d| (name, d))
+                    .map_err(serde::de::Error::custom)
+            })
+            .collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::ffi::OsStr;
+    use std::os::unix::ffi::OsStrExt;
+
+    #[test]
+    fn durations_are_seconds_in_json_and_come_back() {
+        let report = CheckpointReport {
+            id: CheckpointId(3),
+            stop: Duration::from_millis(2),
+            total: Duration::from_millis(500),
+            phases: Phases(vec![("freeze".into(), Duration::from_millis(1))]),
+            pages: 7,
+            processes: 1,
+        };
+        let json = serde_json::to_value(&report).unwrap();
+        assert_eq!(json["total"], 0.5);
+        assert_eq!(json["phases"][0][0], "freeze");
+        let back: CheckpointReport = serde_json::from_value(json).unwrap();
+        assert_eq!((back.stop, back.total), (report.stop, report.total));
+        assert_eq!(back.phases.0, report.phases.0);
+    }
+
+    #[test]
+    fn a_name_that_is_not_utf8_does_not_break_a_difference() {
+        let path = PathBuf::from(OsStr::from_bytes(b"/bad\xff"));
+        let json = serde_json::to_string(&FileChange::Added { path }).unwrap();
+        assert!(json.contains('\u{fffd}'), "{json}");
+    }
 }
