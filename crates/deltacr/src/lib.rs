@@ -6,5 +6,7 @@ pub mod env;
 mod error;
 pub mod ids;
 pub mod remote;
+pub mod stop;
+mod sys;
 
 pub use error::{During, Error, Result};

@@ -21,6 +21,15 @@ pub struct DataRef {
 }
 
 impl DataRef {
+    /// How many bytes.
+    #[expect(
+        clippy::len_without_is_empty,
+        reason = "heap bytes are asked for, never found empty"
+    )]
+    pub fn len(self) -> usize {
+        self.len
+    }
+
     /// A part of these bytes. Panics if it does not lie within.
     pub fn at(self, offset: usize, len: usize) -> Self {
         assert!(offset + len <= self.len, "a part lies within the whole");
@@ -87,6 +96,7 @@ struct Call {
 pub struct Batch {
     calls: Vec<Call>,
     heap: Vec<u8>,
+    links: Vec<(DataRef, DataRef)>,
 }
 
 impl Batch {
@@ -139,6 +149,14 @@ impl Batch {
         DataRef { offset, len }
     }
 
+    /// Writes into heap bytes the addresses of others, where a call takes a structure of pointers.
+    /// `pointers` are (offset into `at`, what to point to).
+    pub fn link(&mut self, at: DataRef, pointers: &[(usize, DataRef)]) {
+        for (offset, to) in pointers {
+            self.links.push((at.at(*offset, 8), *to));
+        }
+    }
+
     pub(crate) fn count(&self) -> usize {
         self.calls.len()
     }
@@ -172,6 +190,10 @@ impl Batch {
             out.extend_from_slice(&u64::from(call.must).to_le_bytes());
         }
         out.extend_from_slice(&self.heap);
+        for (at, to) in &self.links {
+            let address = heap + to.offset as u64;
+            out[self.heap_offset() + at.offset..][..8].copy_from_slice(&address.to_le_bytes());
+        }
         out
     }
 

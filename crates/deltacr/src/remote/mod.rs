@@ -1,22 +1,72 @@
 //! The one primitive by which the engine acts inside a process: a *remote batch* of system calls.
+//!
+//! The engine maps one *area* into every process of the sandbox, once. To act, it writes a small
+//! stub and a list of calls into the area and makes a stopped thread run them. The stub is written
+//! anew each time and all other threads of the sandbox stand still, so a program that tampers with
+//! the area changes nothing: it cannot make the engine run other calls than the engine's own.
 
 mod batch;
 
 pub use batch::{Arg, Batch, CAPACITY, CallId, DataRef, Outcome};
 
-use std::io;
-use std::os::fd::{BorrowedFd, OwnedFd};
+use std::fs;
+use std::io::{self, IoSlice};
+use std::mem::MaybeUninit;
+use std::ops::Range;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::fs::FileExt;
+
+use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
 
 use crate::ids::{HostPid, InnerPid};
+use crate::sys::process::{self, SYSCALL};
+use crate::sys::ptrace::{self, Registers, Stop};
+
+/// Bytes at the area's beginning that hold the stub.
+const STUB_ROOM: u64 = 4096;
+/// Size of the area.
+const AREA: u64 = 64 * 1024;
+/// The most descriptors that one message carries (the kernel's limit is 253).
+const FDS_A_MESSAGE: usize = 128;
+/// Every signal but the one that the stub ends with.
+const ALL_BUT_TRAP: u64 = !(1 << (libc::SIGTRAP - 1));
 
 /// A stopped process of the sandbox that can be made to run batches.
 pub struct Remote {
     pid: InnerPid,
     host: HostPid,
     pidfd: OwnedFd,
+    /// Where the area begins, once it is mapped.
+    area: Option<u64>,
+    /// What the stub runs with: the registers of the first thread, which is known to be in user
+    /// mode's care.
+    base: Registers,
+    memory: fs::File,
 }
 
 impl Remote {
+    /// Takes up a process whose first thread is stopped, traced by the calling thread, and has
+    /// all signals but `SIGTRAP` blocked ([`block_signals`]).
+    /// `area` is where an earlier visit mapped the area, if it did.
+    pub(crate) fn new(pid: InnerPid, host: HostPid, area: Option<u64>) -> io::Result<Self> {
+        let pidfd = process::pidfd_open(host)?;
+        let memory = fs::File::options()
+            .read(true)
+            .write(true)
+            .open(format!("/proc/{host}/mem"))?;
+        let base = ptrace::registers(host)?;
+        let mut remote = Self {
+            pid,
+            host,
+            pidfd,
+            area: None,
+            base,
+            memory,
+        };
+        remote.area = area.filter(|at| remote.holds_stub(*at));
+        Ok(remote)
+    }
+
     /// The process, as the sandbox counts.
     pub fn pid(&self) -> InnerPid {
         self.pid
@@ -27,40 +77,312 @@ impl Remote {
         self.host
     }
 
+    /// A handle of the process.
+    pub fn pidfd(&self) -> BorrowedFd<'_> {
+        self.pidfd.as_fd()
+    }
+
     /// Runs the calls in the process, one after another, in one stop.
     ///
     /// # Errors
     /// The outer error says that the process died or could not be driven. That a call failed is told by
     /// [`Outcome::result`].
-    pub fn run(&mut self, _batch: &Batch) -> io::Result<Outcome> {
-        Err(io::ErrorKind::Unsupported.into())
+    pub fn run(&mut self, batch: &Batch) -> io::Result<Outcome> {
+        self.run_in(self.host, batch)
+    }
+
+    /// The same in a chosen thread of the process; it must be stopped like the first.
+    pub(crate) fn run_in(&mut self, tid: HostPid, batch: &Batch) -> io::Result<Outcome> {
+        let bytes = self.start(tid, batch)?;
+        self.finish(tid)?;
+        self.outcome(batch, bytes)
+    }
+
+    /// Sets a thread going on a batch; [`Remote::finish`] waits for its end.
+    pub(crate) fn start(&mut self, tid: HostPid, batch: &Batch) -> io::Result<usize> {
+        let area = self.map_area()?;
+        let bytes = batch.encode(area + STUB_ROOM);
+        if bytes.len() > CAPACITY {
+            return Err(io::Error::new(
+                io::ErrorKind::ArgumentListTooLong,
+                "batch too long",
+            ));
+        }
+        self.load(area, &bytes)?;
+        let mut regs = self.base;
+        regs.rip = area;
+        regs.rbx = area + STUB_ROOM;
+        regs.r12 = batch.count() as u64;
+        // Not in a system call, so the kernel has none to restart.
+        regs.orig_rax = u64::MAX;
+        // The thread's own TLS bases, which the calls do not need, must not be lost meanwhile.
+        if tid != self.host {
+            let own = ptrace::registers(tid)?;
+            regs.fs_base = own.fs_base;
+            regs.gs_base = own.gs_base;
+            regs.rsp = own.rsp;
+        }
+        ptrace::set_registers(tid, &regs)?;
+        ptrace::resume(tid)?;
+        Ok(bytes.len())
+    }
+
+    fn load(&self, area: u64, bytes: &[u8]) -> io::Result<()> {
+        process::write_memory(self.host, area, &[IoSlice::new(process::stub())])?;
+        process::write_memory(self.host, area + STUB_ROOM, &[IoSlice::new(bytes)])
+    }
+
+    fn outcome(&self, batch: &Batch, len: usize) -> io::Result<Outcome> {
+        let mut bytes = vec![0; len];
+        let area = self.area.unwrap_or_default();
+        process::read_memory(self.host, area + STUB_ROOM, &mut bytes)?;
+        Ok(batch.outcome(bytes))
+    }
+
+    /// Waits until a thread has come to the stub's end.
+    pub(crate) fn finish(&self, tid: HostPid) -> io::Result<()> {
+        loop {
+            match await_stop(tid)? {
+                Stop::Signal(libc::SIGTRAP) => return Ok(()),
+                Stop::Interrupted | Stop::Born => ptrace::resume(tid)?,
+                other => return Err(lost(other)),
+            }
+        }
+    }
+
+    /// The range of addresses that the engine itself occupies in the process; no part of a
+    /// checkpoint, and never to be unmapped. Empty while there is none.
+    pub fn area(&self) -> Range<u64> {
+        self.area.map_or(0..0, |at| at..at + AREA)
+    }
+
+    /// Where the area begins, as a later [`Remote::new`] wants to know.
+    pub(crate) fn area_address(&self) -> Option<u64> {
+        self.area
+    }
+
+    /// The process has a new address space, so the area is gone.
+    pub(crate) fn forget_area(&mut self) -> io::Result<()> {
+        self.area = None;
+        self.base = ptrace::registers(self.host)?;
+        self.memory = fs::File::options()
+            .read(true)
+            .write(true)
+            .open(format!("/proc/{}/mem", self.host))?;
+        Ok(())
+    }
+
+    fn map_area(&mut self) -> io::Result<u64> {
+        if let Some(at) = self.area {
+            return Ok(at);
+        }
+        let args = [
+            0,
+            AREA,
+            (libc::PROT_READ | libc::PROT_WRITE | libc::PROT_EXEC) as u64,
+            (libc::MAP_PRIVATE | libc::MAP_ANONYMOUS) as u64,
+            u64::MAX,
+            0,
+        ];
+        let at = self.step_syscall(libc::SYS_mmap, args)?;
+        self.area = Some(at);
+        Ok(at)
+    }
+
+    /// Moves the area out of `ranges`, which the process needs for itself.
+    pub(crate) fn clear_of(&mut self, taken: impl Fn(&Range<u64>) -> bool) -> io::Result<()> {
+        let mut rejected = Vec::new();
+        while self.area.is_none() || taken(&self.area()) {
+            rejected.extend(self.area.take());
+            self.map_area()?;
+        }
+        let mut batch = Batch::new();
+        for at in rejected {
+            batch.call(libc::SYS_munmap, &[at.into(), AREA.into()]);
+        }
+        if batch.is_empty() {
+            Ok(())
+        } else {
+            self.run(&batch).map(drop)
+        }
+    }
+
+    fn holds_stub(&self, at: u64) -> bool {
+        let mut found = vec![0; process::stub().len()];
+        process::read_memory(self.host, at, &mut found).is_ok() && found == process::stub()
+    }
+
+    /// One system call without an area: the thread runs a `syscall` instruction that is there
+    /// already, the one it waits in or the vDSO's.
+    fn step_syscall(&self, nr: i64, args: [u64; 6]) -> io::Result<u64> {
+        let mut regs = self.base;
+        regs.rip = self.syscall_instruction()?;
+        regs.orig_rax = u64::MAX;
+        regs.rax = nr as u64;
+        [regs.rdi, regs.rsi, regs.rdx, regs.r10, regs.r8, regs.r9] = args;
+        ptrace::set_registers(self.host, &regs)?;
+        loop {
+            ptrace::step(self.host)?;
+            match await_stop(self.host)? {
+                Stop::Signal(libc::SIGTRAP) => break,
+                Stop::Interrupted => ptrace::set_registers(self.host, &regs)?,
+                other => return Err(lost(other)),
+            }
+        }
+        let got = ptrace::registers(self.host)?.rax as i64;
+        if (-4095..0).contains(&got) {
+            return Err(io::Error::from_raw_os_error(-got as i32));
+        }
+        Ok(got as u64)
+    }
+
+    fn syscall_instruction(&self) -> io::Result<u64> {
+        let is_syscall = |at: u64| {
+            let mut found = [0; 2];
+            process::read_memory(self.host, at, &mut found).is_ok() && found == SYSCALL
+        };
+        let waits_in = self.base.rip.wrapping_sub(2);
+        if is_syscall(waits_in) {
+            return Ok(waits_in);
+        }
+        let vdso = || Some(vdso_of(self.host)? + process::vdso_syscall_offset()?);
+        vdso().filter(|at| is_syscall(*at)).ok_or_else(|| {
+            io::Error::new(
+                io::ErrorKind::NotFound,
+                "the process has no vDSO to make calls from",
+            )
+        })
     }
 
     /// A duplicate of a descriptor of the process (`pidfd_getfd(2)`).
-    pub fn take_fd(&self, _fd: i32) -> io::Result<OwnedFd> {
-        let _ = &self.pidfd;
-        Err(io::ErrorKind::Unsupported.into())
+    pub fn take_fd(&self, fd: i32) -> io::Result<OwnedFd> {
+        process::pidfd_getfd(self.pidfd.as_fd(), fd)
     }
 
     /// Gives the process duplicates of these descriptors (`SCM_RIGHTS`); they are close-on-exec
     /// there and have the returned numbers.
-    pub fn give_fds(&mut self, _fds: &[BorrowedFd<'_>]) -> io::Result<Vec<i32>> {
-        Err(io::ErrorKind::Unsupported.into())
+    pub fn give_fds(&mut self, fds: &[BorrowedFd<'_>]) -> io::Result<Vec<i32>> {
+        let mut given = Vec::with_capacity(fds.len());
+        for part in fds.chunks(FDS_A_MESSAGE) {
+            given.extend(self.give_some(part)?);
+        }
+        Ok(given)
+    }
+
+    fn give_some(&mut self, fds: &[BorrowedFd<'_>]) -> io::Result<Vec<i32>> {
+        let mut open = Batch::new();
+        let pair = open.output(8);
+        let kind = libc::SOCK_DGRAM | libc::SOCK_CLOEXEC;
+        let made = open.call(
+            libc::SYS_socketpair,
+            &[libc::AF_UNIX.into(), kind.into(), 0.into(), pair.into()],
+        );
+        let outcome = self.run(&open)?;
+        outcome.result(made)?;
+        let (near, far) = (outcome.int(pair.at(0, 4)), outcome.int(pair.at(4, 4)));
+        let sent = self
+            .take_fd(near)
+            .and_then(|ours| send_rights(ours.as_fd(), fds));
+
+        let mut receive = Batch::new();
+        let control = receive.output(control_len(fds.len()));
+        let byte = receive.output(1);
+        let iov = receive.input(&longs(&[0, 1]));
+        let header = receive.input(&longs(&[0, 0, 0, 1, 0, control.len() as u64, 0]));
+        receive.link(iov, &[(0, byte)]);
+        receive.link(header, &[(16, iov), (32, control)]);
+        let got = receive.call(
+            libc::SYS_recvmsg,
+            &[
+                far.into(),
+                header.into(),
+                (libc::MSG_CMSG_CLOEXEC | libc::MSG_DONTWAIT).into(),
+            ],
+        );
+        receive.call(libc::SYS_close, &[near.into()]);
+        receive.call(libc::SYS_close, &[far.into()]);
+        let outcome = self.run(&receive)?;
+        sent?;
+        outcome.result(got)?;
+        let rights = received_rights(outcome.bytes(control));
+        if rights.len() != fds.len() {
+            return Err(io::Error::from_raw_os_error(libc::EMFILE));
+        }
+        Ok(rights)
     }
 
     /// Reads memory of the process (`process_vm_readv(2)`).
-    pub fn read(&self, _address: u64, _into: &mut [u8]) -> io::Result<()> {
-        Err(io::ErrorKind::Unsupported.into())
+    pub fn read(&self, address: u64, into: &mut [u8]) -> io::Result<()> {
+        process::read_memory(self.host, address, into)
     }
 
     /// Writes memory of the process, whatever its protection (`/proc/PID/mem`).
-    pub fn write(&self, _address: u64, _bytes: &[u8]) -> io::Result<()> {
-        Err(io::ErrorKind::Unsupported.into())
+    pub fn write(&self, address: u64, bytes: &[u8]) -> io::Result<()> {
+        self.memory.write_all_at(bytes, address)
     }
+}
 
-    /// The range of addresses that the engine itself occupies in the process; no part of a
-    /// checkpoint, and never to be unmapped.
-    pub fn area(&self) -> std::ops::Range<u64> {
-        0..0
+/// Keeps signals from a stopped thread while it runs batches. The caller keeps the mask that it had.
+pub(crate) fn block_signals(tid: HostPid) -> io::Result<()> {
+    ptrace::set_signal_mask(tid, ALL_BUT_TRAP)
+}
+
+/// Waits for the next stop, whatever it is.
+pub(crate) fn await_stop(tid: HostPid) -> io::Result<Stop> {
+    ptrace::wait(tid, true)?.ok_or_else(|| io::ErrorKind::WouldBlock.into())
+}
+
+/// What an unexpected stop means.
+pub(crate) fn lost(stop: Stop) -> io::Error {
+    match stop {
+        Stop::Gone(_) => io::Error::from_raw_os_error(libc::ESRCH),
+        other => io::Error::other(format!("it stopped unexpectedly ({other:?})")),
     }
+}
+
+fn vdso_of(pid: HostPid) -> Option<u64> {
+    let maps = fs::read(format!("/proc/{pid}/maps")).ok()?;
+    let line = maps
+        .split(|b| *b == b'\n')
+        .find(|l| l.ends_with(b" [vdso]"))?;
+    let start = line.split(|b| *b == b'-').next()?;
+    u64::from_str_radix(std::str::from_utf8(start).ok()?, 16).ok()
+}
+
+/// The bytes of a structure of 64-bit fields.
+pub(crate) fn longs(fields: &[u64]) -> Vec<u8> {
+    fields.iter().flat_map(|f| f.to_le_bytes()).collect()
+}
+
+const CMSG_HEADER: usize = 16;
+
+fn control_len(fds: usize) -> usize {
+    (CMSG_HEADER + 4 * fds).next_multiple_of(8)
+}
+
+fn send_rights(socket: BorrowedFd<'_>, fds: &[BorrowedFd<'_>]) -> io::Result<()> {
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(FDS_A_MESSAGE))];
+    let mut control = SendAncillaryBuffer::new(&mut space);
+    if !control.push(SendAncillaryMessage::ScmRights(fds)) {
+        return Err(io::ErrorKind::InvalidInput.into());
+    }
+    sendmsg(
+        socket,
+        &[IoSlice::new(&[0])],
+        &mut control,
+        SendFlags::NOSIGNAL,
+    )?;
+    Ok(())
+}
+
+/// The descriptor numbers in a control message that the target's kernel wrote.
+fn received_rights(control: &[u8]) -> Vec<i32> {
+    let len = u64::from_le_bytes(control[..8].try_into().expect("eight bytes")) as usize;
+    let end = len.clamp(CMSG_HEADER, control.len().max(CMSG_HEADER));
+    control
+        .get(CMSG_HEADER..end)
+        .unwrap_or_default()
+        .chunks_exact(4)
+        .map(|n| i32::from_le_bytes(n.try_into().expect("four bytes")))
+        .collect()
 }

@@ -1,0 +1,4 @@
+//! Raw system calls of the engine, each behind a safe function.
+
+pub(crate) mod process;
+pub(crate) mod ptrace;
