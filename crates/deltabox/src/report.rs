@@ -126,6 +126,11 @@ pub enum SessionEvent {
         /// What.
         bytes: Vec<u8>,
     },
+    /// The reader was too slow, or came too late: the log has dropped this many bytes of output before the next event.
+    Missed {
+        /// How many.
+        bytes: u64,
+    },
     /// The command ended; nothing follows.
     Exit {
         /// 0-255, 128+n for signal n.

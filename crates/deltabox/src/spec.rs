@@ -41,11 +41,11 @@ impl Default for SandboxSpec {
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct CommandSpec {
-    /// Program and arguments. The program is looked up in the `PATH` of `env`.
+    /// Program and arguments. The program is looked up in the `PATH` of `env`. Empty: the user's login shell.
     pub argv: Vec<String>,
     /// Added to the sandbox's standard environment (`PATH`, `HOME`, `LANG`, `TERM` on a terminal).
     pub env: BTreeMap<String, String>,
-    /// Working directory; `/` (or the user's home for a shell) if `None`.
+    /// Working directory; if `None`, the user's home on a terminal, `/` otherwise.
     pub cwd: Option<PathBuf>,
     /// A user of the sandbox's `/etc/passwd` or a number, optionally with `:group`; root if `None`.
     pub user: Option<String>,
