@@ -2,11 +2,17 @@
 //!
 //! Stock kernel, no CRIU, no cooperation of the programs. See `docs/deltacr.md`.
 
+mod attributes;
 pub mod env;
 mod error;
+mod freeze;
 pub mod ids;
+mod procfs;
 pub mod remote;
+mod resume;
+mod signals;
 pub mod stop;
 mod sys;
+mod threads;
 
 pub use error::{During, Error, Result};

@@ -115,13 +115,12 @@ impl Remote {
         regs.r12 = batch.count() as u64;
         // Not in a system call, so the kernel has none to restart.
         regs.orig_rax = u64::MAX;
-        // The thread's own TLS bases, which the calls do not need, must not be lost meanwhile.
-        if tid != self.host {
-            let own = ptrace::registers(tid)?;
-            regs.fs_base = own.fs_base;
-            regs.gs_base = own.gs_base;
-            regs.rsp = own.rsp;
-        }
+        // Nothing of the program's own: the calls must not find the thread on its signal stack.
+        regs.rsp = area + AREA;
+        (regs.fs_base, regs.gs_base) = match tid == self.host {
+            true => (self.base.fs_base, self.base.gs_base),
+            false => ptrace::registers(tid).map(|own| (own.fs_base, own.gs_base))?,
+        };
         ptrace::set_registers(tid, &regs)?;
         ptrace::resume(tid)?;
         Ok(bytes.len())
@@ -144,7 +143,7 @@ impl Remote {
         loop {
             match await_stop(tid)? {
                 Stop::Signal(libc::SIGTRAP) => return Ok(()),
-                Stop::Interrupted | Stop::Born => ptrace::resume(tid)?,
+                Stop::Interrupted | Stop::GroupStopped(_) | Stop::Born => ptrace::resume(tid)?,
                 other => return Err(lost(other)),
             }
         }
@@ -225,7 +224,9 @@ impl Remote {
             ptrace::step(self.host)?;
             match await_stop(self.host)? {
                 Stop::Signal(libc::SIGTRAP) => break,
-                Stop::Interrupted => ptrace::set_registers(self.host, &regs)?,
+                Stop::Interrupted | Stop::GroupStopped(_) => {
+                    ptrace::set_registers(self.host, &regs)?;
+                }
                 other => return Err(lost(other)),
             }
         }

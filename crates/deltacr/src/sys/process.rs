@@ -217,3 +217,48 @@ pub(crate) fn stub() -> &'static [u8] {
         std::slice::from_raw_parts(begin, end.offset_from(begin) as usize)
     }
 }
+
+/// Sets a process' soft and hard limit of a resource.
+pub(crate) fn set_limit(pid: HostPid, resource: u32, limit: [u64; 2]) -> io::Result<()> {
+    let limit = libc::rlimit64 {
+        rlim_cur: limit[0],
+        rlim_max: limit[1],
+    };
+    // SAFETY: the new limit is a live structure; the old one is not asked for.
+    let r = unsafe { libc::prlimit64(pid.0, resource, &raw const limit, std::ptr::null_mut()) };
+    done(r.into())
+}
+
+fn done(r: i64) -> io::Result<()> {
+    if r < 0 {
+        Err(io::Error::last_os_error())
+    } else {
+        Ok(())
+    }
+}
+
+/// Sets a thread's scheduling policy and priorities (`struct sched_attr`).
+pub(crate) fn set_scheduling(tid: HostPid, attributes: &[u8]) -> io::Result<()> {
+    // SAFETY: the structure begins with its size, which the kernel wrote itself when it was read.
+    done(unsafe { libc::syscall(libc::SYS_sched_setattr, tid.0, attributes.as_ptr(), 0) })
+}
+
+/// Sets the processors that a thread may run on.
+pub(crate) fn set_affinity(tid: HostPid, mask: &[u8]) -> io::Result<()> {
+    // SAFETY: pointer and length are those of a live slice.
+    done(unsafe {
+        libc::syscall(
+            libc::SYS_sched_setaffinity,
+            tid.0,
+            mask.len(),
+            mask.as_ptr(),
+        )
+    })
+}
+
+/// Sets a thread's I/O class and priority.
+pub(crate) fn set_io_priority(tid: HostPid, priority: u64) -> io::Result<()> {
+    const WHO_PROCESS: i32 = 1;
+    // SAFETY: takes three integers.
+    done(unsafe { libc::syscall(libc::SYS_ioprio_set, WHO_PROCESS, tid.0, priority) })
+}

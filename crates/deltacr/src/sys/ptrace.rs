@@ -66,10 +66,15 @@ pub(crate) fn detach(tid: HostPid) -> io::Result<()> {
     request(libc::PTRACE_DETACH, tid, 0, 0).map(drop)
 }
 
+/// Registers that are all zero.
+pub(crate) fn no_registers() -> Registers {
+    // SAFETY: the structure is integers only, for which zero is a value.
+    unsafe { mem::zeroed() }
+}
+
 /// Reads the general registers.
 pub(crate) fn registers(tid: HostPid) -> io::Result<Registers> {
-    // SAFETY: the structure is integers only, for which zero is a value.
-    let mut regs: Registers = unsafe { mem::zeroed() };
+    let mut regs = no_registers();
     request(libc::PTRACE_GETREGS, tid, 0, &raw mut regs as usize)?;
     Ok(regs)
 }
@@ -188,8 +193,10 @@ pub(crate) fn event_message(tid: HostPid) -> io::Result<u64> {
 pub(crate) enum Stop {
     /// On its way to receive this signal.
     Signal(i32),
-    /// By [`interrupt`], by a stop signal to its process, or as a new-born tracee.
+    /// By [`interrupt`], or as a new-born tracee.
     Interrupted,
+    /// The same, but its process is stopped besides, by this signal.
+    GroupStopped(i32),
     /// It had a child: after `fork`, `vfork` or `clone`.
     Born,
     /// It runs a new program.
@@ -223,6 +230,7 @@ pub(crate) fn wait(tid: HostPid, patient: bool) -> io::Result<Option<Stop>> {
         0 => Stop::Signal(libc::WSTOPSIG(status)),
         libc::PTRACE_EVENT_EXEC => Stop::Executed,
         libc::PTRACE_EVENT_FORK | libc::PTRACE_EVENT_VFORK | libc::PTRACE_EVENT_CLONE => Stop::Born,
-        _ => Stop::Interrupted,
+        _ if libc::WSTOPSIG(status) == libc::SIGTRAP => Stop::Interrupted,
+        _ => Stop::GroupStopped(libc::WSTOPSIG(status)),
     }))
 }

@@ -1,0 +1,331 @@
+//! What belongs to a process besides memory, descriptors and threads: credentials, limits, signal
+//! handlers, timers, umask and the like.
+
+use std::io;
+
+use crate::error::{During, Error, Result};
+use crate::ids::HostPid;
+use crate::remote::{Arg, Batch, CallId, DataRef, Outcome, Remote};
+use crate::sys::process;
+
+/// `sizeof(sigset_t)` of the kernel.
+const SIGSET: u64 = 8;
+const SIGNALS: i32 = 64;
+const RLIMITS: u32 = 16;
+const ITIMERS: u64 = 3;
+const GROUPS_MAX: usize = 256;
+/// `_LINUX_CAPABILITY_VERSION_3`
+const CAPABILITY_VERSION: u32 = 0x2008_0522;
+/// `personality(2)`: ask only.
+const PERSONALITY_ASK: u64 = 0xffff_ffff;
+
+/// User and group ids, as the sandbox counts, and capabilities.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Credentials {
+    /// Real, effective, saved.
+    users: [u32; 3],
+    groups: [u32; 3],
+    supplementary: Vec<u8>,
+    /// Effective, permitted, inheritable; two words each, as `capget(2)` gives them.
+    capabilities: Vec<u8>,
+    securebits: u64,
+    no_new_privileges: bool,
+}
+
+/// See the module's description.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Attributes {
+    pub(crate) credentials: Credentials,
+    umask: u64,
+    /// Soft and hard limit of each resource.
+    limits: Vec<[u64; 2]>,
+    /// `struct sigaction` of the kernel, for signal 1 and on.
+    actions: Vec<Vec<u8>>,
+    /// `struct itimerval`: real, virtual, profiling.
+    timers: Vec<Vec<u8>>,
+    dumpable: u64,
+    death_signal: i32,
+    subreaper: i32,
+    personality: u64,
+}
+
+struct Questions {
+    batch: Batch,
+    users: DataRef,
+    groups: DataRef,
+    supplementary: (CallId, DataRef),
+    capabilities: DataRef,
+    securebits: CallId,
+    no_new_privileges: CallId,
+    umask: CallId,
+    limits: Vec<DataRef>,
+    actions: Vec<DataRef>,
+    timers: Vec<DataRef>,
+    dumpable: CallId,
+    death_signal: DataRef,
+    subreaper: DataRef,
+    personality: CallId,
+}
+
+fn prctl(batch: &mut Batch, option: i32, value: impl Into<Arg>) -> CallId {
+    batch.call(
+        libc::SYS_prctl,
+        &[option.into(), value.into(), 0.into(), 0.into(), 0.into()],
+    )
+}
+
+fn three_ids(batch: &mut Batch, nr: i64) -> DataRef {
+    let ids = batch.output(12);
+    batch.call(
+        nr,
+        &[
+            ids.at(0, 4).into(),
+            ids.at(4, 4).into(),
+            ids.at(8, 4).into(),
+        ],
+    );
+    ids
+}
+
+fn capability_header() -> Vec<u8> {
+    [CAPABILITY_VERSION.to_le_bytes(), [0; 4]].concat()
+}
+
+impl Questions {
+    fn new() -> Self {
+        let mut b = Batch::new();
+        let users = three_ids(&mut b, libc::SYS_getresuid);
+        let groups = three_ids(&mut b, libc::SYS_getresgid);
+        let list = b.output(4 * GROUPS_MAX);
+        let count = b.call(libc::SYS_getgroups, &[GROUPS_MAX.into(), list.into()]);
+        let header = b.input(&capability_header());
+        let capabilities = b.output(24);
+        b.call(libc::SYS_capget, &[header.into(), capabilities.into()]);
+        let securebits = prctl(&mut b, libc::PR_GET_SECUREBITS, 0);
+        let no_new_privileges = prctl(&mut b, libc::PR_GET_NO_NEW_PRIVS, 0);
+        // The umask can only be read by setting it.
+        let umask = b.call(libc::SYS_umask, &[0o77.into()]);
+        b.call(libc::SYS_umask, &[umask.into()]);
+        let limits = (0..RLIMITS)
+            .map(|resource| {
+                let limit = b.output(16);
+                b.call(
+                    libc::SYS_prlimit64,
+                    &[0.into(), resource.into(), 0.into(), limit.into()],
+                );
+                limit
+            })
+            .collect();
+        let actions = (1..=SIGNALS)
+            .map(|signal| {
+                let action = b.output(32);
+                let args = [signal.into(), 0.into(), action.into(), SIGSET.into()];
+                b.call(libc::SYS_rt_sigaction, &args);
+                action
+            })
+            .collect();
+        let timers = (0..ITIMERS)
+            .map(|which| {
+                let timer = b.output(32);
+                b.call(libc::SYS_getitimer, &[which.into(), timer.into()]);
+                timer
+            })
+            .collect();
+        let dumpable = prctl(&mut b, libc::PR_GET_DUMPABLE, 0);
+        let death_signal = b.output(4);
+        prctl(&mut b, libc::PR_GET_PDEATHSIG, death_signal);
+        let subreaper = b.output(4);
+        prctl(&mut b, libc::PR_GET_CHILD_SUBREAPER, subreaper);
+        let personality = b.call(libc::SYS_personality, &[PERSONALITY_ASK.into()]);
+        Self {
+            batch: b,
+            users,
+            groups,
+            supplementary: (count, list),
+            capabilities,
+            securebits,
+            no_new_privileges,
+            umask,
+            limits,
+            actions,
+            timers,
+            dumpable,
+            death_signal,
+            subreaper,
+            personality,
+        }
+    }
+
+    fn credentials(&self, o: &Outcome) -> io::Result<Credentials> {
+        let ids = |at: DataRef| [0, 4, 8].map(|i| o.int(at.at(i, 4)) as u32);
+        let (count, list) = self.supplementary;
+        let bytes = (o.result(count)? as usize * 4).min(list.len());
+        Ok(Credentials {
+            users: ids(self.users),
+            groups: ids(self.groups),
+            supplementary: o.bytes(list)[..bytes].to_vec(),
+            capabilities: o.bytes(self.capabilities).to_vec(),
+            securebits: o.result(self.securebits)?,
+            no_new_privileges: o.result(self.no_new_privileges)? != 0,
+        })
+    }
+
+    fn attributes(&self, o: &Outcome) -> io::Result<Attributes> {
+        let copies = |list: &[DataRef]| list.iter().map(|d| o.bytes(*d).to_vec()).collect();
+        Ok(Attributes {
+            credentials: self.credentials(o)?,
+            umask: o.result(self.umask)?,
+            limits: self
+                .limits
+                .iter()
+                .map(|d| [o.long(*d), o.long(d.at(8, 8))])
+                .collect(),
+            actions: copies(&self.actions),
+            timers: copies(&self.timers),
+            dumpable: o.result(self.dumpable)?,
+            death_signal: o.int(self.death_signal),
+            subreaper: o.int(self.subreaper),
+            personality: o.result(self.personality)?,
+        })
+    }
+}
+
+/// Asks a stopped process for its attributes: one batch of about 100 quick calls.
+pub(crate) fn capture(remote: &mut Remote) -> Result<Attributes> {
+    let questions = Questions::new();
+    let pid = remote.pid();
+    remote
+        .run(&questions.batch)
+        .and_then(|o| questions.attributes(&o))
+        .during(pid, "reading the attributes")
+}
+
+/// Whether `current` can become `target` by the process' own means.
+pub(crate) fn reachable(current: &Attributes, target: &Attributes) -> bool {
+    let (c, t) = (&current.credentials, &target.credentials);
+    if c == t {
+        return true;
+    }
+    // Root may become anybody; nobody else can be sure to. no_new_privs never goes away.
+    let root = c.users == [0; 3] && c.capabilities == t.capabilities && t.users == [0; 3];
+    root && c.no_new_privileges <= t.no_new_privileges
+}
+
+/// Undoes what differs, but for credentials ([`restore_credentials`]).
+pub(crate) fn restore(
+    remote: &mut Remote,
+    current: &Attributes,
+    target: &Attributes,
+) -> Result<()> {
+    let pid = remote.pid();
+    restore_limits(remote.host(), current, target).during(pid, "restoring the limits")?;
+    let mut b = Batch::new();
+    let mut calls = Vec::new();
+    if current.umask != target.umask {
+        b.call(libc::SYS_umask, &[target.umask.into()]);
+    }
+    for (signal, (have, want)) in (1..).zip(current.actions.iter().zip(&target.actions)) {
+        if have != want && signal != libc::SIGKILL && signal != libc::SIGSTOP {
+            let action = b.input(want);
+            let args = [signal.into(), action.into(), 0.into(), SIGSET.into()];
+            calls.push(("a signal handler", b.call(libc::SYS_rt_sigaction, &args)));
+        }
+    }
+    for (which, (have, want)) in (0_u64..).zip(current.timers.iter().zip(&target.timers)) {
+        if have != want {
+            let timer = b.input(want);
+            let args = [which.into(), timer.into(), 0.into()];
+            calls.push(("an interval timer", b.call(libc::SYS_setitimer, &args)));
+        }
+    }
+    if current.death_signal != target.death_signal {
+        prctl(&mut b, libc::PR_SET_PDEATHSIG, target.death_signal);
+    }
+    if current.subreaper != target.subreaper {
+        prctl(&mut b, libc::PR_SET_CHILD_SUBREAPER, target.subreaper);
+    }
+    if current.personality != target.personality {
+        b.call(libc::SYS_personality, &[target.personality.into()]);
+    }
+    run_all(remote, &b, &calls)
+}
+
+/// Makes the credentials those of `target`. Comes last, for it may take rights away.
+pub(crate) fn restore_credentials(
+    remote: &mut Remote,
+    current: &Attributes,
+    target: &Attributes,
+) -> Result<()> {
+    let (have, want) = (&current.credentials, &target.credentials);
+    let mut b = Batch::new();
+    let mut calls = Vec::new();
+    if have != want {
+        let list = b.input(&want.supplementary);
+        let count = want.supplementary.len() / 4;
+        let header = b.input(&capability_header());
+        let sets = b.input(&want.capabilities);
+        if have.supplementary != want.supplementary {
+            let args = [count.into(), list.into()];
+            calls.push((
+                "the supplementary groups",
+                b.call(libc::SYS_setgroups, &args),
+            ));
+        }
+        let ids = |ids: [u32; 3]| ids.map(Arg::from);
+        calls.push((
+            "the group ids",
+            b.call(libc::SYS_setresgid, &ids(want.groups)),
+        ));
+        // Capabilities survive the change of user only so.
+        prctl(&mut b, libc::PR_SET_KEEPCAPS, 1);
+        calls.push((
+            "the user ids",
+            b.call(libc::SYS_setresuid, &ids(want.users)),
+        ));
+        calls.push((
+            "the capabilities",
+            b.call(libc::SYS_capset, &[header.into(), sets.into()]),
+        ));
+        prctl(&mut b, libc::PR_SET_KEEPCAPS, 0);
+        if have.securebits != want.securebits {
+            let set = prctl(&mut b, libc::PR_SET_SECUREBITS, want.securebits);
+            calls.push(("the securebits", set));
+        }
+        if want.no_new_privileges && !have.no_new_privileges {
+            calls.push(("no_new_privs", prctl(&mut b, libc::PR_SET_NO_NEW_PRIVS, 1)));
+        }
+    }
+    // Changing ids resets these.
+    if have != want || current.dumpable != target.dumpable {
+        if target.dumpable <= 1 {
+            prctl(&mut b, libc::PR_SET_DUMPABLE, target.dumpable);
+        }
+        prctl(&mut b, libc::PR_SET_PDEATHSIG, target.death_signal);
+    }
+    run_all(remote, &b, &calls)
+}
+
+fn run_all(remote: &mut Remote, batch: &Batch, calls: &[(&str, CallId)]) -> Result<()> {
+    if batch.is_empty() {
+        return Ok(());
+    }
+    let pid = remote.pid();
+    let outcome = remote.run(batch).during(pid, "restoring the attributes")?;
+    for (what, call) in calls {
+        outcome.result(*call).map_err(|source| Error::Process {
+            doing: format!("restoring {what}"),
+            pid,
+            source,
+        })?;
+    }
+    Ok(())
+}
+
+fn restore_limits(host: HostPid, current: &Attributes, target: &Attributes) -> io::Result<()> {
+    for (resource, (have, want)) in (0..).zip(current.limits.iter().zip(&target.limits)) {
+        if have != want {
+            process::set_limit(host, resource, *want)?;
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,194 @@
+//! Reads the sandbox's own `/proc`, which counts processes as the sandbox does.
+
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+
+use rustix::fs::{AtFlags, Dir, Mode, OFlags, ResolveFlags, openat, openat2, statat};
+use rustix::io::read;
+
+use crate::env::Environment;
+use crate::ids::InnerPid;
+
+const PROC_SUPER_MAGIC: u32 = 0x9fa0;
+/// No file that is read here is longer, but for hostile or strange cases, which are errors.
+const FILE_MAX: usize = 4096;
+
+/// The sandbox's `/proc`.
+pub(crate) struct Procfs(OwnedFd);
+
+/// What `/proc/PID/stat` tells and the engine needs (proc_pid_stat(5)).
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Stat {
+    pub(crate) name: Vec<u8>,
+    pub(crate) state: u8,
+    pub(crate) parent: InnerPid,
+    pub(crate) group: InnerPid,
+    pub(crate) session: InnerPid,
+    /// Device number of the controlling terminal; 0 for none.
+    pub(crate) tty: i32,
+    /// The terminal's foreground group; -1 for none.
+    pub(crate) foreground: i32,
+    /// Clock ticks after boot.
+    pub(crate) start: u64,
+    /// The signal that the parent gets at its end.
+    pub(crate) exit_signal: i32,
+    /// Wait status of a zombie.
+    pub(crate) exit_status: i32,
+}
+
+/// A file, by device and inode.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct FileId {
+    pub(crate) device: u64,
+    pub(crate) inode: u64,
+}
+
+impl Procfs {
+    pub(crate) fn open(env: &dyn Environment) -> io::Result<Self> {
+        let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        let resolve = ResolveFlags::IN_ROOT | ResolveFlags::NO_SYMLINKS;
+        let dir = openat2(env.root(), "proc", flags, Mode::empty(), resolve)?;
+        if rustix::fs::fstatfs(&dir)?.f_type as u32 != PROC_SUPER_MAGIC {
+            return Err(io::Error::other(
+                "/proc of the sandbox is not a proc filesystem",
+            ));
+        }
+        Ok(Self(dir))
+    }
+
+    /// All processes that have a number, zombies and init among them.
+    pub(crate) fn processes(&self) -> io::Result<Vec<InnerPid>> {
+        let dir = openat(
+            &self.0,
+            ".",
+            OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC,
+            Mode::empty(),
+        )?;
+        let mut pids = Vec::new();
+        for entry in Dir::new(dir)? {
+            let entry = entry?;
+            let name = entry.file_name().to_str().ok();
+            pids.extend(name.and_then(|n| n.parse().ok()).map(InnerPid));
+        }
+        Ok(pids)
+    }
+
+    /// The content of a small file.
+    pub(crate) fn read(&self, path: &str) -> io::Result<Vec<u8>> {
+        let file = openat(
+            &self.0,
+            path,
+            OFlags::RDONLY | OFlags::CLOEXEC,
+            Mode::empty(),
+        )?;
+        let mut bytes = vec![0; FILE_MAX];
+        let mut filled = 0;
+        loop {
+            let n = read(&file, &mut bytes[filled..])?;
+            filled += n;
+            if n == 0 {
+                bytes.truncate(filled);
+                return Ok(bytes);
+            }
+            if filled == bytes.len() {
+                bytes.resize(2 * filled, 0);
+            }
+        }
+    }
+
+    pub(crate) fn stat(&self, pid: InnerPid) -> io::Result<Stat> {
+        let text = self.read(&format!("{pid}/stat"))?;
+        parse_stat(&text)
+            .ok_or_else(|| io::Error::new(io::ErrorKind::InvalidData, "unreadable stat"))
+    }
+
+    /// The file behind `cwd`, `root` or `exe`.
+    pub(crate) fn file(&self, pid: InnerPid, link: &str) -> io::Result<FileId> {
+        let stat = statat(&self.0, format!("{pid}/{link}"), AtFlags::empty())?;
+        Ok(FileId {
+            device: stat.st_dev,
+            inode: stat.st_ino,
+        })
+    }
+
+    /// The same as a descriptor.
+    pub(crate) fn open_file(&self, pid: InnerPid, link: &str) -> io::Result<OwnedFd> {
+        Ok(openat(
+            &self.0,
+            format!("{pid}/{link}"),
+            OFlags::PATH | OFlags::CLOEXEC,
+            Mode::empty(),
+        )?)
+    }
+
+    /// The command line with spaces between its words; empty for a zombie.
+    pub(crate) fn command(&self, pid: InnerPid) -> String {
+        let bytes = self.read(&format!("{pid}/cmdline")).unwrap_or_default();
+        let words: Vec<_> = bytes
+            .split(|b| *b == 0)
+            .map(String::from_utf8_lossy)
+            .collect();
+        words.join(" ").trim_end().to_owned()
+    }
+
+    /// Writes `/proc/PID/FILE`.
+    pub(crate) fn write(&self, path: &str, text: &str) -> io::Result<()> {
+        let file = openat(
+            &self.0,
+            path,
+            OFlags::WRONLY | OFlags::CLOEXEC,
+            Mode::empty(),
+        )?;
+        rustix::io::write(file.as_fd(), text.as_bytes())?;
+        Ok(())
+    }
+}
+
+/// `None` if it is not what the kernel writes. The name may hold any byte, `)` and newline included.
+pub(crate) fn parse_stat(text: &[u8]) -> Option<Stat> {
+    let open = text.iter().position(|b| *b == b'(')?;
+    let close = text.iter().rposition(|b| *b == b')')?;
+    let name = text.get(open + 1..close)?.to_vec();
+    let rest = std::str::from_utf8(text.get(close + 2..)?).ok()?;
+    // The first of these is field 3 of the manual.
+    let fields: Vec<&str> = rest.split_ascii_whitespace().collect();
+    let number = |field: usize| fields.get(field - 3)?.parse::<i64>().ok();
+    let pid = |field| Some(InnerPid(i32::try_from(number(field)?).ok()?));
+    Some(Stat {
+        name,
+        state: *fields.first()?.as_bytes().first()?,
+        parent: pid(4)?,
+        group: pid(5)?,
+        session: pid(6)?,
+        tty: number(7)? as i32,
+        foreground: number(8)? as i32,
+        start: fields.get(22 - 3)?.parse().ok()?,
+        exit_signal: number(38)? as i32,
+        exit_status: number(52)? as i32,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    #[test]
+    fn a_name_with_parentheses_does_not_confuse() {
+        let own = std::fs::read("/proc/self/stat").unwrap();
+        let close = own.iter().rposition(|b| *b == b')').unwrap();
+        let mut text = b"7 (a) b (c\n)".to_vec();
+        text.extend_from_slice(&own[close + 1..]);
+        let stat = parse_stat(&text).unwrap();
+        assert_eq!(stat.name, b"a) b (c\n");
+        assert_eq!(stat.exit_signal, libc::SIGCHLD);
+        assert_eq!(stat.session, parse_stat(&own).unwrap().session);
+    }
+
+    proptest! {
+        #[test]
+        fn no_stat_text_makes_the_reader_panic(text in proptest::collection::vec(any::<u8>(), 0..300)) {
+            let _ = parse_stat(&text);
+        }
+    }
+}

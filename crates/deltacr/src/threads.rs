@@ -1,0 +1,308 @@
+//! What belongs to one thread, and how it is given back.
+
+use std::io;
+use std::sync::Arc;
+use std::time::Instant;
+
+use crate::error::{During, Error, Result};
+use crate::ids::{HostPid, InnerPid};
+use crate::remote::{Batch, CallId, DataRef, Outcome, Remote};
+use crate::resume::{self, Wait};
+use crate::signals::{Queue, Scope};
+use crate::stop::StoppedThread;
+use crate::sys::process;
+use crate::sys::ptrace::{self, Registers, RseqConfig};
+
+/// The code segment of 64-bit user code.
+const CS_64: u64 = 0x33;
+const PR_GET_TID_ADDRESS: i32 = 40;
+const SCHED_ATTR: usize = 56;
+const AFFINITY: usize = 128;
+const IOPRIO_WHO_PROCESS: i32 = 1;
+const RSEQ_UNREGISTER: i32 = 1;
+const RSEQ_LEN_MIN: u32 = 32;
+
+/// A thread at a checkpoint.
+#[derive(Clone, Debug)]
+pub(crate) struct ThreadImage {
+    pub(crate) tid: InnerPid,
+    regs: Registers,
+    mask: u64,
+    xstate: Arc<[u8]>,
+    pending: Queue,
+    rseq: RseqConfig,
+    /// Head and length of the list of robust futexes.
+    robust: (u64, u64),
+    /// What `set_tid_address(2)` was given.
+    clear_tid: u64,
+    properties: Properties,
+}
+
+/// What a batch in the thread tells of it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Properties {
+    /// `stack_t`
+    signal_stack: Vec<u8>,
+    name: Vec<u8>,
+    timer_slack: u64,
+    scheduling: Vec<u8>,
+    affinity: Vec<u8>,
+    io_priority: u64,
+}
+
+struct Questions {
+    batch: Batch,
+    signal_stack: DataRef,
+    clear_tid: DataRef,
+    name: DataRef,
+    timer_slack: CallId,
+    scheduling: DataRef,
+    affinity: (CallId, DataRef),
+    io_priority: CallId,
+}
+
+impl Questions {
+    fn new() -> Self {
+        let mut b = Batch::new();
+        let signal_stack = b.output(24);
+        b.call(libc::SYS_sigaltstack, &[0.into(), signal_stack.into()]);
+        let clear_tid = b.output(8);
+        b.call(
+            libc::SYS_prctl,
+            &[PR_GET_TID_ADDRESS.into(), clear_tid.into()],
+        );
+        let name = b.output(16);
+        b.call(libc::SYS_prctl, &[libc::PR_GET_NAME.into(), name.into()]);
+        let timer_slack = b.call(libc::SYS_prctl, &[libc::PR_GET_TIMERSLACK.into()]);
+        let scheduling = b.output(SCHED_ATTR);
+        let args = [0.into(), scheduling.into(), SCHED_ATTR.into(), 0.into()];
+        b.call(libc::SYS_sched_getattr, &args);
+        let mask = b.output(AFFINITY);
+        let args = [0.into(), AFFINITY.into(), mask.into()];
+        let affinity = (b.call(libc::SYS_sched_getaffinity, &args), mask);
+        let io_priority = b.call(libc::SYS_ioprio_get, &[IOPRIO_WHO_PROCESS.into(), 0.into()]);
+        Self {
+            batch: b,
+            signal_stack,
+            clear_tid,
+            name,
+            timer_slack,
+            scheduling,
+            affinity,
+            io_priority,
+        }
+    }
+
+    fn properties(&self, o: &Outcome) -> io::Result<Properties> {
+        let (call, mask) = self.affinity;
+        let bytes = (o.result(call)? as usize).min(mask.len());
+        Ok(Properties {
+            signal_stack: o.bytes(self.signal_stack).to_vec(),
+            name: o.bytes(self.name).to_vec(),
+            timer_slack: o.result(self.timer_slack)?,
+            scheduling: o.bytes(self.scheduling).to_vec(),
+            affinity: o.bytes(mask)[..bytes].to_vec(),
+            io_priority: o.result(self.io_priority)?,
+        })
+    }
+}
+
+/// Takes down a stopped thread. `shared` holds the signals queued for its process, `wait` the timed
+/// wait that the thread was in when it was last looked at.
+///
+/// A call that the stop made return `EINTR` is sent back to in `thread` too, for it goes on from there.
+pub(crate) fn capture(
+    remote: &mut Remote,
+    thread: &mut StoppedThread,
+    shared: &Queue,
+    wait: &mut Option<Wait>,
+) -> Result<ThreadImage> {
+    let pid = remote.pid();
+    if thread.regs.cs != CS_64 {
+        let what = "it is a 32-bit program; run its 64-bit build".to_owned();
+        return Err(Error::Unsupported {
+            pid,
+            name: String::new(),
+            what,
+        });
+    }
+    read(remote, thread, shared, wait).during(pid, "reading a thread")
+}
+
+fn read(
+    remote: &mut Remote,
+    thread: &mut StoppedThread,
+    shared: &Queue,
+    wait: &mut Option<Wait>,
+) -> io::Result<ThreadImage> {
+    let host = thread.host;
+    let questions = Questions::new();
+    let outcome = remote.run_in(host, &questions.batch)?;
+    let pending = Queue::capture(host, Scope::Thread)?;
+    let rseq = ptrace::rseq(host)?;
+    leave_critical_section(remote, &rseq, &mut thread.regs);
+    let signalled = (pending.set() | shared.set()) & !thread.mask != 0;
+    settle(host, &mut thread.regs, signalled, wait)?;
+    let mut regs = thread.regs;
+    resume::detach_from_call(&mut regs);
+    Ok(ThreadImage {
+        tid: thread.tid,
+        regs,
+        mask: thread.mask,
+        xstate: ptrace::xstate(host)?.into(),
+        pending,
+        rseq,
+        robust: process::robust_list(host)?,
+        clear_tid: outcome.long(questions.clear_tid),
+        properties: questions.properties(&outcome)?,
+    })
+}
+
+fn settle(
+    host: HostPid,
+    regs: &mut Registers,
+    signalled: bool,
+    wait: &mut Option<Wait>,
+) -> io::Result<()> {
+    if !resume::is_interrupted(regs, signalled) {
+        *wait = None;
+        return Ok(());
+    }
+    let nr = regs.orig_rax;
+    resume::restart(regs);
+    *wait = match resume::is_timed(nr, regs) {
+        true => Some(resume::shorten(
+            regs,
+            *wait,
+            voluntary_switches(host)?,
+            Instant::now(),
+        )),
+        false => None,
+    };
+    Ok(())
+}
+
+fn voluntary_switches(tid: HostPid) -> io::Result<u64> {
+    let status = std::fs::read_to_string(format!("/proc/{tid}/status"))?;
+    status
+        .lines()
+        .find_map(|l| {
+            l.strip_prefix("voluntary_ctxt_switches:")?
+                .trim()
+                .parse()
+                .ok()
+        })
+        .ok_or_else(|| io::ErrorKind::InvalidData.into())
+}
+
+/// A thread that is stopped inside a restartable sequence must start it over, as the kernel would have
+/// made it (`Documentation/userspace-api/rseq.rst`): its registers no longer tell the kernel so once they were set.
+fn leave_critical_section(remote: &Remote, rseq: &RseqConfig, regs: &mut Registers) {
+    let long_at = |at: u64| {
+        let mut bytes = [0; 8];
+        remote.read(at, &mut bytes).ok()?;
+        Some(u64::from_le_bytes(bytes))
+    };
+    if rseq.address == 0 {
+        return;
+    }
+    let section = long_at(rseq.address.wrapping_add(8)).filter(|at| *at != 0);
+    let bounds = section.and_then(|at| {
+        let field = |n: u64| long_at(at.wrapping_add(n));
+        Some((field(8)?, field(16)?, field(24)?))
+    });
+    if let Some((start, length, abort)) = bounds
+        && regs.rip.wrapping_sub(start) < length
+    {
+        regs.rip = abort;
+    }
+}
+
+/// Gives a stopped thread everything of `target` but what [`StoppedThread`] holds, and sets that
+/// up to be what the thread goes on with. `current` is what it is now.
+pub(crate) fn restore(
+    remote: &mut Remote,
+    thread: &mut StoppedThread,
+    current: &ThreadImage,
+    target: &ThreadImage,
+) -> Result<()> {
+    let pid = remote.pid();
+    write(remote, thread, current, target).during(pid, "restoring a thread")?;
+    thread.regs = target.regs;
+    thread.mask = target.mask;
+    Ok(())
+}
+
+fn write(
+    remote: &mut Remote,
+    thread: &StoppedThread,
+    current: &ThreadImage,
+    target: &ThreadImage,
+) -> io::Result<()> {
+    let (have, want) = (&current.properties, &target.properties);
+    let mut b = Batch::new();
+    let mut calls = Vec::new();
+    if have.signal_stack != want.signal_stack {
+        let stack = b.input(&want.signal_stack);
+        calls.push(b.call(libc::SYS_sigaltstack, &[stack.into(), 0.into()]));
+    }
+    if current.clear_tid != target.clear_tid {
+        calls.push(b.call(libc::SYS_set_tid_address, &[target.clear_tid.into()]));
+    }
+    if current.robust != target.robust {
+        let args = [target.robust.0.into(), target.robust.1.into()];
+        calls.push(b.call(libc::SYS_set_robust_list, &args));
+    }
+    if have.name != want.name {
+        let name = b.input(&want.name);
+        calls.push(b.call(libc::SYS_prctl, &[libc::PR_SET_NAME.into(), name.into()]));
+    }
+    if have.timer_slack != want.timer_slack {
+        let args = [libc::PR_SET_TIMERSLACK.into(), want.timer_slack.into()];
+        calls.push(b.call(libc::SYS_prctl, &args));
+    }
+    if current.rseq != target.rseq {
+        if current.rseq.address != 0 {
+            b.call(libc::SYS_rseq, &rseq_args(&current.rseq, RSEQ_UNREGISTER));
+        }
+        if target.rseq.address != 0 {
+            calls.push(b.call(libc::SYS_rseq, &rseq_args(&target.rseq, 0)));
+        }
+    }
+    if !b.is_empty() {
+        let outcome = remote.run_in(thread.host, &b)?;
+        for call in calls {
+            outcome.result(call)?;
+        }
+    }
+    // By the supervisor, which may raise what the thread itself may not.
+    if have.scheduling != want.scheduling {
+        process::set_scheduling(thread.host, &want.scheduling)?;
+    }
+    if have.affinity != want.affinity {
+        process::set_affinity(thread.host, &want.affinity)?;
+    }
+    if have.io_priority != want.io_priority {
+        process::set_io_priority(thread.host, want.io_priority)?;
+    }
+    current.pending.restore(
+        &target.pending,
+        remote,
+        (thread.tid, thread.host),
+        Scope::Thread,
+    )?;
+    if current.xstate != target.xstate {
+        ptrace::set_xstate(thread.host, &target.xstate)?;
+    }
+    Ok(())
+}
+
+fn rseq_args(config: &RseqConfig, flags: i32) -> [crate::remote::Arg; 4] {
+    let len = config.size.max(RSEQ_LEN_MIN);
+    [
+        config.address.into(),
+        len.into(),
+        flags.into(),
+        config.signature.into(),
+    ]
+}
