@@ -1,0 +1,147 @@
+//! Counters and histograms of what the service did, in the text format of Prometheus.
+
+use std::collections::BTreeMap;
+use std::fmt::Write;
+use std::time::Duration;
+
+use parking_lot::Mutex;
+
+/// Upper bounds of the buckets, in microseconds: a checkpoint takes around a millisecond, a command minutes.
+const BOUNDS_US: [u64; 14] = [
+    250, 500, 1_000, 2_000, 4_000, 8_000, 16_000, 32_000, 64_000, 128_000, 256_000, 512_000,
+    1_024_000, 4_096_000,
+];
+
+/// All metrics of a service.
+#[derive(Debug, Default)]
+pub(crate) struct Metrics(Mutex<Tables>);
+
+#[derive(Debug, Default)]
+struct Tables {
+    operations: BTreeMap<&'static str, Operation>,
+    stops: Histogram,
+}
+
+#[derive(Debug, Default)]
+struct Operation {
+    failed: u64,
+    times: Histogram,
+}
+
+#[derive(Debug, Default)]
+struct Histogram {
+    buckets: [u64; BOUNDS_US.len()],
+    count: u64,
+    sum: Duration,
+}
+
+impl Metrics {
+    /// An operation of the library ended.
+    pub(crate) fn operation(&self, name: &'static str, took: Duration, ok: bool) {
+        let mut tables = self.0.lock();
+        let operation = tables.operations.entry(name).or_default();
+        operation.times.add(took);
+        operation.failed += u64::from(!ok);
+    }
+
+    /// A checkpoint held the processes of its sandbox for this long.
+    pub(crate) fn checkpoint_stop(&self, stop: Duration) {
+        self.0.lock().stops.add(stop);
+    }
+
+    /// The text that a scrape gets.
+    pub(crate) fn render(&self, sandboxes: usize) -> String {
+        let tables = self.0.lock();
+        let mut out = String::new();
+        help(&mut out, "deltabox_sandboxes", "gauge", "Sandboxes.");
+        line(&mut out, "deltabox_sandboxes", "", sandboxes);
+
+        let failed = "deltabox_operations_failed_total";
+        help(&mut out, failed, "counter", "Operations that failed.");
+        for (name, operation) in &tables.operations {
+            let label = format!("operation=\"{name}\"");
+            line(&mut out, failed, &label, operation.failed);
+        }
+
+        let seconds = "deltabox_operation_seconds";
+        help(&mut out, seconds, "histogram", "Time of operations.");
+        for (name, operation) in &tables.operations {
+            let label = format!("operation=\"{name}\"");
+            operation.times.render(&mut out, seconds, &label);
+        }
+
+        let stop = "deltabox_checkpoint_stop_seconds";
+        help(
+            &mut out,
+            stop,
+            "histogram",
+            "Time that checkpoints held the processes.",
+        );
+        tables.stops.render(&mut out, stop, "");
+        out
+    }
+}
+
+impl Histogram {
+    fn add(&mut self, took: Duration) {
+        let us = u64::try_from(took.as_micros()).unwrap_or(u64::MAX);
+        if let Some(bucket) = BOUNDS_US.iter().position(|&bound| us <= bound) {
+            self.buckets[bucket] += 1;
+        }
+        self.count += 1;
+        self.sum += took;
+    }
+
+    fn render(&self, out: &mut String, name: &str, label: &str) {
+        let comma = if label.is_empty() { "" } else { "," };
+        let mut below = 0;
+        for (bound, bucket) in BOUNDS_US.iter().zip(self.buckets) {
+            below += bucket;
+            let seconds = Duration::from_micros(*bound).as_secs_f64();
+            let labels = format!("{label}{comma}le=\"{seconds}\"");
+            line(out, &format!("{name}_bucket"), &labels, below);
+        }
+        let labels = format!("{label}{comma}le=\"+Inf\"");
+        line(out, &format!("{name}_bucket"), &labels, self.count);
+        line(out, &format!("{name}_sum"), label, self.sum.as_secs_f64());
+        line(out, &format!("{name}_count"), label, self.count);
+    }
+}
+
+fn help(out: &mut String, name: &str, kind: &str, text: &str) {
+    out.push_str(&format!("# HELP {name} {text}\n# TYPE {name} {kind}\n"));
+}
+
+fn line(out: &mut String, name: &str, labels: &str, value: impl std::fmt::Display) {
+    let written = match labels {
+        "" => writeln!(out, "{name} {value}"),
+        labels => writeln!(out, "{name}{{{labels}}} {value}"),
+    };
+    written.expect("writing to a string does not fail");
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn buckets_are_cumulative_and_the_longest_times_are_counted() {
+        let metrics = Metrics::default();
+        metrics.operation("rollback", Duration::from_micros(900), true);
+        metrics.operation("rollback", Duration::from_secs(60), false);
+        metrics.checkpoint_stop(Duration::from_micros(300));
+        let text = metrics.render(2);
+        for expected in [
+            "deltabox_sandboxes 2\n",
+            "deltabox_operations_failed_total{operation=\"rollback\"} 1\n",
+            "deltabox_operation_seconds_bucket{operation=\"rollback\",le=\"0.0005\"} 0\n",
+            "deltabox_operation_seconds_bucket{operation=\"rollback\",le=\"0.001\"} 1\n",
+            "deltabox_operation_seconds_bucket{operation=\"rollback\",le=\"4.096\"} 1\n",
+            "deltabox_operation_seconds_bucket{operation=\"rollback\",le=\"+Inf\"} 2\n",
+            "deltabox_operation_seconds_count{operation=\"rollback\"} 2\n",
+            "deltabox_checkpoint_stop_seconds_count 1\n",
+        ] {
+            assert!(text.contains(expected), "{expected} is not in:\n{text}");
+        }
+    }
+}

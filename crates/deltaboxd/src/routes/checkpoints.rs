@@ -1,0 +1,81 @@
+//! Checkpoints: made, listed, compared, returned to, forgotten.
+
+use axum::Json;
+use axum::extract::{Path, Query, State};
+use axum::http::{HeaderMap, StatusCode};
+use deltabox::{CheckpointReport, Difference, RollbackReport, Tree};
+use serde::Deserialize;
+
+use super::{Body, checkpoint_id};
+use crate::api::{CheckpointRequest, RollbackRequest};
+use crate::app::App;
+use crate::failure::Answer;
+
+pub(super) async fn tree(
+    State(app): State<App>,
+    Path(name): Path<String>,
+    headers: HeaderMap,
+) -> Answer<Json<Tree>> {
+    app.call_on("tree", name, &headers, |sandbox| Ok(sandbox.tree()))
+        .await
+        .map(Json)
+}
+
+pub(super) async fn create(
+    State(app): State<App>,
+    Path(name): Path<String>,
+    headers: HeaderMap,
+    Body(request): Body<CheckpointRequest>,
+) -> Answer<(StatusCode, Json<CheckpointReport>)> {
+    let report = app
+        .call_on("checkpoint", name, &headers, |sandbox| {
+            sandbox.checkpoint(request.message)
+        })
+        .await?;
+    app.metrics.checkpoint_stop(report.stop);
+    Ok((StatusCode::CREATED, Json(report)))
+}
+
+pub(super) async fn remove(
+    State(app): State<App>,
+    Path((name, id)): Path<(String, String)>,
+    headers: HeaderMap,
+) -> Answer<StatusCode> {
+    let id = checkpoint_id(&id)?;
+    app.call_on("delete", name, &headers, move |sandbox| sandbox.delete(id))
+        .await
+        .map(|()| StatusCode::NO_CONTENT)
+}
+
+pub(super) async fn rollback(
+    State(app): State<App>,
+    Path(name): Path<String>,
+    headers: HeaderMap,
+    Body(request): Body<RollbackRequest>,
+) -> Answer<Json<RollbackReport>> {
+    app.call_on("rollback", name, &headers, move |sandbox| {
+        sandbox.rollback(request.checkpoint)
+    })
+    .await
+    .map(Json)
+}
+
+#[derive(Deserialize)]
+pub(super) struct Between {
+    from: String,
+    to: String,
+}
+
+pub(super) async fn diff(
+    State(app): State<App>,
+    Path(name): Path<String>,
+    headers: HeaderMap,
+    Query(between): Query<Between>,
+) -> Answer<Json<Difference>> {
+    let (from, to) = (checkpoint_id(&between.from)?, checkpoint_id(&between.to)?);
+    app.call_on("diff", name, &headers, move |sandbox| {
+        sandbox.diff(from, to)
+    })
+    .await
+    .map(Json)
+}

@@ -1,0 +1,81 @@
+//! Sandboxes.
+
+use axum::Json;
+use axum::extract::{Path, State};
+use axum::http::{HeaderMap, StatusCode};
+use deltabox::{Sandbox, SandboxInfo, SandboxSpec};
+
+use super::Body;
+use crate::api::ForkRequest;
+use crate::app::{App, check_epoch, expected_epoch};
+use crate::failure::Answer;
+
+pub(super) async fn list(State(app): State<App>) -> Answer<Json<Vec<SandboxInfo>>> {
+    app.call("list", |host| {
+        Ok(host.list().iter().map(|sandbox| sandbox.info()).collect())
+    })
+    .await
+    .map(Json)
+}
+
+pub(super) async fn create(
+    State(app): State<App>,
+    Body(spec): Body<SandboxSpec>,
+) -> Answer<(StatusCode, Json<SandboxInfo>)> {
+    app.call("create", move |host| Ok(host.create(spec)?.info()))
+        .await
+        .map(|info| (StatusCode::CREATED, Json(info)))
+}
+
+pub(super) async fn get(
+    State(app): State<App>,
+    Path(name): Path<String>,
+    headers: HeaderMap,
+) -> Answer<Json<SandboxInfo>> {
+    app.call_on("inspect", name, &headers, |sandbox| Ok(sandbox.info()))
+        .await
+        .map(Json)
+}
+
+pub(super) async fn remove(
+    State(app): State<App>,
+    Path(name): Path<String>,
+    headers: HeaderMap,
+) -> Answer<StatusCode> {
+    let expected = expected_epoch(&headers)?;
+    app.call("remove", move |host| {
+        check_epoch(&*host.get(&name)?, expected)?;
+        host.remove(&name)
+    })
+    .await
+    .map(|()| StatusCode::NO_CONTENT)
+}
+
+pub(super) async fn stop(
+    State(app): State<App>,
+    Path(name): Path<String>,
+    headers: HeaderMap,
+) -> Answer<Json<SandboxInfo>> {
+    app.call_on("stop", name, &headers, |sandbox: &Sandbox| {
+        sandbox.stop()?;
+        Ok(sandbox.info())
+    })
+    .await
+    .map(Json)
+}
+
+pub(super) async fn fork(
+    State(app): State<App>,
+    Path(name): Path<String>,
+    headers: HeaderMap,
+    Body(request): Body<ForkRequest>,
+) -> Answer<(StatusCode, Json<Vec<SandboxInfo>>)> {
+    let expected = expected_epoch(&headers)?;
+    app.call("fork", move |host| {
+        check_epoch(&*host.get(&name)?, expected)?;
+        let forks = host.fork(&name, request.checkpoint, request.n, &request.names)?;
+        Ok(forks.iter().map(|sandbox| sandbox.info()).collect())
+    })
+    .await
+    .map(|infos| (StatusCode::CREATED, Json(infos)))
+}

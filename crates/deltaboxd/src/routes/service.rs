@@ -1,0 +1,35 @@
+//! The service itself.
+
+use axum::Json;
+use axum::extract::State;
+use axum::http::{StatusCode, header};
+use axum::response::IntoResponse;
+use deltabox::{Feature, Host};
+
+use crate::api::ServiceInfo;
+use crate::app::App;
+use crate::failure::Answer;
+
+pub(super) async fn version(State(app): State<App>) -> Json<ServiceInfo> {
+    Json(ServiceInfo::clone(&app.info))
+}
+
+pub(super) async fn stop(State(app): State<App>) -> StatusCode {
+    app.stop.request();
+    StatusCode::ACCEPTED
+}
+
+pub(super) async fn doctor(State(app): State<App>) -> Answer<Json<Vec<Feature>>> {
+    app.call("doctor", |_| Ok(Host::doctor())).await.map(Json)
+}
+
+pub(super) async fn metrics(State(app): State<App>) -> Answer<impl IntoResponse> {
+    let sandboxes = app.call("list", |host| Ok(host.list().len())).await?;
+    let kind = [(header::CONTENT_TYPE, "text/plain; version=0.0.4")];
+    Ok((kind, app.metrics.render(sandboxes)))
+}
+
+pub(super) async fn openapi() -> impl IntoResponse {
+    let kind = [(header::CONTENT_TYPE, "application/json")];
+    (kind, include_str!("../openapi.json"))
+}
