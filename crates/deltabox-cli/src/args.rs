@@ -1,0 +1,341 @@
+//! The command line.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use clap::{Args, Parser, Subcommand};
+use deltabox::{CheckpointId, SessionId};
+
+use crate::units::{parse_duration, parse_size};
+
+/// Sandboxes whose whole state (files, processes, memory, sessions) can be checkpointed, rolled back and forked.
+#[derive(Debug, Parser)]
+#[command(name = "deltabox", version, propagate_version = true)]
+pub(crate) struct Cli {
+    #[command(flatten)]
+    pub(crate) global: Global,
+    #[command(subcommand)]
+    pub(crate) command: Command,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Global {
+    /// Write JSON instead of text
+    #[arg(long, global = true)]
+    pub(crate) json: bool,
+    /// Where the service keeps its state and its socket
+    #[arg(
+        long,
+        global = true,
+        env = "DELTABOX_STATE_DIR",
+        default_value = "/var/lib/deltabox",
+        value_name = "DIR"
+    )]
+    pub(crate) state_dir: PathBuf,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    /// Create a sandbox and print its name
+    Create(Create),
+    /// Run a command in a sandbox; the exit code is the command's
+    Exec(Exec),
+    /// Open a shell in a sandbox
+    Shell(Shell),
+    /// Follow a session that runs already: its output so far, then live
+    Attach(Attach),
+    /// Print what a session has written
+    Logs(Logs),
+    /// Kill a session's command and all its descendants, or signal its process group
+    Kill(Kill),
+    /// Checkpoint a sandbox and print the checkpoint's id
+    Checkpoint(Checkpoint),
+    /// Give a sandbox the state of a checkpoint back
+    Rollback(NameAndId),
+    /// Make new sandboxes with the state of one, and print their names
+    Fork(Fork),
+    /// Draw a sandbox's checkpoints
+    Tree(Name),
+    /// Show which files and processes differ between two checkpoints
+    Diff(Diff),
+    /// Forget a checkpoint; its children become its parent's
+    Delete(NameAndId),
+    /// List the sandboxes
+    Ls,
+    /// Show a sandbox and its sessions
+    Inspect(Name),
+    /// End sandboxes and remove all that belongs to them
+    Rm(Names),
+    /// End the processes of sandboxes; a rollback makes them run again
+    Stop(Names),
+    /// Say which kernel features are there, and what to do about those that are not
+    Doctor,
+    /// The service that hosts the sandboxes; other commands start it when none runs
+    Service {
+        #[command(subcommand)]
+        command: ServiceCommand,
+    },
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum ServiceCommand {
+    /// Host the sandboxes in the foreground until SIGTERM or `service stop`
+    Run {
+        /// In a session of its own, as other commands start it
+        #[arg(long, hide = true)]
+        background: bool,
+    },
+    /// Say whether the service runs
+    Status,
+    /// End all sandboxes, then the service
+    Stop,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Create {
+    /// Its name; chosen for you if absent
+    #[arg(long, short)]
+    pub(crate) name: Option<String>,
+    /// The directory that its files begin as; never written to
+    #[arg(long, short, default_value = "/", value_name = "DIR")]
+    pub(crate) base: PathBuf,
+    /// Memory limit, as 512M or 2G
+    #[arg(long, value_parser = parse_size, value_name = "SIZE")]
+    pub(crate) memory: Option<u64>,
+    /// The most processes and threads
+    #[arg(long, value_name = "N")]
+    pub(crate) pids: Option<u64>,
+    /// Processor time, in processors: 1.5
+    #[arg(long, value_name = "N")]
+    pub(crate) cpus: Option<f64>,
+    /// The host name inside; the sandbox's name if absent
+    #[arg(long, value_name = "NAME")]
+    pub(crate) hostname: Option<String>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Exec {
+    /// Send standard input to the command
+    #[arg(long, short)]
+    pub(crate) interactive: bool,
+    /// Give the command a terminal
+    #[arg(long, short)]
+    pub(crate) tty: bool,
+    /// Print the session's id and do not wait
+    #[arg(long, short, conflicts_with = "interactive")]
+    pub(crate) detach: bool,
+    #[command(flatten)]
+    pub(crate) surroundings: Surroundings,
+    /// Kill the command and all its descendants after this time (seconds, or as 10m); the exit code is 124 then
+    #[arg(long, value_parser = parse_duration, value_name = "TIME")]
+    pub(crate) timeout: Option<Duration>,
+    /// The sandbox
+    pub(crate) name: String,
+    /// The command and its arguments
+    #[arg(
+        required = true,
+        trailing_var_arg = true,
+        allow_hyphen_values = true,
+        value_name = "CMD"
+    )]
+    pub(crate) command: Vec<String>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Surroundings {
+    /// Set an environment variable; without a value, pass ours on
+    #[arg(long = "env", short, value_name = "K=V")]
+    env: Vec<String>,
+    /// The working directory
+    #[arg(long, short, value_name = "DIR")]
+    pub(crate) workdir: Option<PathBuf>,
+    /// A user of the sandbox, or a number, optionally with :group
+    #[arg(long, short, value_name = "USER")]
+    pub(crate) user: Option<String>,
+}
+
+impl Surroundings {
+    /// The variables, those without a value taken from our environment.
+    pub(crate) fn env(&self) -> BTreeMap<String, String> {
+        let pair = |text: &String| match text.split_once('=') {
+            Some((key, value)) => Some((key.to_owned(), value.to_owned())),
+            None => Some((text.clone(), std::env::var(text).ok()?)),
+        };
+        self.env.iter().filter_map(pair).collect()
+    }
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Shell {
+    #[command(flatten)]
+    pub(crate) surroundings: Surroundings,
+    /// The sandbox
+    pub(crate) name: String,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Attach {
+    /// The sandbox
+    pub(crate) name: String,
+    /// The session, as s3
+    pub(crate) session: SessionId,
+    /// Send standard input to it
+    #[arg(long, short)]
+    pub(crate) interactive: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Logs {
+    /// The sandbox
+    pub(crate) name: String,
+    /// The session, as s3
+    pub(crate) session: SessionId,
+    /// Go on until it ends
+    #[arg(long, short)]
+    pub(crate) follow: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Kill {
+    /// The sandbox
+    pub(crate) name: String,
+    /// The session, as s3
+    pub(crate) session: SessionId,
+    /// Send this signal (a number) to the process group instead
+    #[arg(long, short, value_name = "N", value_parser = clap::value_parser!(i32).range(1..=64))]
+    pub(crate) signal: Option<i32>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Checkpoint {
+    /// The sandbox
+    pub(crate) name: String,
+    /// What to call it
+    #[arg(long, short, value_name = "TEXT")]
+    pub(crate) message: Option<String>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Fork {
+    /// The sandbox; with @ID as it was at that checkpoint, else as it is now
+    #[arg(value_name = "NAME[@ID]", value_parser = parse_source)]
+    pub(crate) source: Source,
+    /// How many
+    #[arg(short, default_value_t = 1, value_name = "N", value_parser = parse_count)]
+    pub(crate) n: usize,
+    /// The name of a new sandbox, once for each; chosen for you if absent
+    #[arg(long = "name", value_name = "NAME")]
+    pub(crate) names: Vec<String>,
+}
+
+/// A sandbox, now or at a checkpoint.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Source {
+    pub(crate) name: String,
+    pub(crate) checkpoint: Option<CheckpointId>,
+}
+
+fn parse_source(text: &str) -> Result<Source, String> {
+    let (name, checkpoint) = match text.split_once('@') {
+        Some((name, id)) => (name, Some(id.parse()?)),
+        None => (text, None),
+    };
+    Ok(Source {
+        name: name.to_owned(),
+        checkpoint,
+    })
+}
+
+fn parse_count(text: &str) -> Result<usize, String> {
+    match text.parse() {
+        Ok(0) | Err(_) => Err("a number from 1 on is wanted".into()),
+        Ok(n) => Ok(n),
+    }
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Diff {
+    /// The sandbox
+    pub(crate) name: String,
+    /// The checkpoint to begin with, as c3
+    pub(crate) from: CheckpointId,
+    /// The checkpoint to compare it to
+    pub(crate) to: CheckpointId,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct NameAndId {
+    /// The sandbox
+    pub(crate) name: String,
+    /// The checkpoint, as c3
+    pub(crate) id: CheckpointId,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Name {
+    /// The sandbox
+    pub(crate) name: String,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Names {
+    /// The sandboxes
+    #[arg(required = true, value_name = "NAME")]
+    pub(crate) names: Vec<String>,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    fn parse(words: &[&str]) -> Result<Cli, clap::Error> {
+        Cli::try_parse_from([&["deltabox"], words].concat())
+    }
+
+    #[test]
+    fn the_definition_is_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn the_commands_own_options_stay_its_own() {
+        for words in [
+            &["exec", "-it", "box", "--", "ls", "--json", "-d"][..],
+            &["exec", "-it", "box", "ls", "--json", "-d"],
+        ] {
+            let cli = parse(words).unwrap();
+            assert!(!cli.global.json);
+            let Command::Exec(exec) = cli.command else {
+                panic!("{cli:?} is no exec")
+            };
+            assert!(exec.interactive && exec.tty && !exec.detach);
+            assert_eq!(exec.command, ["ls", "--json", "-d"]);
+        }
+    }
+
+    #[test]
+    fn a_fork_may_name_a_checkpoint() {
+        assert_eq!(parse_source("web").unwrap().checkpoint, None);
+        let source = parse_source("web@c3").unwrap();
+        assert_eq!(
+            (source.name.as_str(), source.checkpoint),
+            ("web", Some(CheckpointId(3)))
+        );
+        assert!(parse_source("web@3").is_err());
+        assert!(parse(&["fork", "web", "-n", "0"]).is_err());
+    }
+
+    #[test]
+    fn wrong_usage_exits_with_2() {
+        for words in [
+            &["exec", "box"][..],
+            &["rollback", "box", "7"],
+            &["create", "--memory", "lots"],
+            &["frobnicate"],
+        ] {
+            assert_eq!(parse(words).unwrap_err().exit_code(), 2);
+        }
+    }
+}
