@@ -44,28 +44,19 @@ pub(crate) async fn exec(client: &Client, json: bool, args: Exec) -> Result<u8, 
 
 pub(crate) async fn shell(client: &Client, json: bool, args: Shell) -> Result<u8, Failure> {
     let tty = io::IsTerminal::is_terminal(&io::stdin());
-    let mut refused = None;
-    for shell in ["bash", "sh"] {
-        let argv = vec![shell.to_owned(), "-l".to_owned()];
-        let command = CommandSpec {
-            tty: tty.then(window),
-            stdin: true,
-            ..spec(argv, &args.surroundings, tty)
-        };
-        match client.exec(&args.name, &command).await {
-            Ok(started) => {
-                let session = SessionRef {
-                    sandbox: args.name,
-                    id: started.session.id,
-                    epoch: Some(started.epoch),
-                };
-                return carry(client, session, true, tty, json).await;
-            }
-            Err(why) if why.code() == "command_not_found" => refused = Some(why),
-            Err(other) => return Err(other.into()),
-        }
-    }
-    Err(refused.expect("each shell was started or refused").into())
+    let command = CommandSpec {
+        tty: tty.then(window),
+        stdin: true,
+        // No program: the user's login shell.
+        ..spec(Vec::new(), &args.surroundings, tty)
+    };
+    let started = client.exec(&args.name, &command).await?;
+    let session = SessionRef {
+        sandbox: args.name,
+        id: started.session.id,
+        epoch: Some(started.epoch),
+    };
+    carry(client, session, true, tty, json).await
 }
 
 pub(crate) async fn attach(client: &Client, json: bool, args: Attach) -> Result<u8, Failure> {
@@ -93,6 +84,7 @@ pub(crate) async fn logs(client: &Client, json: bool, args: Logs) -> Result<u8, 
     while let Some(frame) = frames.next().await? {
         match frame {
             FromSession::Output(stream, bytes) => output.write(stream, &bytes).await?,
+            FromSession::Missed(missed) => output.missed(&missed).await?,
             FromSession::End(end) => output.end(&end).await?,
         }
     }
@@ -169,6 +161,7 @@ async fn receive(mut stream: FromSessionStream, output: &mut Output) -> Result<E
     while let Some(frame) = stream.next().await? {
         match frame {
             FromSession::Output(stream, bytes) => output.write(stream, &bytes).await?,
+            FromSession::Missed(missed) => output.missed(&missed).await?,
             FromSession::End(end) => return Ok(end),
         }
     }

@@ -3,11 +3,13 @@
 use std::io;
 
 use deltabox::Stream;
-use deltaboxd::api::End;
+use deltaboxd::api::{End, Missed};
 use serde::Serialize;
 use tokio::io::{AsyncWrite, AsyncWriteExt, Stderr, Stdout};
 
 use crate::failure::Failure;
+use crate::show;
+use crate::units::size;
 
 /// The destination of one command's output.
 pub(crate) struct Output {
@@ -47,6 +49,18 @@ impl Output {
             Stream::Stdout => flush(&mut self.stdout, bytes).await?,
             Stream::Stderr => flush(&mut self.stderr, bytes).await?,
         }
+        Ok(())
+    }
+
+    /// A gap is said: output that silently lacks a part is worse than none.
+    pub(crate) async fn missed(&mut self, missed: &Missed) -> Result<(), Failure> {
+        if self.json.is_some() {
+            return self.line(missed).await;
+        }
+        show::note(&format!(
+            "{} of output were dropped here: nobody read them in time",
+            size(missed.missed)
+        ));
         Ok(())
     }
 

@@ -84,6 +84,13 @@ pub struct StartedSession {
     pub epoch: u64,
 }
 
+/// A gap in a stream of a session: the reader was too slow or came too late, and the log had to drop output.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Missed {
+    /// How many bytes.
+    pub missed: u64,
+}
+
 /// How a stream of a session ended.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "end", rename_all = "snake_case")]

@@ -63,9 +63,10 @@ fn forward(sender: &mpsc::Sender<FromSession>, event: SessionEvent) -> Option<()
             }
             Some(())
         }
-        end => {
+        SessionEvent::Missed { .. } => sender.blocking_send(event.into()).ok(),
+        SessionEvent::Exit { .. } | SessionEvent::RolledBack { .. } => {
             // A client that went away does not want to know.
-            let _ = sender.blocking_send(end.into());
+            let _ = sender.blocking_send(event.into());
             None
         }
     }

@@ -8,7 +8,7 @@ use deltabox::{SessionEvent, Stream, WindowSize};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
-use crate::api::{End, SignalRequest};
+use crate::api::{End, Missed, SignalRequest};
 
 /// The longest payload that either side sends or accepts, in bytes.
 pub const MAX_PAYLOAD: usize = 1 << 20;
@@ -31,6 +31,8 @@ pub enum FromSession {
     Output(Stream, Bytes),
     /// Channel 3: how it ended, in JSON; nothing follows.
     End(End),
+    /// Channel 6: a gap before the next output, in JSON.
+    Missed(Missed),
 }
 
 /// Why a frame was not understood.
@@ -124,6 +126,7 @@ impl FromSession {
             Self::Output(Stream::Stdout, bytes) => (1, bytes.clone()),
             Self::Output(Stream::Stderr, bytes) => (2, bytes.clone()),
             Self::End(end) => (3, json(end)),
+            Self::Missed(missed) => (6, json(missed)),
         }
     }
 
@@ -132,6 +135,7 @@ impl FromSession {
             1 => Ok(Self::Output(Stream::Stdout, payload)),
             2 => Ok(Self::Output(Stream::Stderr, payload)),
             3 => Ok(Self::End(parse(channel, &payload)?)),
+            6 => Ok(Self::Missed(parse(channel, &payload)?)),
             other => Err(BadFrame::Channel(other)),
         }
     }
@@ -141,6 +145,7 @@ impl From<SessionEvent> for FromSession {
     fn from(event: SessionEvent) -> Self {
         match event {
             SessionEvent::Output { stream, bytes } => Self::Output(stream, bytes.into()),
+            SessionEvent::Missed { bytes } => Self::Missed(Missed { missed: bytes }),
             SessionEvent::Exit { status, timed_out } => Self::End(End::Exit { status, timed_out }),
             SessionEvent::RolledBack { epoch } => Self::End(End::RolledBack { epoch }),
         }
@@ -185,6 +190,7 @@ mod tests {
                 timed_out: true,
             }),
             FromSession::End(End::RolledBack { epoch: 9 }),
+            FromSession::Missed(Missed { missed: 1 << 40 }),
         ]
     }
 
