@@ -5,6 +5,7 @@
 mod attributes;
 pub mod env;
 mod error;
+pub mod fd;
 mod freeze;
 pub mod ids;
 mod procfs;

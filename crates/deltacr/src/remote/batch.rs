@@ -157,6 +157,11 @@ impl Batch {
         }
     }
 
+    /// Every call of the batch, in order.
+    pub(crate) fn ids(&self) -> impl Iterator<Item = CallId> + use<> {
+        (0..self.calls.len()).map(CallId)
+    }
+
     pub(crate) fn count(&self) -> usize {
         self.calls.len()
     }

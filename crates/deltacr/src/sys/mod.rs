@@ -1,4 +1,5 @@
 //! Raw system calls of the engine, each behind a safe function.
 
+pub(crate) mod fd;
 pub(crate) mod process;
 pub(crate) mod ptrace;

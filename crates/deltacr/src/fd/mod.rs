@@ -1,0 +1,30 @@
+//! Open files of a process tree: capture, and reconcile in place or into new processes.
+//!
+//! The unit is the *open file object*, shared by the slots of one or more descriptor tables. A
+//! restore pairs the objects that should be there with those that are ([`plan`]): what can stay
+//! stays, with its contents and settings put right; what is missing is made anew; only slots
+//! that differ are touched.
+
+mod capture;
+mod event;
+mod fdinfo;
+mod install;
+mod model;
+mod path;
+mod pipe;
+mod plan;
+mod restore;
+mod table;
+mod tty;
+
+use std::collections::BTreeMap;
+
+use crate::ids::InnerPid;
+use crate::remote::Remote;
+
+pub use capture::capture;
+pub use model::Descriptors;
+pub use restore::{check, restore};
+
+/// The stopped processes of a tree.
+pub type Procs<'a> = BTreeMap<InnerPid, &'a mut Remote>;

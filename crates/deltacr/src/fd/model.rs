@@ -1,0 +1,171 @@
+//! The image of a tree's descriptors: open file objects, and the tables that point at them.
+
+use std::collections::BTreeMap;
+
+use serde::{Deserialize, Serialize};
+
+use crate::env::ExternalId;
+use crate::ids::InnerPid;
+
+/// The open files of a whole process tree at one moment: every open file object once, with the
+/// slots `(process, descriptor)` that share it, and what the objects hold (pipe contents, counters,
+/// terminal settings).
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Descriptors {
+    pub(crate) objects: Vec<Object>,
+    pub(crate) tables: BTreeMap<InnerPid, Table>,
+    /// Pipes and fifos.
+    pub(crate) pipes: Vec<Pipe>,
+    /// Settings of the terminals that the tree holds, by number in its devpts.
+    pub(crate) terminals: BTreeMap<u32, Terminal>,
+}
+
+/// A process' descriptor table, by descriptor number.
+pub(crate) type Table = BTreeMap<i32, Slot>;
+
+/// One descriptor.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Slot {
+    /// Index into [`Descriptors::objects`].
+    pub(crate) object: usize,
+    pub(crate) cloexec: bool,
+}
+
+/// What the kernel calls a `struct file`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub(crate) struct Object {
+    pub(crate) kind: Kind,
+    /// `open(2)` flags without `O_CLOEXEC` and `O_LARGEFILE`.
+    pub(crate) flags: i32,
+    pub(crate) pos: u64,
+    pub(crate) owner: Option<Owner>,
+    pub(crate) locks: Vec<Lock>,
+    /// The slots that share it; never empty.
+    pub(crate) slots: Vec<(InnerPid, i32)>,
+}
+
+impl Object {
+    /// `O_RDONLY`, `O_WRONLY` or `O_RDWR`.
+    pub(crate) fn access(&self) -> i32 {
+        self.flags & libc::O_ACCMODE
+    }
+
+    pub(crate) fn reads(&self) -> bool {
+        self.access() != libc::O_WRONLY && self.flags & libc::O_PATH == 0
+    }
+
+    pub(crate) fn writes(&self) -> bool {
+        self.access() != libc::O_RDONLY
+    }
+}
+
+/// What an open file object is.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub(crate) enum Kind {
+    /// A file or directory of the versioned filesystem, named or not.
+    File { ino: u64 },
+    /// Opened by path: device nodes, files of `/proc` and `/sys`, directories outside the versioned filesystem.
+    Path { path: Vec<u8> },
+    /// `/dev/tty`, whatever terminal that is for the process which opened it.
+    ControllingTerminal,
+    /// One end of a pipe or fifo (which one is in the flags), by index into [`Descriptors::pipes`].
+    Pipe { pipe: usize },
+    /// The inside end of a pipe that the service holds the other end of.
+    External(ExternalId),
+    /// The slave side of a pseudo-terminal.
+    Terminal { number: u32 },
+    /// The master side of one.
+    Master { number: u32 },
+    /// An eventfd.
+    Event { count: u64, semaphore: bool },
+}
+
+/// Who is told of input by signal (`F_SETOWN_EX`, `F_SETSIG`).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Owner {
+    /// `F_OWNER_TID`, `F_OWNER_PID` or `F_OWNER_PGRP`.
+    pub(crate) class: i32,
+    /// The thread, process or group as the sandbox counts.
+    pub(crate) id: i32,
+    /// Zero for `SIGIO` without details.
+    pub(crate) signal: i32,
+}
+
+/// A file lock held through an object.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Lock {
+    pub(crate) class: LockKind,
+    pub(crate) write: bool,
+    pub(crate) start: u64,
+    /// The last byte; `None` for "to the end, however the file grows".
+    pub(crate) end: Option<u64>,
+}
+
+/// Whose a lock is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+pub(crate) enum LockKind {
+    /// `flock(2)`: the object's.
+    Flock,
+    /// `F_OFD_SETLK`: the object's.
+    OpenFile,
+    /// `F_SETLK`: this process'.
+    Process(InnerPid),
+}
+
+/// A pipe or fifo and what waits in it.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Pipe {
+    /// Inode number at capture; what a fifo is opened again by.
+    pub(crate) inode: u64,
+    /// A fifo of the versioned filesystem.
+    pub(crate) fifo: bool,
+    /// Bytes, as `F_GETPIPE_SZ` tells.
+    pub(crate) capacity: usize,
+    /// Made with `O_DIRECT`: every write is read as it was written.
+    pub(crate) packets: bool,
+    /// Packets in packet mode, else one piece.
+    pub(crate) content: Vec<Vec<u8>>,
+}
+
+/// Settings of a terminal.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Terminal {
+    /// The kernel's `struct termios2`.
+    pub(crate) termios: Vec<u8>,
+    /// Rows, columns, and both in pixels.
+    pub(crate) size: [u16; 4],
+}
+
+impl Descriptors {
+    /// The image restricted to the processes that `keep` names: what is left of it when the others have ended.
+    pub fn retain(&mut self, keep: impl Fn(InnerPid) -> bool) {
+        self.tables.retain(|&pid, _| keep(pid));
+        let mut renumbered = vec![None; self.objects.len()];
+        let mut kept = Vec::new();
+        for (old, mut object) in std::mem::take(&mut self.objects).into_iter().enumerate() {
+            object.slots.retain(|&(pid, _)| keep(pid));
+            if !object.slots.is_empty() {
+                renumbered[old] = Some(kept.len());
+                kept.push(object);
+            }
+        }
+        self.objects = kept;
+        for slot in self.tables.values_mut().flat_map(BTreeMap::values_mut) {
+            slot.object = renumbered[slot.object].expect("a slot's object has that slot");
+        }
+    }
+
+    /// How many open file objects the tree has.
+    pub fn len(&self) -> usize {
+        self.objects.len()
+    }
+
+    /// Whether no process has anything open.
+    pub fn is_empty(&self) -> bool {
+        self.objects.is_empty()
+    }
+
+    pub(crate) fn slot(&self, pid: InnerPid, fd: i32) -> Option<Slot> {
+        self.tables.get(&pid)?.get(&fd).copied()
+    }
+}

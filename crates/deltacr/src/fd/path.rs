@@ -1,0 +1,37 @@
+//! Opening by path inside the sandbox's root.
+
+use std::io;
+use std::os::fd::OwnedFd;
+
+use rustix::fs::{Mode, OFlags, ResolveFlags};
+
+use crate::env::Environment;
+
+/// Flags that make a difference when a file is opened again; what was a one-time wish at the first
+/// open (create, truncate) must not be wished again.
+const KEPT: i32 = libc::O_ACCMODE
+    | libc::O_APPEND
+    | libc::O_NONBLOCK
+    | libc::O_DIRECT
+    | libc::O_NOATIME
+    | libc::O_SYNC
+    | libc::O_PATH
+    | libc::O_DIRECTORY
+    | libc::O_NOFOLLOW;
+
+/// The flags with which to open a file so that its status flags become `flags`.
+pub(crate) fn reopen_flags(flags: i32) -> i32 {
+    flags & KEPT | libc::O_CLOEXEC
+}
+
+/// Opens a path of the sandbox as its own root directory resolves it.
+pub(crate) fn open(env: &dyn Environment, path: &[u8], flags: i32) -> io::Result<OwnedFd> {
+    let flags = reopen_flags(flags) | flags & libc::O_NOCTTY;
+    Ok(rustix::fs::openat2(
+        env.root(),
+        path,
+        OFlags::from_bits_retain(flags as u32),
+        Mode::empty(),
+        ResolveFlags::IN_ROOT,
+    )?)
+}

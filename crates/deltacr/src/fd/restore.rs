@@ -1,0 +1,351 @@
+//! Restore: making a stopped tree have open what an image says.
+
+use std::collections::BTreeMap;
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+
+use super::install::{self, Wanted};
+use super::model::{Descriptors, Kind, Object, Pipe};
+use super::plan::{Plan, TableChange};
+use super::{Procs, event, path, pipe, tty};
+use crate::env::Environment;
+use crate::error::{During, Error, Result};
+use crate::ids::{HostPid, InnerPid};
+use crate::remote::Remote;
+use crate::sys;
+
+/// Status flags that `fcntl(F_SETFL)` changes.
+const SETTABLE: i32 =
+    libc::O_APPEND | libc::O_ASYNC | libc::O_DIRECT | libc::O_NOATIME | libc::O_NONBLOCK;
+
+/// Finds out whether [`restore`] can succeed, as far as that can be known without changing anything.
+///
+/// # Errors
+/// The image contradicts itself.
+pub fn check(_current: &Descriptors, target: &Descriptors) -> Result<()> {
+    for (&pid, table) in &target.tables {
+        for (fd, slot) in table {
+            let object = target.objects.get(slot.object);
+            if !object.is_some_and(|object| object.slots.contains(&(pid, *fd))) {
+                let what = format!("the image of descriptor {fd} names no open file");
+                return Err(Error::Corrupt { pid, what });
+            }
+        }
+    }
+    for object in &target.objects {
+        if let Kind::Pipe { pipe } = object.kind
+            && pipe >= target.pipes.len()
+        {
+            let (pid, fd) = object.slots[0];
+            let what = format!("the image of descriptor {fd} names no pipe");
+            return Err(Error::Corrupt { pid, what });
+        }
+    }
+    Ok(())
+}
+
+/// Makes the processes have open what `target` says, where `current` is what they have open now.
+/// A process that `current` does not know has nothing open. Sessions and controlling terminals must be right already.
+/// Returns notes for the user: what could not be kept.
+///
+/// # Errors
+/// A file could not be made or put in its place; the tables are then in between the two states.
+pub fn restore(
+    current: &Descriptors,
+    target: &Descriptors,
+    procs: &mut Procs<'_>,
+    env: &dyn Environment,
+) -> Result<Vec<String>> {
+    let plan = Plan::new(current, target);
+    let changes = target
+        .tables
+        .keys()
+        .map(|&pid| (pid, plan.change(pid, current, target)))
+        .filter(|(_, change)| !change.is_empty())
+        .collect();
+    let mut restore = Restore {
+        current,
+        target,
+        plan,
+        changes,
+        procs,
+        env,
+        handles: BTreeMap::new(),
+        notes: Vec::new(),
+    };
+    restore.take_moving()?;
+    restore.close()?;
+    restore.make()?;
+    restore.install()?;
+    restore.handles.clear();
+    restore.settle()?;
+    Ok(restore.notes)
+}
+
+struct Restore<'a, 'p> {
+    current: &'a Descriptors,
+    target: &'a Descriptors,
+    plan: Plan,
+    changes: BTreeMap<InnerPid, TableChange>,
+    procs: &'a mut Procs<'p>,
+    env: &'a dyn Environment,
+    /// Duplicates of target objects, for as long as they are on their way.
+    handles: BTreeMap<usize, OwnedFd>,
+    notes: Vec<String>,
+}
+
+impl Restore<'_, '_> {
+    fn remote(&mut self, pid: InnerPid) -> Result<&mut Remote> {
+        match self.procs.get_mut(&pid) {
+            Some(remote) => Ok(remote),
+            None => Err(gone(pid)),
+        }
+    }
+
+    fn take(&self, (pid, fd): (InnerPid, i32)) -> Result<OwnedFd> {
+        let remote = self.procs.get(&pid).ok_or_else(|| gone(pid))?;
+        let doing = || format!("duplicating descriptor {fd}");
+        remote.take_fd(fd).during(pid, &doing())
+    }
+
+    /// Takes hold of what stays but is needed in more slots, or as the model of another end.
+    fn take_moving(&mut self) -> Result<()> {
+        let installs = self.changes.values().flat_map(|c| &c.install);
+        let needed: Vec<usize> = installs.map(|&(_, object)| object).collect();
+        for object in needed {
+            if let Some(now) = self.plan.reuse[object]
+                && !self.handles.contains_key(&object)
+            {
+                let handle = self.take(self.current.objects[now].slots[0])?;
+                self.handles.insert(object, handle);
+            }
+        }
+        Ok(())
+    }
+
+    fn close(&mut self) -> Result<()> {
+        let changes = std::mem::take(&mut self.changes);
+        for (&pid, change) in changes.iter().filter(|(_, c)| !c.close.is_empty()) {
+            install::close(self.remote(pid)?, &change.close).during(pid, "closing descriptors")?;
+        }
+        self.changes = changes;
+        Ok(())
+    }
+
+    /// Makes the objects that are not there.
+    fn make(&mut self) -> Result<()> {
+        for (index, object) in self.target.objects.iter().enumerate() {
+            if self.plan.reuse[index].is_none() {
+                let handle = self.make_object(object).map_err(named(object))?;
+                self.handles.insert(index, handle);
+            }
+        }
+        Ok(())
+    }
+
+    fn make_object(&mut self, object: &Object) -> Result<OwnedFd> {
+        let flags = path::reopen_flags(object.flags);
+        let (pid, _) = object.slots[0];
+        let made = match &object.kind {
+            Kind::File { ino } => self.env.open_inode(*ino, flags),
+            Kind::Path { path } => path::open(self.env, path, object.flags),
+            Kind::ControllingTerminal => return self.open_inside(object, b"/dev/tty\0"),
+            Kind::Pipe { pipe } => return self.make_pipe_end(*pipe, object),
+            Kind::External(id) => self.env.open_external(*id, object.writes()),
+            Kind::Terminal { number } => tty::open_slave(self.env, *number, object.flags),
+            Kind::Master { number } => tty::make_master(self.env, *number, object.flags),
+            Kind::Event { count, semaphore } => event::make_event(*count, *semaphore),
+        };
+        made.during(pid, "opening it again")
+    }
+
+    /// Opens what is another thing for every process in the process itself.
+    fn open_inside(&mut self, object: &Object, path: &[u8]) -> Result<OwnedFd> {
+        let (pid, _) = object.slots[0];
+        let mut batch = crate::remote::Batch::new();
+        let path = batch.input(path);
+        let flags = path::reopen_flags(object.flags) | libc::O_NOCTTY;
+        let call = batch.call(
+            libc::SYS_openat,
+            &[libc::AT_FDCWD.into(), path.into(), flags.into(), 0.into()],
+        );
+        let remote = self.remote(pid)?;
+        let outcome = remote.run(&batch).during(pid, "running a batch")?;
+        let fd = outcome.result(call).during(pid, "opening it again")? as i32;
+        let handle = remote.take_fd(fd);
+        install::close(remote, &[fd]).during(pid, "closing descriptors")?;
+        handle.during(pid, "duplicating it")
+    }
+
+    /// Another end of a pipe that is there, or the first of a new one.
+    fn make_pipe_end(&mut self, index: usize, object: &Object) -> Result<OwnedFd> {
+        let (pid, _) = object.slots[0];
+        let host = self.remote(pid)?.host();
+        let model = match self.pipe_handle(index)? {
+            Some(handle) => handle,
+            None if self.target.pipes[index].fifo => self
+                .env
+                .open_inode(
+                    self.target.pipes[index].inode,
+                    libc::O_RDWR | libc::O_NONBLOCK,
+                )
+                .during(pid, "opening the fifo")?,
+            None => pipe::make(owner_of(host)).during(pid, "making a pipe")?,
+        };
+        pipe::reopen(model.as_fd(), object.access()).during(pid, "opening it again")
+    }
+
+    /// Any end of a target pipe that exists already: one on its way, or one in its place.
+    fn pipe_handle(&self, wanted: usize) -> Result<Option<OwnedFd>> {
+        for (index, object) in self.target.objects.iter().enumerate() {
+            if !matches!(object.kind, Kind::Pipe { pipe } if pipe == wanted) {
+                continue;
+            }
+            if let Some(handle) = self.handles.get(&index) {
+                let copy = handle.try_clone();
+                return copy
+                    .during(object.slots[0].0, "duplicating a pipe end")
+                    .map(Some);
+            }
+            if self.plan.reuse[index].is_some() {
+                // Not on its way, so every slot of it stays as it is.
+                return self.take(object.slots[0]).map(Some);
+            }
+        }
+        Ok(None)
+    }
+
+    fn install(&mut self) -> Result<()> {
+        for (pid, change) in std::mem::take(&mut self.changes) {
+            let table = &self.target.tables[&pid];
+            let mut wanted = Vec::with_capacity(change.install.len());
+            for &(fd, object) in &change.install {
+                let file = self.handles.get(&object).ok_or_else(|| gone(pid))?;
+                wanted.push(Wanted {
+                    fd,
+                    file: file.as_fd(),
+                    cloexec: table[&fd].cloexec,
+                });
+            }
+            let remote = self.procs.get_mut(&pid).ok_or_else(|| gone(pid))?;
+            install::install(remote, &wanted).during(pid, "putting descriptors in place")?;
+            install::set_cloexec(remote, &change.cloexec).during(pid, "setting close-on-exec")?;
+        }
+        Ok(())
+    }
+
+    /// Puts right what the objects, which are in their places now, hold.
+    fn settle(&mut self) -> Result<()> {
+        for (index, object) in self.target.objects.iter().enumerate() {
+            let now = self.plan.reuse[index].map(|now| &self.current.objects[now]);
+            if now.is_none_or(|now| differs(now, object)) {
+                let handle = self.take(object.slots[0])?;
+                settle_object(handle.as_fd(), now, object)
+                    .during(object.slots[0].0, "setting it up")
+                    .map_err(named(object))?;
+            }
+        }
+        self.settle_pipes()?;
+        self.settle_terminals()
+    }
+
+    fn settle_pipes(&mut self) -> Result<()> {
+        let mut done = std::collections::BTreeSet::new();
+        for object in &self.target.objects {
+            let Kind::Pipe { pipe: index } = object.kind else {
+                continue;
+            };
+            let wanted = &self.target.pipes[index];
+            let now = self
+                .plan
+                .pipes
+                .get(&index)
+                .map(|now| &self.current.pipes[*now]);
+            if !done.insert(index) || now.is_some_and(|now| pipe::same(now, wanted)) {
+                continue;
+            }
+            let handle = self.take(object.slots[0])?;
+            let fresh = || {
+                Ok(Pipe {
+                    capacity: rustix::pipe::fcntl_getpipe_size(&handle)?,
+                    ..Pipe::default()
+                })
+            };
+            now.map_or_else(fresh, |now| Ok(now.clone()))
+                .and_then(|now| pipe::set(handle.as_fd(), &now, wanted))
+                .during(object.slots[0].0, "filling it")
+                .map_err(named(object))?;
+        }
+        Ok(())
+    }
+
+    fn settle_terminals(&mut self) -> Result<()> {
+        for (number, wanted) in &self.target.terminals {
+            let holds = |object: &&Object| match object.kind {
+                Kind::Terminal { number: held } | Kind::Master { number: held } => held == *number,
+                _ => false,
+            };
+            if self.current.terminals.get(number) == Some(wanted) {
+                continue;
+            }
+            if let Some(object) = self.target.objects.iter().find(holds) {
+                let handle = self.take(object.slots[0])?;
+                tty::set(handle.as_fd(), wanted)
+                    .during(object.slots[0].0, "setting the terminal up")?;
+            }
+        }
+        Ok(())
+    }
+}
+
+fn differs(now: &Object, wanted: &Object) -> bool {
+    (now.flags, now.pos) != (wanted.flags, wanted.pos)
+        || now.kind != wanted.kind && !matches!(wanted.kind, Kind::Pipe { .. })
+}
+
+fn settle_object(file: BorrowedFd<'_>, now: Option<&Object>, wanted: &Object) -> io::Result<()> {
+    if wanted.flags & libc::O_PATH != 0 {
+        return Ok(());
+    }
+    if now.is_none_or(|now| now.flags & SETTABLE != wanted.flags & SETTABLE) {
+        sys::fd::set_status_flags(file, wanted.flags & SETTABLE)?;
+    }
+    match (&wanted.kind, now.map(|now| &now.kind)) {
+        (Kind::File { .. } | Kind::Path { .. }, _) => {
+            if now.map_or(0, |now| now.pos) != wanted.pos {
+                rustix::fs::seek(file, rustix::fs::SeekFrom::Start(wanted.pos))?;
+            }
+            Ok(())
+        }
+        (Kind::Event { count, semaphore }, Some(Kind::Event { count: now, .. })) => {
+            event::set_event(file, *now, *count, *semaphore)
+        }
+        _ => Ok(()),
+    }
+}
+
+/// The user whom a process acts as.
+fn owner_of(pid: HostPid) -> (u32, u32) {
+    use std::os::unix::fs::MetadataExt;
+    std::fs::metadata(format!("/proc/{pid}")).map_or((0, 0), |m| (m.uid(), m.gid()))
+}
+
+fn gone(pid: InnerPid) -> Error {
+    Error::Corrupt {
+        pid,
+        what: "it is not among the processes that are stopped".to_owned(),
+    }
+}
+
+/// Says which descriptor an error is about.
+fn named(object: &Object) -> impl Fn(Error) -> Error {
+    let (fd, kind) = (object.slots[0].1, format!("{:?}", object.kind));
+    move |error| match error {
+        Error::Process { doing, pid, source } => Error::Process {
+            doing: format!("restoring descriptor {fd} ({kind}), {doing},"),
+            pid,
+            source,
+        },
+        other => other,
+    }
+}

@@ -1,0 +1,140 @@
+//! System calls on open files that have no safe wrapper elsewhere.
+
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+
+use crate::ids::HostPid;
+
+const KCMP_FILE: libc::c_long = 0;
+
+/// The kernel's `struct termios2`, opaque to us.
+pub(crate) type RawTermios = [u8; 44];
+
+fn check(result: libc::c_long) -> io::Result<libc::c_long> {
+    if result < 0 {
+        Err(io::Error::last_os_error())
+    } else {
+        Ok(result)
+    }
+}
+
+/// Whether two slots hold the same open file (`kcmp(2)`).
+pub(crate) fn same_file(a: (HostPid, i32), b: (HostPid, i32)) -> io::Result<bool> {
+    // SAFETY: kcmp takes integers only and changes nothing.
+    let order = check(unsafe {
+        libc::syscall(
+            libc::SYS_kcmp,
+            libc::c_long::from(a.0.0),
+            libc::c_long::from(b.0.0),
+            KCMP_FILE,
+            libc::c_long::from(a.1),
+            libc::c_long::from(b.1),
+        )
+    })?;
+    Ok(order == 0)
+}
+
+/// The line settings of a terminal (`TCGETS2`).
+pub(crate) fn termios(tty: BorrowedFd<'_>) -> io::Result<RawTermios> {
+    let mut raw = [0; 44];
+    // SAFETY: TCGETS2 writes one termios2, 44 bytes, which `raw` has.
+    check(unsafe { libc::ioctl(tty.as_raw_fd(), libc::TCGETS2, raw.as_mut_ptr()) }.into())?;
+    Ok(raw)
+}
+
+/// Sets the line settings at once (`TCSETS2`). Any bytes are valid settings for the kernel.
+pub(crate) fn set_termios(tty: BorrowedFd<'_>, raw: &RawTermios) -> io::Result<()> {
+    // SAFETY: TCSETS2 reads one termios2, 44 bytes, which `raw` has.
+    check(unsafe { libc::ioctl(tty.as_raw_fd(), libc::TCSETS2, raw.as_ptr()) }.into())?;
+    Ok(())
+}
+
+fn int_ioctl(fd: BorrowedFd<'_>, request: libc::Ioctl) -> io::Result<i32> {
+    let mut value: libc::c_int = 0;
+    // SAFETY: callers name requests that write one int, which `value` is.
+    check(unsafe { libc::ioctl(fd.as_raw_fd(), request, &raw mut value) }.into())?;
+    Ok(value)
+}
+
+/// The number of a pseudo-terminal, from its master (`TIOCGPTN`).
+pub(crate) fn pty_number(master: BorrowedFd<'_>) -> io::Result<u32> {
+    int_ioctl(master, libc::TIOCGPTN).map(|n| n as u32)
+}
+
+/// Bytes that wait to be read (`FIONREAD`).
+pub(crate) fn readable(fd: BorrowedFd<'_>) -> io::Result<usize> {
+    int_ioctl(fd, libc::FIONREAD).map(|n| usize::try_from(n).unwrap_or(0))
+}
+
+/// Locks or unlocks the slave side of a pseudo-terminal (`TIOCSPTLCK`).
+pub(crate) fn lock_pty(master: BorrowedFd<'_>, locked: bool) -> io::Result<()> {
+    let value = libc::c_int::from(locked);
+    // SAFETY: TIOCSPTLCK reads one int, which `value` is.
+    check(unsafe { libc::ioctl(master.as_raw_fd(), libc::TIOCSPTLCK, &raw const value) }.into())?;
+    Ok(())
+}
+
+/// Sets the ticks that a timerfd has to tell of (`TFD_IOC_SET_TICKS`); not zero.
+pub(crate) fn set_timer_ticks(timer: BorrowedFd<'_>, ticks: u64) -> io::Result<()> {
+    const TFD_IOC_SET_TICKS: libc::Ioctl = 0x4008_5400;
+    // SAFETY: TFD_IOC_SET_TICKS reads one u64, which `ticks` is.
+    check(unsafe { libc::ioctl(timer.as_raw_fd(), TFD_IOC_SET_TICKS, &raw const ticks) }.into())?;
+    Ok(())
+}
+
+/// Chooses the number that the next new watch gets (`INOTIFY_IOC_SETNEXTWD`).
+pub(crate) fn set_next_watch(inotify: BorrowedFd<'_>, wd: i32) -> io::Result<()> {
+    const INOTIFY_IOC_SETNEXTWD: libc::Ioctl = 0x4004_4900;
+    // SAFETY: INOTIFY_IOC_SETNEXTWD takes its number by value.
+    check(unsafe { libc::ioctl(inotify.as_raw_fd(), INOTIFY_IOC_SETNEXTWD, wd) }.into())?;
+    Ok(())
+}
+
+/// A signalfd for the signals of `mask` (bit n for signal n+1): a new one, or `existing` changed.
+pub(crate) fn signalfd(existing: Option<BorrowedFd<'_>>, mask: u64) -> io::Result<Option<OwnedFd>> {
+    let fd = existing.map_or(-1, |fd| fd.as_raw_fd());
+    // SAFETY: the kernel reads eight bytes, which `mask` has.
+    let new = check(unsafe {
+        libc::syscall(
+            libc::SYS_signalfd4,
+            libc::c_long::from(fd),
+            &raw const mask,
+            size_of::<u64>(),
+            libc::SFD_CLOEXEC,
+        )
+    })?;
+    if existing.is_some() {
+        return Ok(None);
+    }
+    // SAFETY: the call made this descriptor; nobody else owns it.
+    Ok(Some(unsafe { OwnedFd::from_raw_fd(new as i32) }))
+}
+
+/// Sets the file's status flags (`F_SETFL`), the rest of `flags` is ignored by the kernel.
+pub(crate) fn set_status_flags(fd: impl AsFd, flags: i32) -> io::Result<()> {
+    let flags = rustix::fs::OFlags::from_bits_retain(flags as u32);
+    Ok(rustix::fs::fcntl_setfl(fd, flags)?)
+}
+
+/// The soft and hard limit of a process' descriptor numbers (`RLIMIT_NOFILE`).
+pub(crate) fn descriptor_limit(pid: HostPid) -> io::Result<(u64, u64)> {
+    limit(pid, None)
+}
+
+/// Sets the soft and hard limit of a process' descriptor numbers.
+pub(crate) fn set_descriptor_limit(pid: HostPid, new: (u64, u64)) -> io::Result<()> {
+    limit(pid, Some(new)).map(drop)
+}
+
+fn limit(pid: HostPid, new: Option<(u64, u64)>) -> io::Result<(u64, u64)> {
+    let new = new.map(|(rlim_cur, rlim_max)| libc::rlimit { rlim_cur, rlim_max });
+    let mut old = libc::rlimit {
+        rlim_cur: 0,
+        rlim_max: 0,
+    };
+    let pointer = new.as_ref().map_or(std::ptr::null(), std::ptr::from_ref);
+    // SAFETY: prlimit reads `new` if there is one and writes `old`, both of which live until it returns.
+    let result = unsafe { libc::prlimit(pid.0, libc::RLIMIT_NOFILE, pointer, &raw mut old) };
+    check(result.into())?;
+    Ok((old.rlim_cur, old.rlim_max))
+}

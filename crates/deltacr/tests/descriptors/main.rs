@@ -1,0 +1,4 @@
+//! Every kind of descriptor, in real processes: captured, changed by the process, restored.
+
+mod harness;
+mod plain;
