@@ -4,12 +4,13 @@ use std::collections::{BTreeMap, HashMap};
 use std::os::fd::OwnedFd;
 
 use super::Procs;
-use super::model::{Descriptors, Kind, Lock, LockKind, Object, Owner, Slot};
+use super::fdinfo::EpollItem;
+use super::model::{Descriptors, Kind, Object, Owner, Slot};
 use super::table::{self, FileId, ProcFds, RawSlot};
-use super::{event, fdinfo::LockClass, pipe, tty};
+use super::{epoll, event, lock, pipe, tty};
 use crate::env::Environment;
 use crate::error::{During, Error, Result};
-use crate::ids::HostPid;
+use crate::ids::{HostPid, InnerPid};
 use crate::remote::Remote;
 use crate::sys;
 
@@ -33,8 +34,8 @@ impl Holder<'_> {
     pub(crate) fn refuse(&self, what: impl std::fmt::Display) -> Error {
         Error::Unsupported {
             pid: self.remote.pid(),
-            name: table::name_of(self.remote.host()),
-            what: format!("descriptor {} is {what}", self.raw.fd),
+            name: String::new(),
+            what: what.to_string(),
         }
     }
 
@@ -67,22 +68,48 @@ const LARGE: i32 = 0o100000;
 type Likeness = (FileIdKey, i32, u64);
 type FileIdKey = (u64, u64);
 
-/// Reads what the processes have open. Every process must be stopped, and stay so.
+/// Reads what the processes have open, for a checkpoint. Every process must be stopped, and stay so.
 ///
 /// # Errors
 /// [`Error::Unsupported`] for what cannot be carried. Nothing is changed in any case, and no duplicate of a
 /// descriptor is left open. Rests on `/proc/PID/fdinfo`, `kcmp(2)` and `pidfd_getfd(2)`.
 pub fn capture(procs: &Procs<'_>, env: &dyn Environment) -> Result<Descriptors> {
+    let image = survey(procs, env)?;
+    for object in &image.objects {
+        if let Kind::Refused { what } = &object.kind {
+            let (pid, fd) = object.slots[0];
+            return Err(Error::Unsupported {
+                pid,
+                name: table::name_of(procs[&pid].host()),
+                what: format!("descriptor {fd} is {what}"),
+            });
+        }
+    }
+    Ok(image)
+}
+
+/// Reads what the processes have open, for a rollback: what cannot be carried is no reason not
+/// to get rid of it.
+///
+/// # Errors
+/// A process is gone or cannot be read.
+pub fn survey(procs: &Procs<'_>, env: &dyn Environment) -> Result<Descriptors> {
     let mut capture = Capture {
         env,
         image: Descriptors::default(),
+        hosts: procs
+            .values()
+            .map(|remote| (remote.host(), remote.pid()))
+            .collect(),
         pipes: HashMap::new(),
+        epolls: Vec::new(),
         likely: HashMap::new(),
         firsts: Vec::new(),
     };
     for remote in procs.values() {
         capture.process(remote)?;
     }
+    epoll::resolve(&mut capture, procs)?;
     let mut image = capture.image;
     pipe::read_all(&mut image, procs)?;
     Ok(image)
@@ -92,6 +119,9 @@ pub fn capture(procs: &Procs<'_>, env: &dyn Environment) -> Result<Descriptors> 
 pub(crate) struct Capture<'a> {
     pub(crate) env: &'a dyn Environment,
     pub(crate) image: Descriptors,
+    hosts: HashMap<HostPid, InnerPid>,
+    /// The epolls, by object, with what they watch.
+    pub(crate) epolls: Vec<(usize, Vec<EpollItem>)>,
     /// Indices of the pipes by inode.
     pub(crate) pipes: HashMap<u64, usize>,
     likely: HashMap<Likeness, Vec<usize>>,
@@ -129,23 +159,26 @@ impl Capture<'_> {
             let same = sys::fd::same_file(self.firsts[known], here);
             if holder.during(same, "comparing the file")? {
                 self.image.objects[known].slots.push(slot);
-                self.locks(holder, known)?;
+                self.locks(holder, known);
                 return Ok(known);
             }
         }
-        let kind = self.kind(holder)?;
+        let known = self
+            .kind(holder)
+            .and_then(|kind| Ok((kind, lock::owner(holder)?)));
+        let (kind, owner) = known.or_else(refusal)?;
         let object = self.image.objects.len();
         self.image.objects.push(Object {
             kind,
             flags: holder.flags(),
             pos: holder.raw.info.pos,
-            owner: owner(holder)?,
+            owner,
             locks: Vec::new(),
             slots: vec![slot],
         });
         self.firsts.push(here);
         self.likely.entry(likeness).or_default().push(object);
-        self.locks(holder, object)?;
+        self.locks(holder, object);
         Ok(object)
     }
 
@@ -154,6 +187,7 @@ impl Capture<'_> {
         let on_fs = file.dev == self.env.fs_device();
         let by_path = holder.flags() & libc::O_PATH != 0;
         match file.format() {
+            _ if holder.raw.info.pid.is_some() => self.process_handle(holder),
             _ if on_fs && by_path => Ok(Kind::File { ino: file.ino }),
             libc::S_IFREG | libc::S_IFDIR | libc::S_IFLNK if on_fs => {
                 Ok(Kind::File { ino: file.ino })
@@ -163,8 +197,20 @@ impl Capture<'_> {
             libc::S_IFCHR => tty::capture(self, holder),
             libc::S_IFSOCK => Err(holder.refuse("a socket")),
             libc::S_IFREG | libc::S_IFDIR => self.path(holder),
-            0 => event::capture(holder),
+            0 => event::capture(self, holder),
             _ => Err(holder.refuse("a file of an unknown type")),
+        }
+    }
+
+    fn process_handle(&self, holder: &Holder<'_>) -> Result<Kind> {
+        let of = holder
+            .raw
+            .info
+            .pid
+            .and_then(|pid| self.hosts.get(&HostPid(pid)));
+        match of {
+            Some(&pid) => Ok(Kind::Process { pid }),
+            None => Err(holder.refuse("a pidfd of a process that has ended or is not in the tree")),
         }
     }
 
@@ -189,35 +235,30 @@ impl Capture<'_> {
         Ok(Kind::Path { path })
     }
 
-    fn locks(&mut self, holder: &Holder<'_>, object: usize) -> Result<()> {
+    /// Adds the locks that this slot shows to its object.
+    fn locks(&mut self, holder: &Holder<'_>, object: usize) {
         let info = &holder.raw.info;
-        if info.odd_locks > 0 || info.locks.iter().any(|l| l.class == LockClass::Lease) {
-            return Err(holder.refuse("a file with a lease; end it with fcntl(F_SETLEASE)"));
-        }
+        let object = &mut self.image.objects[object];
+        let mut odd = info.odd_locks > 0;
         for line in &info.locks {
-            let lock = Lock {
-                class: match line.class {
-                    LockClass::Posix => LockKind::Process(holder.remote.pid()),
-                    LockClass::OpenFile => LockKind::OpenFile,
-                    LockClass::Flock | LockClass::Lease => LockKind::Flock,
-                },
-                write: line.write,
-                start: line.start,
-                end: line.end,
-            };
-            let locks = &mut self.image.objects[object].locks;
-            if !locks.contains(&lock) {
-                locks.push(lock);
+            match lock::of(line, holder.remote.pid()) {
+                Some(lock) if !object.locks.contains(&lock) => object.locks.push(lock),
+                Some(_) => {}
+                None => odd = true,
             }
         }
-        Ok(())
+        if odd {
+            object.kind = Kind::Refused {
+                what: "a file with a lease; end it with fcntl(F_SETLEASE)".to_owned(),
+            };
+        }
     }
 }
 
-/// Whom the file signals. Asked only where signals are on, for it takes a duplicate.
-fn owner(holder: &Holder<'_>) -> Result<Option<Owner>> {
-    if holder.flags() & libc::O_ASYNC == 0 {
-        return Ok(None);
+/// Takes a refusal down as what the object is.
+fn refusal(error: Error) -> Result<(Kind, Option<Owner>)> {
+    match error {
+        Error::Unsupported { what, .. } => Ok((Kind::Refused { what }, None)),
+        other => Err(other),
     }
-    Err(holder.refuse("a file that signals its owner (O_ASYNC)"))
 }

@@ -1,25 +1,53 @@
-//! Files of the kernel's anonymous inodes: eventfd.
+//! Files of the kernel's anonymous inodes that hold a number or a clock: eventfd, timerfd,
+//! signalfd. The others have modules of their own.
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use rustix::event::EventfdFlags;
+use rustix::time::{Itimerspec, TimerfdClockId, TimerfdFlags, TimerfdTimerFlags, Timespec};
 
-use super::capture::Holder;
-use super::model::Kind;
+use super::capture::{Capture, Holder};
+use super::fdinfo::TimerLine;
+use super::model::{Kind, Timer};
+use super::{epoll, watch};
 use crate::error::Result;
+use crate::sys;
 
 /// Reads what an anonymous file is.
-pub(crate) fn capture(holder: &Holder<'_>) -> Result<Kind> {
+pub(crate) fn capture(capture: &mut Capture<'_>, holder: &Holder<'_>) -> Result<Kind> {
     let info = &holder.raw.info;
     if let Some(count) = info.event_count {
         let semaphore = info.event_semaphore;
         return Ok(Kind::Event { count, semaphore });
     }
+    if let Some(timer) = info.timer {
+        return timer_of(holder, timer);
+    }
+    if let Some(mask) = info.signal_mask {
+        return Ok(Kind::Signals { mask });
+    }
     let link = holder.link()?;
-    let name = String::from_utf8_lossy(&link).into_owned();
-    let name = name.strip_prefix("anon_inode:").unwrap_or(&name);
-    Err(holder.refuse(format_args!("of the kind {name}, which is not carried")))
+    match link.strip_prefix(b"anon_inode:").unwrap_or(&link) {
+        b"[eventpoll]" => Ok(epoll::capture(capture, holder)),
+        b"inotify" => watch::capture(capture, holder),
+        name => {
+            let name = String::from_utf8_lossy(name);
+            Err(holder.refuse(format_args!("of the kind {name}, which is not carried")))
+        }
+    }
+}
+
+fn timer_of(holder: &Holder<'_>, line: TimerLine) -> Result<Kind> {
+    if clock(line.clock).is_none() {
+        return Err(holder.refuse("a timer on an unknown clock"));
+    }
+    Ok(Kind::Timer(Timer {
+        clock: line.clock,
+        ticks: line.ticks,
+        value: line.value,
+        interval: line.interval,
+    }))
 }
 
 /// A new eventfd with this count.
@@ -55,4 +83,47 @@ fn add(event: BorrowedFd<'_>, count: u64) -> io::Result<()> {
         rustix::io::write(event, &count.to_ne_bytes())?;
     }
     Ok(())
+}
+
+fn clock(number: i32) -> Option<TimerfdClockId> {
+    Some(match number {
+        libc::CLOCK_REALTIME => TimerfdClockId::Realtime,
+        libc::CLOCK_MONOTONIC => TimerfdClockId::Monotonic,
+        libc::CLOCK_BOOTTIME => TimerfdClockId::Boottime,
+        libc::CLOCK_REALTIME_ALARM => TimerfdClockId::RealtimeAlarm,
+        libc::CLOCK_BOOTTIME_ALARM => TimerfdClockId::BoottimeAlarm,
+        _ => return None,
+    })
+}
+
+/// A new, unarmed timerfd.
+pub(crate) fn make_timer(wanted: &Timer) -> io::Result<OwnedFd> {
+    let clock = clock(wanted.clock).ok_or(io::ErrorKind::InvalidData)?;
+    let flags = TimerfdFlags::CLOEXEC | TimerfdFlags::NONBLOCK;
+    Ok(rustix::time::timerfd_create(clock, flags)?)
+}
+
+/// Arms a timer with the time that remained, and lets it tell of the ticks it had to tell of.
+pub(crate) fn set_timer(timer: BorrowedFd<'_>, wanted: &Timer) -> io::Result<()> {
+    let mut value = timespec(wanted.value);
+    if wanted.value == (0, 0) && wanted.ticks > 0 && wanted.interval != (0, 0) {
+        // An expired periodic timer goes on only when it is read: it is to expire at once.
+        value.tv_nsec = 1;
+    }
+    let spec = Itimerspec {
+        it_interval: timespec(wanted.interval),
+        it_value: value,
+    };
+    rustix::time::timerfd_settime(timer, TimerfdTimerFlags::empty(), &spec)?;
+    if wanted.ticks > 0 {
+        sys::fd::set_timer_ticks(timer, wanted.ticks)?;
+    }
+    Ok(())
+}
+
+fn timespec((seconds, nanos): (u64, u64)) -> Timespec {
+    Timespec {
+        tv_sec: i64::try_from(seconds).unwrap_or(i64::MAX),
+        tv_nsec: nanos as i64,
+    }
 }

@@ -6,9 +6,11 @@
 //! that differ are touched.
 
 mod capture;
+mod epoll;
 mod event;
 mod fdinfo;
 mod install;
+mod lock;
 mod model;
 mod path;
 mod pipe;
@@ -16,13 +18,14 @@ mod plan;
 mod restore;
 mod table;
 mod tty;
+mod watch;
 
 use std::collections::BTreeMap;
 
 use crate::ids::InnerPid;
 use crate::remote::Remote;
 
-pub use capture::capture;
+pub use capture::{capture, survey};
 pub use model::Descriptors;
 pub use restore::{check, restore};
 

@@ -78,6 +78,48 @@ pub(crate) enum Kind {
     Master { number: u32 },
     /// An eventfd.
     Event { count: u64, semaphore: bool },
+    /// A timerfd.
+    Timer(Timer),
+    /// A signalfd; bit n is for signal n+1.
+    Signals { mask: u64 },
+    /// An inotify instance, and the bytes of events that waited in it.
+    Inotify { watches: Vec<Watch>, queued: usize },
+    /// An epoll instance.
+    Epoll { interests: Vec<Interest> },
+    /// A pidfd of a process of the tree.
+    Process { pid: InnerPid },
+    /// What cannot be carried: "an io_uring".
+    Refused { what: String },
+}
+
+/// State of a timerfd.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Timer {
+    pub(crate) clock: i32,
+    /// Expirations not read yet.
+    pub(crate) ticks: u64,
+    /// What remained, in seconds and nanoseconds; zeros when not armed.
+    pub(crate) value: (u64, u64),
+    pub(crate) interval: (u64, u64),
+}
+
+/// An inotify watch.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Watch {
+    pub(crate) wd: i32,
+    pub(crate) ino: u64,
+    pub(crate) mask: u32,
+}
+
+/// An epoll registration.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Interest {
+    /// The number under which the file was registered.
+    pub(crate) fd: i32,
+    pub(crate) events: u32,
+    pub(crate) data: u64,
+    /// Index into [`Descriptors::objects`].
+    pub(crate) object: usize,
 }
 
 /// Who is told of input by signal (`F_SETOWN_EX`, `F_SETSIG`).
@@ -152,6 +194,15 @@ impl Descriptors {
         self.objects = kept;
         for slot in self.tables.values_mut().flat_map(BTreeMap::values_mut) {
             slot.object = renumbered[slot.object].expect("a slot's object has that slot");
+        }
+        for object in &mut self.objects {
+            if let Kind::Epoll { interests } = &mut object.kind {
+                interests.retain_mut(|interest| {
+                    let object = renumbered[interest.object];
+                    interest.object = object.unwrap_or_default();
+                    object.is_some()
+                });
+            }
         }
     }
 

@@ -48,8 +48,7 @@ impl Plan {
         for (index, wanted) in target.objects.iter().enumerate() {
             let mut here = wanted.slots.iter().filter_map(|&(pid, fd)| {
                 let object = current.slot(pid, fd)?.object;
-                (!taken.contains(&object) && plan.alike(&current.objects[object], wanted))
-                    .then_some(object)
+                (!taken.contains(&object) && plan.alike(current, object, wanted)).then_some(object)
             });
             plan.reuse[index] = here.next();
             taken.extend(plan.reuse[index]);
@@ -58,7 +57,7 @@ impl Plan {
             if plan.reuse[index].is_none() && unique(&wanted.kind) {
                 plan.reuse[index] = (0..current.objects.len())
                     .filter(|object| !taken.contains(object))
-                    .find(|&object| plan.alike(&current.objects[object], wanted));
+                    .find(|&object| plan.alike(current, object, wanted));
                 taken.extend(plan.reuse[index]);
             }
         }
@@ -66,7 +65,8 @@ impl Plan {
     }
 
     /// Whether `now` can become `wanted` without being opened anew.
-    fn alike(&self, now: &Object, wanted: &Object) -> bool {
+    fn alike(&self, current: &Descriptors, now: usize, wanted: &Object) -> bool {
+        let now = &current.objects[now];
         if now.flags & FIXED != wanted.flags & FIXED {
             return false;
         }
@@ -81,6 +81,15 @@ impl Plan {
                     semaphore: same,
                 },
             ) => semaphore == same && (!semaphore || count.saturating_sub(*goal) < SEMAPHORE_READS),
+            (Kind::Timer(now), Kind::Timer(wanted)) => now.clock == wanted.clock,
+            (Kind::Signals { .. }, Kind::Signals { .. })
+            | (Kind::Inotify { .. }, Kind::Inotify { .. })
+            | (Kind::Epoll { .. }, Kind::Epoll { .. }) => true,
+            // A process that was built anew is another one, whatever its number.
+            (Kind::Process { pid: now }, Kind::Process { pid }) => {
+                now == pid && current.tables.contains_key(pid)
+            }
+            (Kind::Refused { .. }, _) => false,
             (now, wanted) => now == wanted,
         }
     }

@@ -7,7 +7,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use super::install::{self, Wanted};
 use super::model::{Descriptors, Kind, Object, Pipe};
 use super::plan::{Plan, TableChange};
-use super::{Procs, event, path, pipe, tty};
+use super::{Procs, epoll, event, lock, path, pipe, tty, watch};
 use crate::env::Environment;
 use crate::error::{During, Error, Result};
 use crate::ids::{HostPid, InnerPid};
@@ -15,8 +15,7 @@ use crate::remote::Remote;
 use crate::sys;
 
 /// Status flags that `fcntl(F_SETFL)` changes.
-const SETTABLE: i32 =
-    libc::O_APPEND | libc::O_ASYNC | libc::O_DIRECT | libc::O_NOATIME | libc::O_NONBLOCK;
+const SETTABLE: i32 = libc::O_APPEND | libc::O_DIRECT | libc::O_NOATIME | libc::O_NONBLOCK;
 
 /// Finds out whether [`restore`] can succeed, as far as that can be known without changing anything.
 ///
@@ -62,7 +61,8 @@ pub fn restore(
         .keys()
         .map(|&pid| (pid, plan.change(pid, current, target)))
         .filter(|(_, change)| !change.is_empty())
-        .collect();
+        .collect::<BTreeMap<_, _>>();
+    let touched = changes.keys().copied().collect();
     let mut restore = Restore {
         current,
         target,
@@ -73,12 +73,15 @@ pub fn restore(
         handles: BTreeMap::new(),
         notes: Vec::new(),
     };
+    epoll::forget(current, target, &restore.plan, restore.procs)?;
     restore.take_moving()?;
     restore.close()?;
     restore.make()?;
     restore.install()?;
     restore.handles.clear();
     restore.settle()?;
+    lock::settle(current, target, &restore.plan, &touched, restore.procs)?;
+    epoll::register(current, target, &restore.plan, restore.procs)?;
     Ok(restore.notes)
 }
 
@@ -155,8 +158,19 @@ impl Restore<'_, '_> {
             Kind::Terminal { number } => tty::open_slave(self.env, *number, object.flags),
             Kind::Master { number } => tty::make_master(self.env, *number, object.flags),
             Kind::Event { count, semaphore } => event::make_event(*count, *semaphore),
+            Kind::Timer(timer) => event::make_timer(timer),
+            Kind::Signals { mask } => sys::fd::new_signalfd(*mask),
+            Kind::Inotify { .. } => watch::make(),
+            Kind::Epoll { .. } => epoll::make(),
+            Kind::Process { pid } => self.open_process(*pid, object.flags),
+            Kind::Refused { what } => Err(io::Error::new(io::ErrorKind::Unsupported, what.clone())),
         };
         made.during(pid, "opening it again")
+    }
+
+    fn open_process(&self, pid: InnerPid, flags: i32) -> io::Result<OwnedFd> {
+        let remote = self.procs.get(&pid).ok_or(io::ErrorKind::NotFound)?;
+        sys::fd::pidfd_open(remote.host(), flags & (libc::O_NONBLOCK | libc::O_EXCL))
     }
 
     /// Opens what is another thing for every process in the process itself.
@@ -240,8 +254,18 @@ impl Restore<'_, '_> {
             let now = self.plan.reuse[index].map(|now| &self.current.objects[now]);
             if now.is_none_or(|now| differs(now, object)) {
                 let handle = self.take(object.slots[0])?;
-                settle_object(handle.as_fd(), now, object)
+                let note = settle_object(handle.as_fd(), self.env, now, object)
                     .during(object.slots[0].0, "setting it up")
+                    .map_err(named(object))?;
+                let (pid, fd) = object.slots[0];
+                let note = note.map(|note| format!("process {pid}, descriptor {fd}: {note}"));
+                self.notes.extend(note);
+            }
+            if let Some(owner) = object.owner
+                && now.is_none_or(|now| (now.owner, now.flags) != (object.owner, object.flags))
+            {
+                lock::set_owner(self.procs, object, owner)
+                    .during(object.slots[0].0, "setting its owner")
                     .map_err(named(object))?;
             }
         }
@@ -299,15 +323,27 @@ impl Restore<'_, '_> {
 }
 
 fn differs(now: &Object, wanted: &Object) -> bool {
-    (now.flags, now.pos) != (wanted.flags, wanted.pos)
-        || now.kind != wanted.kind && !matches!(wanted.kind, Kind::Pipe { .. })
+    let held = match &wanted.kind {
+        // These are put right elsewhere.
+        Kind::Pipe { .. } | Kind::Epoll { .. } => false,
+        Kind::Timer(timer) if timer.value != (0, 0) => true,
+        kind => *kind != now.kind,
+    };
+    held || (now.flags, now.pos) != (wanted.flags, wanted.pos)
 }
 
-fn settle_object(file: BorrowedFd<'_>, now: Option<&Object>, wanted: &Object) -> io::Result<()> {
+/// Sets flags, position and what the kind itself holds. Returns what could not be kept.
+fn settle_object(
+    file: BorrowedFd<'_>,
+    env: &dyn Environment,
+    now: Option<&Object>,
+    wanted: &Object,
+) -> io::Result<Option<&'static str>> {
     if wanted.flags & libc::O_PATH != 0 {
-        return Ok(());
+        return Ok(None);
     }
-    if now.is_none_or(|now| now.flags & SETTABLE != wanted.flags & SETTABLE) {
+    // Signalling (O_ASYNC) is set where the owner is; here it ends.
+    if now.is_none_or(|now| (now.flags ^ wanted.flags) & (SETTABLE | libc::O_ASYNC) != 0) {
         sys::fd::set_status_flags(file, wanted.flags & SETTABLE)?;
     }
     match (&wanted.kind, now.map(|now| &now.kind)) {
@@ -315,13 +351,26 @@ fn settle_object(file: BorrowedFd<'_>, now: Option<&Object>, wanted: &Object) ->
             if now.map_or(0, |now| now.pos) != wanted.pos {
                 rustix::fs::seek(file, rustix::fs::SeekFrom::Start(wanted.pos))?;
             }
-            Ok(())
         }
         (Kind::Event { count, semaphore }, Some(Kind::Event { count: now, .. })) => {
-            event::set_event(file, *now, *count, *semaphore)
+            event::set_event(file, *now, *count, *semaphore)?;
         }
-        _ => Ok(()),
+        (Kind::Timer(timer), _) => event::set_timer(file, timer)?,
+        (Kind::Signals { mask }, Some(_)) => sys::fd::set_signalfd(file, *mask)?,
+        (Kind::Inotify { watches, queued }, now) => {
+            let now = match now {
+                Some(Kind::Inotify { watches, queued }) => (watches.as_slice(), *queued),
+                _ => (&[][..], 0),
+            };
+            if watch::set(file, env, now, (watches, *queued))? {
+                return Ok(Some(
+                    "inotify events that waited at the checkpoint are lost",
+                ));
+            }
+        }
+        _ => {}
     }
+    Ok(None)
 }
 
 /// The user whom a process acts as.

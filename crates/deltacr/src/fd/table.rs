@@ -94,12 +94,6 @@ impl ProcFds {
         parsed.ok_or_else(|| io::Error::new(io::ErrorKind::InvalidData, "unreadable fdinfo"))
     }
 
-    /// The epoll registrations, watches and so on of one descriptor, read again.
-    pub(crate) fn info_of(&self, fd: i32) -> io::Result<FdInfo> {
-        let name = std::ffi::CString::new(fd.to_string())?;
-        self.info(&name)
-    }
-
     /// What the descriptor's link says: a path as the process' mount namespace has it, or `anon_inode:[…]`.
     pub(crate) fn link(&self, fd: i32) -> io::Result<Vec<u8>> {
         let link = rustix::fs::readlinkat(&self.fds, fd.to_string(), Vec::new())?;

@@ -34,6 +34,25 @@ pub(crate) fn same_file(a: (HostPid, i32), b: (HostPid, i32)) -> io::Result<bool
     Ok(order == 0)
 }
 
+/// Whether what an epoll watches under the number `fd` is the file that the process has there now
+/// (`KCMP_EPOLL_TFD`). `nth` tells registrations with the same number apart.
+pub(crate) fn epoll_watches(pid: HostPid, epfd: i32, fd: i32, nth: usize) -> io::Result<bool> {
+    const KCMP_EPOLL_TFD: libc::c_long = 7;
+    let slot = [epfd, fd, i32::try_from(nth).unwrap_or(i32::MAX)];
+    // SAFETY: the kernel reads one kcmp_epoll_slot, three 32-bit numbers, which `slot` is.
+    let order = check(unsafe {
+        libc::syscall(
+            libc::SYS_kcmp,
+            libc::c_long::from(pid.0),
+            libc::c_long::from(pid.0),
+            KCMP_EPOLL_TFD,
+            libc::c_long::from(fd),
+            slot.as_ptr(),
+        )
+    })?;
+    Ok(order == 0)
+}
+
 /// The line settings of a terminal (`TCGETS2`).
 pub(crate) fn termios(tty: BorrowedFd<'_>) -> io::Result<RawTermios> {
     let mut raw = [0; 44];
@@ -90,9 +109,19 @@ pub(crate) fn set_next_watch(inotify: BorrowedFd<'_>, wd: i32) -> io::Result<()>
     Ok(())
 }
 
-/// A signalfd for the signals of `mask` (bit n for signal n+1): a new one, or `existing` changed.
-pub(crate) fn signalfd(existing: Option<BorrowedFd<'_>>, mask: u64) -> io::Result<Option<OwnedFd>> {
-    let fd = existing.map_or(-1, |fd| fd.as_raw_fd());
+/// A new signalfd for the signals of `mask` (bit n for signal n+1).
+pub(crate) fn new_signalfd(mask: u64) -> io::Result<OwnedFd> {
+    let new = signalfd(-1, mask)?;
+    // SAFETY: the call made this descriptor; nobody else owns it.
+    Ok(unsafe { OwnedFd::from_raw_fd(new) })
+}
+
+/// Makes a signalfd be for the signals of `mask`.
+pub(crate) fn set_signalfd(existing: BorrowedFd<'_>, mask: u64) -> io::Result<()> {
+    signalfd(existing.as_raw_fd(), mask).map(drop)
+}
+
+fn signalfd(fd: i32, mask: u64) -> io::Result<i32> {
     // SAFETY: the kernel reads eight bytes, which `mask` has.
     let new = check(unsafe {
         libc::syscall(
@@ -103,11 +132,37 @@ pub(crate) fn signalfd(existing: Option<BorrowedFd<'_>>, mask: u64) -> io::Resul
             libc::SFD_CLOEXEC,
         )
     })?;
-    if existing.is_some() {
-        return Ok(None);
-    }
+    Ok(new as i32)
+}
+
+/// A pidfd of a process (`O_NONBLOCK`) or thread (`O_EXCL`).
+pub(crate) fn pidfd_open(pid: HostPid, flags: i32) -> io::Result<OwnedFd> {
+    // SAFETY: pidfd_open takes integers only.
+    let new = check(unsafe { libc::syscall(libc::SYS_pidfd_open, pid.0, flags) })?;
     // SAFETY: the call made this descriptor; nobody else owns it.
-    Ok(Some(unsafe { OwnedFd::from_raw_fd(new as i32) }))
+    Ok(unsafe { OwnedFd::from_raw_fd(new as i32) })
+}
+
+/// `F_SETSIG` of fcntl(2).
+pub(crate) const F_SETSIG: i32 = 10;
+/// `F_SETOWN_EX` of fcntl(2).
+pub(crate) const F_SETOWN_EX: i32 = 15;
+
+/// Whom the file signals (`F_GETOWN_EX`): the class of the owner, and its number outside.
+pub(crate) fn owner(fd: BorrowedFd<'_>) -> io::Result<(i32, i32)> {
+    const F_GETOWN_EX: i32 = 16;
+    let mut raw = [0_i32; 2];
+    // SAFETY: F_GETOWN_EX writes one f_owner_ex, two 32-bit numbers, which `raw` is.
+    check(unsafe { libc::fcntl(fd.as_raw_fd(), F_GETOWN_EX, raw.as_mut_ptr()) }.into())?;
+    Ok((raw[0], raw[1]))
+}
+
+/// The signal that the file sends (`F_GETSIG`), zero for a plain `SIGIO`.
+pub(crate) fn owner_signal(fd: BorrowedFd<'_>) -> io::Result<i32> {
+    const F_GETSIG: i32 = 11;
+    // SAFETY: F_GETSIG takes no argument.
+    let signal = check(unsafe { libc::fcntl(fd.as_raw_fd(), F_GETSIG) }.into())?;
+    Ok(signal as i32)
 }
 
 /// Sets the file's status flags (`F_SETFL`), the rest of `flags` is ignored by the kernel.

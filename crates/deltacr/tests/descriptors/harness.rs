@@ -226,7 +226,7 @@ impl Python {
     /// Rolls the descriptors back in place, and looks whether that is what came of it.
     pub(crate) fn restore(&self, world: &World, target: &Descriptors) -> Vec<String> {
         self.stopped(|procs| {
-            let current = fd::capture(procs, world).unwrap();
+            let current = fd::survey(procs, world).unwrap();
             fd::check(&current, target).unwrap();
             fd::restore(&current, target, procs, world).unwrap()
         })
