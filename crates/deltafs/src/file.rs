@@ -1,0 +1,581 @@
+//! The content of a regular file: blocks of its own over what its base file shows.
+
+use std::io;
+use std::ops::Range;
+use std::sync::Arc;
+
+use imbl::OrdMap;
+use rustix::io::Errno;
+
+use crate::base::BaseInode;
+use crate::data::{BLOCK, BLOCK_LEN, Block, DataStore, read_or_zeros};
+
+/// The largest file: the kernel's own limit for offsets.
+const MAX_SIZE: u64 = i64::MAX as u64;
+
+/// One version of a file's content.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct FileBody {
+    pub(crate) size: u64,
+    base: Option<BasePart>,
+    /// By block number. What is not here comes from the base part, or is a hole.
+    blocks: OrdMap<u64, Own>,
+    /// How many of `blocks` hold data.
+    data_blocks: u64,
+}
+
+/// A base file as far as it shows through.
+#[derive(Clone, Debug)]
+struct BasePart {
+    inode: Arc<BaseInode>,
+    /// Bytes of the base from here on are hidden: the file was cut there once.
+    limit: u64,
+    /// The base file's `st_blocks`.
+    blocks_512: u64,
+}
+
+/// A block that is not the base's.
+#[derive(Clone, Debug)]
+enum Own {
+    Data(Block),
+    /// A hole punched into the base.
+    Hole,
+}
+
+impl PartialEq for Own {
+    fn eq(&self, other: &Self) -> bool {
+        match (self, other) {
+            (Self::Data(a), Self::Data(b)) => Arc::ptr_eq(a, b),
+            (Self::Hole, Self::Hole) => true,
+            _ => false,
+        }
+    }
+}
+
+/// A run of bytes of a file and where they are.
+#[derive(Debug)]
+struct Segment {
+    len: usize,
+    source: Source,
+}
+
+#[derive(Debug)]
+enum Source {
+    /// Bytes of the block file from `position` on; the blocks are held so that nobody takes their places.
+    Data {
+        position: u64,
+        held: Vec<Block>,
+    },
+    Base {
+        inode: Arc<BaseInode>,
+        position: u64,
+    },
+    Zeros,
+}
+
+/// What a read found, to be fetched without holding up anybody.
+#[derive(Debug, Default)]
+pub(crate) struct ReadPlan {
+    segments: Vec<Segment>,
+    len: usize,
+}
+
+/// The way in which data is written.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Writer<'a> {
+    /// Where new blocks go.
+    pub(crate) store: &'a Arc<DataStore>,
+    /// The epoch whose blocks no snapshot can see.
+    pub(crate) epoch: u64,
+}
+
+impl FileBody {
+    /// The content of a base file.
+    pub(crate) fn of_base(inode: Arc<BaseInode>, size: u64, blocks_512: u64) -> Self {
+        Self {
+            size,
+            base: Some(BasePart {
+                inode,
+                limit: size,
+                blocks_512,
+            }),
+            ..Self::default()
+        }
+    }
+
+    /// `st_blocks`.
+    pub(crate) fn blocks_512(&self) -> u64 {
+        let own = self.data_blocks * (BLOCK / 512);
+        match &self.base {
+            None => own,
+            Some(base) => {
+                let shown = base
+                    .blocks_512
+                    .min(base.limit.div_ceil(BLOCK) * (BLOCK / 512));
+                (shown + own)
+                    .min(self.size.div_ceil(BLOCK) * (BLOCK / 512))
+                    .max(own)
+            }
+        }
+    }
+
+    /// Finds where `len` bytes from `offset` on are, cut at the end of the file.
+    pub(crate) fn plan_read(&self, offset: u64, len: usize) -> ReadPlan {
+        let end = self.size.min(offset.saturating_add(len as u64));
+        let mut plan = ReadPlan::default();
+        let mut at = offset;
+        while at < end {
+            let next = (at / BLOCK + 1) * BLOCK;
+            self.plan_block(&mut plan, at, next.min(end));
+            at = next;
+        }
+        plan
+    }
+
+    fn plan_block(&self, plan: &mut ReadPlan, start: u64, end: u64) {
+        match (self.blocks.get(&(start / BLOCK)), &self.base) {
+            (Some(Own::Data(block)), _) => {
+                plan.push_data(block, start % BLOCK, (end - start) as usize);
+            }
+            (None, Some(base)) if start < base.limit => {
+                let cut = end.min(base.limit);
+                plan.push_base(&base.inode, start, (cut - start) as usize);
+                plan.push_zeros((end - cut) as usize);
+            }
+            _ => plan.push_zeros((end - start) as usize),
+        }
+    }
+
+    /// Writes `data` at `offset`. On an error the file is as before, but for bytes of the range itself.
+    pub(crate) fn write(&mut self, to: Writer<'_>, offset: u64, data: &[u8]) -> Result<(), Errno> {
+        let end = offset
+            .checked_add(data.len() as u64)
+            .filter(|end| *end <= MAX_SIZE)
+            .ok_or(Errno::FBIG)?;
+        if data.is_empty() {
+            return Ok(());
+        }
+        let blocks = offset / BLOCK..end.div_ceil(BLOCK);
+        let missing = blocks
+            .clone()
+            .filter(|block| self.own_slot(*block, to.epoch).is_none())
+            .count();
+        let mut fresh = to.store.allocate(missing, to.epoch).into_iter();
+        let mut added = Vec::with_capacity(missing);
+        let mut out = Output::new(to.store, data);
+        for block in blocks {
+            let start = offset.max(block * BLOCK);
+            let stop = end.min((block + 1) * BLOCK);
+            let piece = (start - offset) as usize..(stop - offset) as usize;
+            if let Some(slot) = self.own_slot(block, to.epoch) {
+                out.push(slot.position() + start % BLOCK, piece)?;
+            } else if let Some(slot) = fresh.next() {
+                if piece.len() == BLOCK_LEN {
+                    out.push(slot.position(), piece)?;
+                } else {
+                    let mut whole = self.read_block(to.store, block)?;
+                    let at = (start % BLOCK) as usize;
+                    whole[at..at + piece.len()].copy_from_slice(&data[piece]);
+                    to.store.write(&whole, slot.position()).map_err(errno)?;
+                }
+                added.push((block, slot));
+            }
+        }
+        out.flush()?;
+        for (block, slot) in added {
+            self.set(block, Own::Data(slot));
+        }
+        self.size = self.size.max(end);
+        Ok(())
+    }
+
+    /// Cuts the file at `size`, or lengthens it with a hole.
+    pub(crate) fn truncate(&mut self, to: Writer<'_>, size: u64) -> Result<(), Errno> {
+        if size > MAX_SIZE {
+            return Err(Errno::FBIG);
+        }
+        if size < self.size {
+            let whole = size.div_ceil(BLOCK);
+            if !size.is_multiple_of(BLOCK)
+                && matches!(self.blocks.get(&(size / BLOCK)), Some(Own::Data(_)))
+            {
+                self.zero_bytes(to, size..whole * BLOCK)?;
+            }
+            let gone: Vec<u64> = self
+                .blocks
+                .range(whole..)
+                .map(|(block, _)| *block)
+                .collect();
+            for block in gone {
+                self.forget(block);
+            }
+            if let Some(base) = &mut self.base {
+                base.limit = base.limit.min(size);
+            }
+            self.drop_hidden_base();
+        }
+        self.size = size;
+        Ok(())
+    }
+
+    /// Makes `range` read as zeros and gives its whole blocks back. The size stays.
+    pub(crate) fn punch(&mut self, to: Writer<'_>, range: Range<u64>) -> Result<(), Errno> {
+        let range = range.start..range.end.min(self.size.next_multiple_of(BLOCK));
+        if range.is_empty() {
+            return Ok(());
+        }
+        let inner = range.start.div_ceil(BLOCK)..range.end / BLOCK;
+        if inner.start > inner.end {
+            return self.zero_bytes(to, range);
+        }
+        self.zero_bytes(to, range.start..inner.start * BLOCK)?;
+        self.zero_bytes(to, inner.end * BLOCK..range.end)?;
+        let own: Vec<u64> = self
+            .blocks
+            .range(inner.clone())
+            .map(|(block, _)| *block)
+            .collect();
+        for block in own {
+            self.forget(block);
+        }
+        if let Some(base) = &mut self.base {
+            let shown = base.limit.div_ceil(BLOCK);
+            if inner.end >= shown {
+                base.limit = base.limit.min(inner.start * BLOCK);
+            } else {
+                for block in inner {
+                    self.set(block, Own::Hole);
+                }
+            }
+        }
+        self.drop_hidden_base();
+        Ok(())
+    }
+
+    /// Reserves disk space for the holes in `range`.
+    pub(crate) fn reserve(&mut self, to: Writer<'_>, range: Range<u64>) -> Result<(), Errno> {
+        if range.end > MAX_SIZE {
+            return Err(Errno::FBIG);
+        }
+        let holes: Vec<u64> = (range.start / BLOCK..range.end.div_ceil(BLOCK))
+            .filter(|block| self.is_hole(*block))
+            .collect();
+        let slots = to.store.reserve(holes.len() as u64, to.epoch)?;
+        for (block, slot) in holes.into_iter().zip(slots) {
+            self.set(block, Own::Data(slot));
+        }
+        Ok(())
+    }
+
+    /// Where the next data at or after `offset` begins (`SEEK_DATA`).
+    pub(crate) fn next_data(&self, offset: u64) -> Result<u64, Errno> {
+        let mut at = offset;
+        while at < self.size {
+            match self.blocks.get(&(at / BLOCK)) {
+                Some(Own::Data(_)) => return Ok(at),
+                Some(Own::Hole) => at = (at / BLOCK + 1) * BLOCK,
+                None => {
+                    let next = self.next_own(at);
+                    match self.base_data(at)? {
+                        Some(found) if found < next => return Ok(found),
+                        _ => at = next,
+                    }
+                }
+            }
+        }
+        Err(Errno::NXIO)
+    }
+
+    /// Where the next hole at or after `offset` begins (`SEEK_HOLE`); the end of the file is one.
+    pub(crate) fn next_hole(&self, offset: u64) -> Result<u64, Errno> {
+        if offset >= self.size {
+            return Err(Errno::NXIO);
+        }
+        let mut at = offset;
+        while at < self.size {
+            match self.blocks.get(&(at / BLOCK)) {
+                Some(Own::Data(_)) => at = (at / BLOCK + 1) * BLOCK,
+                Some(Own::Hole) => return Ok(at),
+                None => {
+                    let hole = self.base_hole(at)?;
+                    let next = self.next_own(at);
+                    if hole < next {
+                        return Ok(hole);
+                    }
+                    at = next;
+                }
+            }
+        }
+        Ok(self.size)
+    }
+
+    /// The byte ranges in which two versions of a file differ, whole blocks; `None` if nothing is known to be the same.
+    pub(crate) fn changed_ranges(&self, other: &Self) -> Option<Vec<Range<u64>>> {
+        let limits = match (&self.base, &other.base) {
+            (None, None) => (0, 0),
+            (Some(a), Some(b)) if Arc::ptr_eq(&a.inode, &b.inode) => (a.limit, b.limit),
+            (Some(a), None) => (a.limit, 0),
+            (None, Some(b)) => (0, b.limit),
+            _ => return None,
+        };
+        let mut ranges: Vec<Range<u64>> = Vec::new();
+        for item in self.blocks.diff(&other.blocks) {
+            let block = match item {
+                imbl::ordmap::DiffItem::Add(block, _)
+                | imbl::ordmap::DiffItem::Remove(block, _)
+                | imbl::ordmap::DiffItem::Update {
+                    old: (block, _), ..
+                } => *block,
+            };
+            match ranges.last_mut() {
+                Some(last) if last.end == block * BLOCK => last.end += BLOCK,
+                _ => ranges.push(block * BLOCK..(block + 1) * BLOCK),
+            }
+        }
+        for (a, b) in [limits, (self.size, other.size)] {
+            if a != b {
+                ranges.push(a.min(b) / BLOCK * BLOCK..a.max(b).next_multiple_of(BLOCK));
+            }
+        }
+        Some(ranges)
+    }
+
+    /// Whether the two versions hold the same content without a look at any byte.
+    pub(crate) fn is_same_version(&self, other: &Self) -> bool {
+        self.size == other.size
+            && self
+                .changed_ranges(other)
+                .is_some_and(|ranges| ranges.is_empty())
+    }
+
+    fn own_slot(&self, block: u64, epoch: u64) -> Option<&Block> {
+        match self.blocks.get(&block) {
+            Some(Own::Data(slot)) if slot.epoch() == epoch => Some(slot),
+            _ => None,
+        }
+    }
+
+    fn set(&mut self, block: u64, own: Own) {
+        self.data_blocks += u64::from(matches!(own, Own::Data(_)));
+        if let Some(Own::Data(_)) = self.blocks.insert(block, own) {
+            self.data_blocks -= 1;
+        }
+    }
+
+    fn forget(&mut self, block: u64) {
+        if let Some(Own::Data(_)) = self.blocks.remove(&block) {
+            self.data_blocks -= 1;
+        }
+    }
+
+    /// Lets go of a base file of which nothing shows any more, and of the holes over it.
+    fn drop_hidden_base(&mut self) {
+        if self.base.as_ref().is_some_and(|base| base.limit == 0) {
+            self.base = None;
+            if self.data_blocks != self.blocks.len() as u64 {
+                self.blocks = self
+                    .blocks
+                    .iter()
+                    .filter(|(_, own)| matches!(own, Own::Data(_)))
+                    .map(|(block, own)| (*block, own.clone()))
+                    .collect();
+            }
+        }
+    }
+
+    fn is_hole(&self, block: u64) -> bool {
+        match self.blocks.get(&block) {
+            Some(Own::Data(_)) => false,
+            Some(Own::Hole) => true,
+            None => self
+                .base
+                .as_ref()
+                .is_none_or(|base| block * BLOCK >= base.limit),
+        }
+    }
+
+    /// Overwrites bytes of one block with zeros, unless they are a hole's.
+    fn zero_bytes(&mut self, to: Writer<'_>, range: Range<u64>) -> Result<(), Errno> {
+        if range.is_empty() || self.is_hole(range.start / BLOCK) {
+            return Ok(());
+        }
+        let size = self.size;
+        let zeros = [0; BLOCK_LEN];
+        let len = (range.end - range.start) as usize;
+        let done = self.write(to, range.start, &zeros[..len.min(BLOCK_LEN)]);
+        self.size = size;
+        done
+    }
+
+    fn read_block(&self, store: &DataStore, block: u64) -> Result<[u8; BLOCK_LEN], Errno> {
+        let mut whole = [0; BLOCK_LEN];
+        let mut plan = ReadPlan::default();
+        self.plan_block(&mut plan, block * BLOCK, (block + 1) * BLOCK);
+        plan.fetch(store, &mut whole).map_err(errno)?;
+        Ok(whole)
+    }
+
+    /// The start of the first block after that of `at` that is not the base's.
+    fn next_own(&self, at: u64) -> u64 {
+        let after = at / BLOCK + 1;
+        let next = self.blocks.range(after..).next();
+        next.map_or(self.size, |(block, _)| (block * BLOCK).min(self.size))
+    }
+
+    fn base_data(&self, at: u64) -> Result<Option<u64>, Errno> {
+        let Some(base) = self.base.as_ref().filter(|base| at < base.limit) else {
+            return Ok(None);
+        };
+        let file = base.inode.file()?;
+        match rustix::fs::seek(&*file, rustix::fs::SeekFrom::Data(at)) {
+            Ok(found) => Ok(Some(found).filter(|found| *found < base.limit)),
+            Err(Errno::NXIO) => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+
+    fn base_hole(&self, at: u64) -> Result<u64, Errno> {
+        let Some(base) = self.base.as_ref().filter(|base| at < base.limit) else {
+            return Ok(at);
+        };
+        let file = base.inode.file()?;
+        match rustix::fs::seek(&*file, rustix::fs::SeekFrom::Hole(at)) {
+            Ok(found) => Ok(found.min(base.limit)),
+            Err(Errno::NXIO) => Ok(at),
+            Err(error) => Err(error),
+        }
+    }
+}
+
+impl ReadPlan {
+    /// How many bytes there are to read.
+    pub(crate) fn len(&self) -> usize {
+        self.len
+    }
+
+    /// Reads everything into `buf`, which is as long as the plan.
+    pub(crate) fn fetch(&self, store: &DataStore, buf: &mut [u8]) -> io::Result<()> {
+        let mut rest = buf;
+        for segment in &self.segments {
+            let (part, after) = rest.split_at_mut(segment.len.min(rest.len()));
+            match &segment.source {
+                Source::Data { position, .. } => store.read(part, *position)?,
+                Source::Base { inode, position } => {
+                    let file = inode.file()?;
+                    read_or_zeros(&file, part, *position)?;
+                }
+                Source::Zeros => part.fill(0),
+            }
+            rest = after;
+        }
+        Ok(())
+    }
+
+    fn push_data(&mut self, block: &Block, within: u64, len: usize) {
+        self.len += len;
+        let from = block.position() + within;
+        if let Some(Segment {
+            len: before,
+            source: Source::Data { position, held },
+        }) = self.segments.last_mut()
+            && *position + *before as u64 == from
+        {
+            held.push(Arc::clone(block));
+            *before += len;
+            return;
+        }
+        let held = vec![Arc::clone(block)];
+        self.segments.push(Segment {
+            len,
+            source: Source::Data {
+                position: from,
+                held,
+            },
+        });
+    }
+
+    fn push_base(&mut self, inode: &Arc<BaseInode>, from: u64, len: usize) {
+        self.len += len;
+        if let Some(Segment {
+            len: before,
+            source: Source::Base { position, .. },
+        }) = self.segments.last_mut()
+            && *position + *before as u64 == from
+        {
+            *before += len;
+            return;
+        }
+        let inode = Arc::clone(inode);
+        self.segments.push(Segment {
+            len,
+            source: Source::Base {
+                inode,
+                position: from,
+            },
+        });
+    }
+
+    fn push_zeros(&mut self, len: usize) {
+        if len == 0 {
+            return;
+        }
+        self.len += len;
+        match self.segments.last_mut() {
+            Some(Segment {
+                len: before,
+                source: Source::Zeros,
+            }) => *before += len,
+            _ => self.segments.push(Segment {
+                len,
+                source: Source::Zeros,
+            }),
+        }
+    }
+}
+
+/// Joins pieces of one buffer that lie next to each other in the block file into single writes.
+struct Output<'a> {
+    store: &'a DataStore,
+    data: &'a [u8],
+    position: u64,
+    pending: Range<usize>,
+}
+
+impl<'a> Output<'a> {
+    fn new(store: &'a DataStore, data: &'a [u8]) -> Self {
+        Self {
+            store,
+            data,
+            position: 0,
+            pending: 0..0,
+        }
+    }
+
+    fn push(&mut self, position: u64, piece: Range<usize>) -> Result<(), Errno> {
+        let joins = self.pending.end == piece.start
+            && self.position + self.pending.len() as u64 == position;
+        if joins && !self.pending.is_empty() {
+            self.pending.end = piece.end;
+            return Ok(());
+        }
+        self.flush()?;
+        self.position = position;
+        self.pending = piece;
+        Ok(())
+    }
+
+    fn flush(&mut self) -> Result<(), Errno> {
+        let pending = std::mem::take(&mut self.pending);
+        if pending.is_empty() {
+            return Ok(());
+        }
+        self.store
+            .write(&self.data[pending], self.position)
+            .map_err(errno)
+    }
+}
+
+/// The errno of an I/O error.
+pub(crate) fn errno(error: io::Error) -> Errno {
+    Errno::from_io_error(&error).unwrap_or(Errno::IO)
+}

@@ -1,0 +1,17 @@
+//! A thin FUSE transport: the wire format, the mount and its threads, and the handlers of the requests.
+//!
+//! What a general library does not give is what makes it fast: neither files nor directories are "opened" at
+//! all (`FUSE_NO_OPEN_SUPPORT`), and the kernel keeps entries, attributes, listings and pages until it is told otherwise.
+
+mod data_ops;
+mod kernel;
+mod name_ops;
+mod notify;
+mod server;
+mod session;
+mod wire;
+
+pub(crate) use kernel::Kernel;
+pub(crate) use notify::Notice;
+pub(crate) use server::Server;
+pub(crate) use session::Session;

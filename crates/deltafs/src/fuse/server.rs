@@ -1,0 +1,214 @@
+//! What answers the kernel's requests: the current view behind one lock.
+
+use std::sync::Arc;
+
+use parking_lot::RwLock;
+use rustix::io::Errno;
+
+use super::kernel::Kernel;
+use super::wire::{Reply, Request, opcode};
+use crate::ids::IdMap;
+use crate::node::{Ino, NodeRef};
+use crate::tree::Tree;
+use crate::view::{Caller, View};
+
+/// The most bytes that one request reads or writes.
+pub(crate) const MAX_WRITE: usize = 1 << 20;
+
+/// The protocol version that is spoken: 7.36, the first with 64 feature bits.
+const MAJOR: u32 = 7;
+const MINOR: u32 = 36;
+
+/// The features that are asked for, as far as the kernel has them.
+mod feature {
+    pub(super) const ASYNC_READ: u32 = 1 << 0;
+    pub(super) const EXPORT_SUPPORT: u32 = 1 << 4;
+    pub(super) const BIG_WRITES: u32 = 1 << 5;
+    pub(super) const DONT_MASK: u32 = 1 << 6;
+    pub(super) const DO_READDIRPLUS: u32 = 1 << 13;
+    pub(super) const READDIRPLUS_AUTO: u32 = 1 << 14;
+    pub(super) const ASYNC_DIO: u32 = 1 << 15;
+    pub(super) const NO_OPEN_SUPPORT: u32 = 1 << 17;
+    pub(super) const PARALLEL_DIROPS: u32 = 1 << 18;
+    pub(super) const POSIX_ACL: u32 = 1 << 20;
+    pub(super) const MAX_PAGES: u32 = 1 << 22;
+    pub(super) const CACHE_SYMLINKS: u32 = 1 << 23;
+    pub(super) const NO_OPENDIR_SUPPORT: u32 = 1 << 24;
+    pub(super) const EXPLICIT_INVAL_DATA: u32 = 1 << 25;
+    pub(super) const HANDLE_KILLPRIV_V2: u32 = 1 << 28;
+    pub(super) const SETXATTR_EXT: u32 = 1 << 29;
+}
+
+const FEATURES: u32 = feature::ASYNC_READ
+    | feature::EXPORT_SUPPORT
+    | feature::BIG_WRITES
+    | feature::DONT_MASK
+    | feature::DO_READDIRPLUS
+    | feature::READDIRPLUS_AUTO
+    | feature::ASYNC_DIO
+    | feature::NO_OPEN_SUPPORT
+    | feature::PARALLEL_DIROPS
+    | feature::POSIX_ACL
+    | feature::MAX_PAGES
+    | feature::CACHE_SYMLINKS
+    | feature::NO_OPENDIR_SUPPORT
+    | feature::EXPLICIT_INVAL_DATA
+    | feature::HANDLE_KILLPRIV_V2
+    | feature::SETXATTR_EXT;
+
+/// How a handler answers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Answer {
+    Reply,
+    /// The kernel does not wait for an answer.
+    Silence,
+}
+
+/// One volume's side of its FUSE connection.
+#[derive(Debug)]
+pub(crate) struct Server {
+    tree: Arc<Tree>,
+    view: RwLock<View>,
+    kernel: Kernel,
+    ids: IdMap,
+}
+
+impl Server {
+    /// A server that shows `view`.
+    pub(crate) fn new(view: View, ids: IdMap) -> Self {
+        Self {
+            tree: Arc::clone(view.tree()),
+            view: RwLock::new(view),
+            kernel: Kernel::default(),
+            ids,
+        }
+    }
+
+    pub(crate) fn tree(&self) -> &Arc<Tree> {
+        &self.tree
+    }
+
+    /// The view that is shown now.
+    pub(crate) fn view(&self) -> &RwLock<View> {
+        &self.view
+    }
+
+    /// What the kernel holds of the mount.
+    pub(crate) fn kernel(&self) -> &Kernel {
+        &self.kernel
+    }
+
+    pub(super) fn ids(&self) -> IdMap {
+        self.ids
+    }
+
+    pub(super) fn caller(&self, request: &Request<'_>) -> Caller {
+        Caller {
+            uid: self.ids.inside(request.uid),
+            gid: self.ids.inside(request.gid),
+        }
+    }
+
+    /// Answers a request.
+    pub(crate) fn handle(&self, request: Request<'_>, reply: &mut Reply) -> Result<Answer, Errno> {
+        match request.opcode {
+            opcode::FORGET | opcode::BATCH_FORGET => {
+                // A malformed one would be the kernel's bug; there is nobody to tell.
+                let _ = self.forget_request(request);
+                return Ok(Answer::Silence);
+            }
+            opcode::INIT => init(request, reply),
+            opcode::LOOKUP => self.lookup(request, reply),
+            opcode::GETATTR => self.get_attr(request, reply),
+            opcode::SETATTR => self.set_attr(request, reply),
+            opcode::READLINK => self.read_link(request, reply),
+            opcode::SYMLINK => self.symlink(request, reply),
+            opcode::MKNOD => self.mknod(request, reply),
+            opcode::MKDIR => self.mkdir(request, reply),
+            opcode::UNLINK => self.unlink(request),
+            opcode::RMDIR => self.rmdir(request),
+            opcode::RENAME => self.rename(request, false),
+            opcode::RENAME2 => self.rename(request, true),
+            opcode::LINK => self.link(request, reply),
+            opcode::TMPFILE => self.tmpfile(request, reply),
+            opcode::READDIR => self.read_dir(request, reply, false),
+            opcode::READDIRPLUS => self.read_dir(request, reply, true),
+            opcode::READ => self.read(request, reply),
+            opcode::WRITE => self.write(request, reply),
+            opcode::FALLOCATE => self.fallocate(request),
+            opcode::LSEEK => self.lseek(request, reply),
+            opcode::STATFS => self.statfs(reply),
+            opcode::SETXATTR => self.set_xattr(request),
+            opcode::GETXATTR => self.get_xattr(request, reply),
+            opcode::LISTXATTR => self.list_xattr(request, reply),
+            opcode::REMOVEXATTR => self.remove_xattr(request),
+            opcode::RELEASE | opcode::SYNCFS | opcode::DESTROY => Ok(()),
+            // Most of all OPEN, OPENDIR, FLUSH and FSYNC: the kernel remembers and does not ask again. Neither
+            // opening nor closing concerns us, and data is with us as soon as it was written.
+            _ => Err(Errno::NOSYS),
+        }?;
+        Ok(Answer::Reply)
+    }
+
+    /// Answers with an inode, and counts that the kernel knows it.
+    pub(super) fn entry(&self, ino: Ino, node: &NodeRef, reply: &mut Reply) {
+        reply.entry_out(ino, self.kernel.count(ino), node, self.ids);
+    }
+
+    /// Takes look-ups back; an inode without a name that nobody knows any more is gone.
+    pub(crate) fn forget(&self, ino: Ino, lookups: u64) {
+        if self.kernel.forget(ino, lookups) && self.view.read().orphans().contains(&ino) {
+            self.release_if_unknown(ino);
+        }
+    }
+
+    /// Lets go of inodes without a name that the kernel has forgotten.
+    pub(crate) fn release_orphans(&self) {
+        let orphans: Vec<Ino> = self.view.read().orphans().iter().copied().collect();
+        for ino in orphans {
+            self.release_if_unknown(ino);
+        }
+    }
+
+    pub(super) fn release_if_unknown(&self, ino: Ino) {
+        let mut view = self.view.write();
+        // Look-ups are counted under the lock, so none can come in between.
+        if !self.kernel.knows(ino) {
+            view.release_orphan(ino);
+        }
+    }
+
+    fn forget_request(&self, request: Request<'_>) -> Result<(), Errno> {
+        let mut args = request.args;
+        if request.opcode == opcode::FORGET {
+            self.forget(request.node, args.u64()?);
+            return Ok(());
+        }
+        let count = args.u32()?;
+        args.skip(4)?;
+        for _ in 0..count {
+            let ino = args.u64()?;
+            self.forget(ino, args.u64()?);
+        }
+        Ok(())
+    }
+}
+
+/// `struct fuse_init_out`: what the connection can do.
+fn init(request: Request<'_>, reply: &mut Reply) -> Result<(), Errno> {
+    let mut args = request.args;
+    let (major, _minor) = (args.u32()?, args.u32()?);
+    if major != MAJOR {
+        return Err(Errno::PROTO);
+    }
+    let read_ahead = args.u32()?;
+    let flags = args.u32()? & FEATURES;
+    let max_pages = u16::try_from(MAX_WRITE / 4096).unwrap_or(u16::MAX);
+    reply.u32(MAJOR).u32(MINOR).u32(read_ahead).u32(flags);
+    reply.u16(64).u16(48);
+    reply
+        .u32(u32::try_from(MAX_WRITE).unwrap_or(u32::MAX))
+        .u32(1);
+    reply.u16(max_pages).u16(0).raw(&[0; 32]);
+    Ok(())
+}

@@ -1,0 +1,208 @@
+//! A FUSE connection: a mount without a path, and the threads that serve it.
+
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::sync::Arc;
+use std::thread::JoinHandle;
+
+use parking_lot::Mutex;
+use rustix::fs::{AtFlags, Mode, OFlags, StatxFlags};
+use rustix::io::Errno;
+use rustix::mount::{FsMountFlags, FsOpenFlags, MountAttrFlags};
+
+use super::server::{MAX_WRITE, Server};
+use super::wire::{IN_HEADER, Reply, Request};
+use crate::error::{Error, Result};
+use crate::sys;
+
+/// Room for the header and the arguments before the data of a write.
+const ARGS: usize = 4096;
+
+/// A mounted connection. Dropping it ends it: nobody is left waiting, and whoever still uses the mount gets `ENOTCONN`.
+#[derive(Debug)]
+pub(crate) struct Session {
+    device: Arc<OwnedFd>,
+    mount: OwnedFd,
+    device_number: u64,
+    threads: Mutex<Vec<JoinHandle<()>>>,
+}
+
+impl Session {
+    /// Mounts `server` and serves it with `threads` threads (at least one).
+    pub(crate) fn start(server: &Arc<Server>, threads: usize) -> Result<Self> {
+        let device = Arc::new(open_device().map_err(failed("opening /dev/fuse"))?);
+        let mount = mount(device.as_fd())?;
+        let mut session = Self {
+            device: Arc::clone(&device),
+            mount,
+            device_number: 0,
+            threads: Mutex::default(),
+        };
+        for index in 0..threads.max(1) {
+            let channel = if index == 0 {
+                device
+                    .try_clone()
+                    .map_err(failed("duplicating the descriptor of /dev/fuse"))?
+            } else {
+                open_channel(device.as_fd())
+                    .map_err(failed("opening one more channel of /dev/fuse"))?
+            };
+            let server = Arc::clone(server);
+            let thread = std::thread::Builder::new()
+                .name("deltafs".to_owned())
+                .spawn(move || serve(&server, &channel))
+                .map_err(failed("starting a thread"))?;
+            session.threads.lock().push(thread);
+        }
+        session.device_number = device_number(&session.mount)
+            .map_err(failed("asking for the mount's device number"))?;
+        Ok(session)
+    }
+
+    /// The mount; an `O_PATH` descriptor.
+    pub(crate) fn mount(&self) -> BorrowedFd<'_> {
+        self.mount.as_fd()
+    }
+
+    /// Where notices are sent.
+    pub(crate) fn device(&self) -> BorrowedFd<'_> {
+        self.device.as_fd()
+    }
+
+    /// `st_dev` of the mount.
+    pub(crate) fn device_number(&self) -> u64 {
+        self.device_number
+    }
+
+    /// Ends the connection and its threads.
+    pub(crate) fn stop(&self) {
+        let threads = std::mem::take(&mut *self.threads.lock());
+        if threads.is_empty() {
+            return;
+        }
+        if let Err(error) = abort(&self.mount) {
+            // Without the control filesystem only the last reference to the mount ends the connection. Waiting for that
+            // could take for ever.
+            tracing::warn!(%error, "cannot abort a FUSE connection; its threads stay until the mount is gone");
+            return;
+        }
+        for thread in threads {
+            let _ = thread.join();
+        }
+    }
+}
+
+impl Drop for Session {
+    fn drop(&mut self) {
+        self.stop();
+    }
+}
+
+fn failed<E: Into<io::Error>>(what: &'static str) -> impl FnOnce(E) -> Error {
+    move |source| Error::Mount {
+        what,
+        source: source.into(),
+    }
+}
+
+fn open_device() -> io::Result<OwnedFd> {
+    Ok(rustix::fs::open(
+        "/dev/fuse",
+        OFlags::RDWR | OFlags::CLOEXEC,
+        Mode::empty(),
+    )?)
+}
+
+fn open_channel(of: BorrowedFd<'_>) -> io::Result<OwnedFd> {
+    let channel = open_device()?;
+    sys::clone_fuse_channel(channel.as_fd(), of)?;
+    Ok(channel)
+}
+
+fn mount(device: BorrowedFd<'_>) -> Result<OwnedFd> {
+    use rustix::mount::{fsconfig_create, fsconfig_set_flag, fsconfig_set_string, fsmount, fsopen};
+    let context = fsopen("fuse", FsOpenFlags::FSOPEN_CLOEXEC).map_err(failed("fsopen(fuse)"))?;
+    let context = context.as_fd();
+    let device = device.as_raw_fd().to_string();
+    for (key, value) in [
+        ("source", "deltafs"),
+        ("subtype", "deltafs"),
+        ("fd", &*device),
+        ("rootmode", "40000"),
+        ("user_id", "0"),
+        ("group_id", "0"),
+    ] {
+        fsconfig_set_string(context, key, value).map_err(failed("setting a mount option"))?;
+    }
+    for key in ["default_permissions", "allow_other"] {
+        fsconfig_set_flag(context, key).map_err(failed("setting a mount flag"))?;
+    }
+    fsconfig_create(context).map_err(failed("making the superblock"))?;
+    let attributes = MountAttrFlags::MOUNT_ATTR_NODEV;
+    fsmount(context, FsMountFlags::FSMOUNT_CLOEXEC, attributes).map_err(failed("fsmount"))
+}
+
+fn device_number(mount: &OwnedFd) -> io::Result<u64> {
+    let attributes = rustix::fs::statx(mount, "", AtFlags::EMPTY_PATH, StatxFlags::BASIC_STATS)?;
+    Ok(rustix::fs::makedev(
+        attributes.stx_dev_major,
+        attributes.stx_dev_minor,
+    ))
+}
+
+/// Ends the connection through the FUSE control filesystem, mounted for this without a path.
+fn abort(mount: &OwnedFd) -> io::Result<()> {
+    // The kernel tells the device number without asking the daemon.
+    let flags = AtFlags::EMPTY_PATH | AtFlags::STATX_DONT_SYNC;
+    let minor = rustix::fs::statx(mount, "", flags, StatxFlags::empty())?.stx_dev_minor;
+    let context = rustix::mount::fsopen("fusectl", FsOpenFlags::FSOPEN_CLOEXEC)?;
+    rustix::mount::fsconfig_create(context.as_fd())?;
+    let attributes = MountAttrFlags::empty();
+    let control =
+        rustix::mount::fsmount(context.as_fd(), FsMountFlags::FSMOUNT_CLOEXEC, attributes)?;
+    let flags = OFlags::WRONLY | OFlags::CLOEXEC;
+    let file = rustix::fs::openat(&control, format!("{minor}/abort"), flags, Mode::empty())?;
+    rustix::io::write(&file, b"1")?;
+    Ok(())
+}
+
+/// Serves requests until the connection ends.
+fn serve(server: &Server, channel: &OwnedFd) {
+    let mut buffer = vec![0; MAX_WRITE + ARGS];
+    let mut reply = Reply::new();
+    loop {
+        let len = match rustix::io::read(channel, &mut buffer[..]) {
+            Ok(len) => len,
+            // The request was taken back, or the read was interrupted.
+            Err(Errno::NOENT | Errno::INTR | Errno::AGAIN) => continue,
+            Err(Errno::NODEV | Errno::CONNABORTED) => return,
+            Err(error) => {
+                tracing::error!(%error, "a thread of a DeltaFS mount cannot read requests and ends");
+                return;
+            }
+        };
+        if len < IN_HEADER {
+            continue;
+        }
+        let Ok(request) = Request::parse(&buffer[..len]) else {
+            tracing::error!(len, "a FUSE request is malformed");
+            continue;
+        };
+        reply.clear();
+        let answer = server.handle(request, &mut reply);
+        let error = match answer {
+            Ok(super::server::Answer::Reply) => 0,
+            Ok(super::server::Answer::Silence) => continue,
+            Err(errno) => {
+                reply.clear();
+                -errno.raw_os_error()
+            }
+        };
+        if let Err(error) = rustix::io::write(channel, reply.finish(request.unique, error)) {
+            tracing::debug!(%error, opcode = request.opcode, "a reply was not taken");
+            for ino in reply.counted() {
+                server.forget(*ino, 1);
+            }
+        }
+    }
+}

@@ -1,0 +1,179 @@
+//! Attributes, content and extended attributes of one inode.
+
+use std::ops::Range;
+
+use rustix::io::Errno;
+
+use super::View;
+use crate::acl;
+use crate::node::{Ino, Meta, Node, NodeRef, Time};
+use crate::xattr::SetMode;
+
+const SETUID: u32 = 0o4000;
+const SETGID: u32 = 0o2000;
+const GROUP_EXECUTE: u32 = 0o010;
+const PERMISSIONS: u32 = 0o7777;
+const CAPABILITY: &[u8] = b"security.capability";
+
+/// What `utimensat(2)` says of a time.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum TimeChange {
+    Now,
+    To(Time),
+}
+
+/// What is to change of an inode.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct AttrChange {
+    pub(crate) mode: Option<u32>,
+    pub(crate) uid: Option<u32>,
+    pub(crate) gid: Option<u32>,
+    pub(crate) size: Option<u64>,
+    pub(crate) atime: Option<TimeChange>,
+    pub(crate) mtime: Option<TimeChange>,
+    /// The caller may not keep the set-id bits when it changes the size.
+    pub(crate) kill_privileges: bool,
+}
+
+impl View {
+    /// Changes attributes.
+    pub(crate) fn set_attr(&mut self, ino: Ino, change: &AttrChange) -> Result<NodeRef, Errno> {
+        if let Some(size) = change.size {
+            self.change_file(ino, |file, to| file.truncate(to, size))?;
+        }
+        let now = Time::now();
+        let node = self.node_mut(ino)?;
+        if change.size.is_some() {
+            node.meta.mtime = now;
+            drop_privileges(node, change.kill_privileges)?;
+        }
+        if let Some(mode) = change.mode {
+            node.meta.mode = node.meta.kind() | (mode & PERMISSIONS);
+            acl::chmod(&mut node.xattrs, mode)?;
+        }
+        if change.uid.is_some() || change.gid.is_some() {
+            node.meta.uid = change.uid.unwrap_or(node.meta.uid);
+            node.meta.gid = change.gid.unwrap_or(node.meta.gid);
+            if !node.is_dir() {
+                drop_privileges(node, true)?;
+            }
+        }
+        let at = |change| match change {
+            TimeChange::Now => now,
+            TimeChange::To(time) => time,
+        };
+        node.meta.atime = change.atime.map_or(node.meta.atime, at);
+        node.meta.mtime = change.mtime.map_or(node.meta.mtime, at);
+        node.meta.ctime = now;
+        self.node(ino)
+    }
+
+    /// Writes into a file.
+    pub(crate) fn write(
+        &mut self,
+        ino: Ino,
+        offset: u64,
+        data: &[u8],
+        kill_privileges: bool,
+    ) -> Result<(), Errno> {
+        self.change_file(ino, |file, to| file.write(to, offset, data))?;
+        self.content_changed(ino, kill_privileges)
+    }
+
+    /// Reserves disk space for a range (`fallocate(2)`).
+    pub(crate) fn reserve(
+        &mut self,
+        ino: Ino,
+        range: Range<u64>,
+        keep_size: bool,
+    ) -> Result<(), Errno> {
+        self.change_file(ino, |file, to| {
+            file.reserve(to, range.clone())?;
+            if !keep_size && range.end > file.size {
+                file.truncate(to, range.end)?;
+            }
+            Ok(())
+        })?;
+        self.content_changed(ino, true)
+    }
+
+    /// Makes a range a hole (`FALLOC_FL_PUNCH_HOLE`), or zeros that may lengthen the file (`FALLOC_FL_ZERO_RANGE`).
+    pub(crate) fn punch(
+        &mut self,
+        ino: Ino,
+        range: Range<u64>,
+        keep_size: bool,
+    ) -> Result<(), Errno> {
+        self.change_file(ino, |file, to| {
+            file.punch(to, range.clone())?;
+            if !keep_size && range.end > file.size {
+                file.truncate(to, range.end)?;
+            }
+            Ok(())
+        })?;
+        self.content_changed(ino, true)
+    }
+
+    /// Sets an extended attribute. Setting the access list sets the mode too; `kill_setgid` says that the caller may
+    /// not keep the set-group-id bit then.
+    pub(crate) fn set_xattr(
+        &mut self,
+        ino: Ino,
+        name: &[u8],
+        value: &[u8],
+        mode: SetMode,
+        kill_setgid: bool,
+    ) -> Result<(), Errno> {
+        let node = self.node_mut(ino)?;
+        node.meta.ctime = Time::now();
+        if name == acl::ACCESS {
+            let permissions = acl::permissions(value)?;
+            node.meta.mode =
+                (node.meta.mode & !0o777) | permissions.unwrap_or(node.meta.mode & 0o777);
+            if kill_setgid {
+                node.meta.mode &= !SETGID;
+            }
+            if acl::is_minimal(value)? {
+                node.xattrs.remove(name)?;
+                return Ok(());
+            }
+        }
+        node.xattrs.set(name, value, mode)
+    }
+
+    /// Removes an extended attribute.
+    pub(crate) fn remove_xattr(&mut self, ino: Ino, name: &[u8]) -> Result<(), Errno> {
+        let node = self.node_mut(ino)?;
+        if !node.xattrs.remove(name)? {
+            return Err(Errno::NODATA);
+        }
+        node.meta.ctime = Time::now();
+        Ok(())
+    }
+
+    fn content_changed(&mut self, ino: Ino, kill_privileges: bool) -> Result<(), Errno> {
+        let node = self.node_mut(ino)?;
+        node.meta.mtime = Time::now();
+        node.meta.ctime = node.meta.mtime;
+        drop_privileges(node, kill_privileges)
+    }
+}
+
+/// A changed file loses its capabilities, and its set-id bits if the caller may not keep them.
+fn drop_privileges(node: &mut Node, kill_set_id: bool) -> Result<(), Errno> {
+    if kill_set_id {
+        node.meta.mode = without_set_id(&node.meta);
+    }
+    node.xattrs.remove(CAPABILITY)?;
+    Ok(())
+}
+
+/// A set-group-id bit without group execution means mandatory locking and stays.
+fn without_set_id(meta: &Meta) -> u32 {
+    let group = if meta.mode & GROUP_EXECUTE != 0 {
+        SETGID
+    } else {
+        0
+    };
+    meta.mode & !(SETUID | group)
+}

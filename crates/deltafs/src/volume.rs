@@ -1,0 +1,337 @@
+//! The public face: volumes and snapshots.
+
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use parking_lot::Mutex;
+use rustix::fs::{AtFlags, Mode, OFlags, StatxFlags};
+
+use crate::base::Base;
+use crate::data::DataStore;
+use crate::error::{Error, Result};
+use crate::fuse::{Server, Session};
+use crate::ids::IdMap;
+use crate::invalidate::Plan;
+use crate::node::{Ino, ROOT};
+use crate::sys;
+use crate::tree::Tree;
+use crate::view::View;
+
+/// How a volume is made.
+#[derive(Debug)]
+pub struct Options {
+    /// The directory that shows through wherever nothing was changed. It must not change while the
+    /// volume lives. Mounts below it do not show.
+    pub base: OwnedFd,
+    /// Absolute paths, seen from the base, that must not show. What does not exist is skipped.
+    pub hidden: Vec<PathBuf>,
+    /// How ids inside the sandbox show on the host.
+    pub ids: IdMap,
+    /// The host directory whose filesystem the data is written to (one file without a name).
+    pub data_dir: PathBuf,
+    /// How many threads serve the mount; at least one.
+    pub threads: usize,
+}
+
+/// The filesystem of one sandbox: a view, and a FUSE mount of it that threads of this process serve.
+///
+/// Dropping a volume ends the mount at once: what still uses it gets `ENOTCONN`.
+#[derive(Debug)]
+pub struct Volume {
+    server: Arc<Server>,
+    session: Session,
+    threads: usize,
+    /// Checkpoints and rollbacks come one after another.
+    switch: Mutex<()>,
+}
+
+/// A state of a volume, kept at no cost but that of what changes later. Dropping the last clone frees what only it held.
+#[derive(Clone, Debug)]
+pub struct Snapshot(Arc<Frozen>);
+
+#[derive(Debug)]
+struct Frozen {
+    view: View,
+    /// Dropped after the view, when the view's blocks are free.
+    _trim: TrimOnDrop,
+}
+
+#[derive(Debug)]
+struct TrimOnDrop(Arc<Tree>);
+
+impl Drop for TrimOnDrop {
+    fn drop(&mut self) {
+        self.0.data.trim();
+    }
+}
+
+/// What a rollback did.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct RollbackStats {
+    /// Inodes that differed.
+    pub changed: usize,
+    /// Notices that were sent to the kernel, to drop names, attributes and pages.
+    pub notices: usize,
+    /// Directories that had been removed while something stood in them or held them open, and that are there
+    /// again. The kernel never revives a removed directory object, so every descriptor and working directory of such an
+    /// inode number must be opened again ([`Volume::open_inode_in`]); the old ones give `EIO`.
+    pub reborn: Vec<u64>,
+}
+
+/// What a volume holds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Stats {
+    /// Bytes of file data that the views and snapshots of the whole tree of volumes hold.
+    pub data_bytes: u64,
+    /// Inodes of this volume that differ from the base.
+    pub changed_inodes: usize,
+    /// Inodes of the base that were looked up, in the whole tree of volumes.
+    pub base_inodes: usize,
+    /// Inodes of this volume that the kernel has cached.
+    pub kernel_inodes: usize,
+}
+
+impl Volume {
+    /// Makes a volume that shows the base, and mounts it (detached: it has no path on the host).
+    ///
+    /// # Errors
+    /// If the base or the data directory cannot be used, the id map does not hold `nobody`, or FUSE does not mount.
+    pub fn create(options: Options) -> Result<Self> {
+        check_ids(options.ids)?;
+        let base = Base::new(options.base, &options.hidden).map_err(|errno| Error::Base {
+            what: "looking at the directory",
+            source: errno.into(),
+        })?;
+        let data = DataStore::create(&options.data_dir).map_err(|source| Error::Data {
+            path: options.data_dir,
+            source,
+        })?;
+        let tree = Arc::new(Tree::new(base, data));
+        Self::start(View::new(tree), options.ids, options.threads)
+    }
+
+    fn start(view: View, ids: IdMap, threads: usize) -> Result<Self> {
+        let server = Arc::new(Server::new(view, ids));
+        let session = Session::start(&server, threads)?;
+        Ok(Self {
+            server,
+            session,
+            threads,
+            switch: Mutex::default(),
+        })
+    }
+
+    /// The mount, without a path: an `O_PATH` descriptor of its root. Clone it into a mount namespace with `open_tree(2)`
+    /// (`OPEN_TREE_CLONE`, `AT_EMPTY_PATH`) and `move_mount(2)`.
+    pub fn mount(&self) -> BorrowedFd<'_> {
+        self.session.mount()
+    }
+
+    /// `st_dev` of everything in the mount.
+    pub fn device(&self) -> u64 {
+        self.session.device_number()
+    }
+
+    /// Keeps the state that the volume has now; constant time.
+    ///
+    /// Writes through shared mappings belong to it only if they were flushed before ([`Volume::sync`]).
+    pub fn checkpoint(&self) -> Snapshot {
+        let _switch = self.switch.lock();
+        self.server.release_orphans();
+        let mut view = self.server.view().write();
+        let frozen = view.clone();
+        view.seal();
+        Snapshot(Arc::new(Frozen {
+            _trim: TrimOnDrop(Arc::clone(frozen.tree())),
+            view: frozen,
+        }))
+    }
+
+    /// Shows the state of a snapshot from now on; costs what differs between the two states.
+    ///
+    /// Nothing may use the mount meanwhile: its processes are stopped outside of system calls. Open descriptors,
+    /// mappings and working directories then show the inodes they name as they are in the snapshot, but for
+    /// [`RollbackStats::reborn`].
+    ///
+    /// # Errors
+    /// If the snapshot is of another tree of volumes (nothing was changed then), or the kernel does not take a notice.
+    pub fn rollback(&self, to: &Snapshot) -> Result<RollbackStats> {
+        let _switch = self.switch.lock();
+        let target = to.view();
+        if !Arc::ptr_eq(target.tree(), self.server.tree()) {
+            return Err(Error::ForeignSnapshot);
+        }
+        // Dirty pages would be written into the new state when they are dropped. What becomes of them in the old one,
+        // which goes, does not matter; not even an error.
+        let _ = self.sync();
+        let new = target.branch();
+        let old = std::mem::replace(&mut *self.server.view().write(), new.clone());
+        let plan = Plan::between(&old, &new, self.server.kernel());
+        let lives = |ino| new.node(ino).is_ok_and(|node| node.meta.nlink > 0);
+        let reborn = self.server.kernel().revive(lives);
+        drop(new);
+        for notice in &plan.notices {
+            notice
+                .send(self.session.device())
+                .map_err(|errno| Error::Invalidate {
+                    ino: notice.ino(),
+                    source: errno.into(),
+                })?;
+        }
+        self.refresh(&plan);
+        drop(old);
+        self.server.tree().data.trim();
+        Ok(RollbackStats {
+            changed: plan.changed,
+            notices: plan.notices.len(),
+            reborn,
+        })
+    }
+
+    /// Makes the kernel ask for what it cannot be told. An inode that it has just forgotten needs nothing.
+    fn refresh(&self, plan: &Plan) {
+        let Ok(root) = self.open_root() else { return };
+        let flags = AtFlags::EMPTY_PATH | AtFlags::SYMLINK_NOFOLLOW | AtFlags::STATX_FORCE_SYNC;
+        for ino in &plan.refresh {
+            if let Ok(fd) = self.open_node(&root, *ino, libc::O_PATH) {
+                let _ = rustix::fs::statx(&fd, "", flags, StatxFlags::BASIC_STATS);
+            }
+        }
+        for (parent, name) in &plan.look_up {
+            if let Ok(fd) = self.open_node(&root, *parent, libc::O_PATH) {
+                let name = std::ffi::OsStr::from_bytes(name);
+                let _ = rustix::fs::statx(&fd, name, flags, StatxFlags::BASIC_STATS);
+            }
+        }
+    }
+
+    /// Another volume that begins with the state of a snapshot and shares the base and all data with this one.
+    ///
+    /// # Errors
+    /// As [`Volume::create`]; also if the snapshot is of another tree of volumes.
+    pub fn fork(&self, from: &Snapshot, ids: IdMap) -> Result<Self> {
+        check_ids(ids)?;
+        let view = from.view();
+        if !Arc::ptr_eq(view.tree(), self.server.tree()) {
+            return Err(Error::ForeignSnapshot);
+        }
+        Self::start(view.branch(), ids, self.threads)
+    }
+
+    /// Opens an inode by its number, with a name or without, in the volume's own mount. `flags` are those of `open(2)`.
+    ///
+    /// # Errors
+    /// Those of `open(2)`; `ESTALE` if the state that is shown has no such inode.
+    pub fn open_inode(&self, ino: u64, flags: i32) -> io::Result<OwnedFd> {
+        self.open_node(&self.open_root()?, ino, flags)
+    }
+
+    /// As [`Volume::open_inode`], in another mount of the volume, such as that in a sandbox's mount namespace. `mount` is any
+    /// descriptor of the mount's root.
+    ///
+    /// # Errors
+    /// As [`Volume::open_inode`].
+    pub fn open_inode_in(&self, mount: impl AsFd, ino: u64, flags: i32) -> io::Result<OwnedFd> {
+        let root = rustix::fs::openat(mount, ".", directory(), Mode::empty())?;
+        self.open_node(&root, ino, flags)
+    }
+
+    fn open_root(&self) -> io::Result<OwnedFd> {
+        Ok(rustix::fs::openat(
+            self.session.mount(),
+            ".",
+            directory(),
+            Mode::empty(),
+        )?)
+    }
+
+    fn open_node(&self, root: &OwnedFd, ino: Ino, flags: i32) -> io::Result<OwnedFd> {
+        if ino != ROOT
+            && let Some(fd) = self.open_by_name(root, ino, flags)
+        {
+            return Ok(fd);
+        }
+        let generation = self.server.kernel().generation(ino);
+        sys::open_by_node_id(root, ino, generation, flags)
+    }
+
+    /// Opens an inode by the name it has, so that `/proc/PID/fd` and `getcwd(2)` tell that name.
+    fn open_by_name(&self, root: &OwnedFd, ino: Ino, flags: i32) -> Option<OwnedFd> {
+        let path = self.server.view().read().path(ino)?;
+        let flags =
+            OFlags::from_bits_retain(flags.cast_unsigned()) | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        let fd = rustix::fs::openat(root, path, flags, Mode::empty()).ok()?;
+        let found = rustix::fs::statx(&fd, "", AtFlags::EMPTY_PATH, StatxFlags::INO).ok()?;
+        (found.stx_ino == ino && self.is_ours(&found)).then_some(fd)
+    }
+
+    /// Another filesystem may be mounted over a name.
+    fn is_ours(&self, found: &rustix::fs::Statx) -> bool {
+        rustix::fs::makedev(found.stx_dev_major, found.stx_dev_minor) == self.device()
+    }
+
+    /// Has the dirty pages of all shared mappings written into the volume; costs what is dirty.
+    ///
+    /// # Errors
+    /// If a write failed, such as for a full disk.
+    pub fn sync(&self) -> Result<()> {
+        let flush = || -> io::Result<()> {
+            let root = self.open_root()?;
+            Ok(rustix::fs::syncfs(&root)?)
+        };
+        flush().map_err(|source| Error::Flush { source })
+    }
+
+    /// Has the dirty pages of one inode written into the volume.
+    ///
+    /// # Errors
+    /// If the inode is not a file that can be opened, or a write failed.
+    pub fn flush_inode(&self, ino: u64) -> io::Result<()> {
+        let fd = self.open_inode(ino, libc::O_RDONLY | libc::O_NONBLOCK)?;
+        Ok(rustix::fs::fdatasync(&fd)?)
+    }
+
+    /// What the volume holds.
+    pub fn stats(&self) -> Stats {
+        let tree = self.server.tree();
+        Stats {
+            data_bytes: tree.data.used_bytes(),
+            changed_inodes: self.server.view().read().nodes().len(),
+            base_inodes: tree.base.known(),
+            kernel_inodes: self.server.kernel().len(),
+        }
+    }
+
+    /// Ends the mount and its threads. What still uses the mount gets `ENOTCONN`.
+    pub fn shutdown(&self) {
+        self.session.stop();
+    }
+}
+
+impl Snapshot {
+    pub(crate) fn view(&self) -> &View {
+        &self.0.view
+    }
+
+    /// Inodes that differ from the base in this state.
+    pub fn changed_inodes(&self) -> usize {
+        self.view().nodes().len()
+    }
+}
+
+fn directory() -> OFlags {
+    OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC
+}
+
+fn check_ids(ids: IdMap) -> Result<()> {
+    if ids.is_wide_enough() {
+        Ok(())
+    } else {
+        Err(Error::IdMap { count: ids.count })
+    }
+}

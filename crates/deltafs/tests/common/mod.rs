@@ -1,0 +1,90 @@
+//! A volume over a fresh base, reached through a descriptor: nothing is mounted in the host's tree, so nothing can be
+//! left behind.
+
+#![allow(dead_code, reason = "every test file uses another part")]
+
+use std::fs::{self, File};
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::path::{Path, PathBuf};
+
+use deltafs::{IdMap, Options, Volume};
+use rustix::fs::{Mode, OFlags};
+
+/// A base, a place for data, and a volume over them.
+pub(crate) struct Fixture {
+    pub(crate) volume: Mounted,
+    pub(crate) base: tempfile::TempDir,
+    pub(crate) data: tempfile::TempDir,
+}
+
+/// A volume and a descriptor of its root.
+pub(crate) struct Mounted {
+    root: OwnedFd,
+    pub(crate) volume: Volume,
+}
+
+impl Mounted {
+    pub(crate) fn new(volume: Volume) -> Self {
+        let root = open_dir(volume.mount());
+        Self { root, volume }
+    }
+
+    /// A path that leads to `path` in the volume.
+    pub(crate) fn at(&self, path: impl AsRef<Path>) -> PathBuf {
+        PathBuf::from(format!("/proc/self/fd/{}", self.root.as_raw_fd())).join(path)
+    }
+
+    /// The content of a file.
+    pub(crate) fn read(&self, path: &str) -> String {
+        fs::read_to_string(self.at(path)).unwrap()
+    }
+
+    /// Writes a file.
+    pub(crate) fn write(&self, path: &str, content: impl AsRef<[u8]>) {
+        fs::write(self.at(path), content).unwrap();
+    }
+}
+
+impl std::ops::Deref for Mounted {
+    type Target = Volume;
+
+    fn deref(&self) -> &Volume {
+        &self.volume
+    }
+}
+
+fn open_dir(fd: impl std::os::fd::AsFd) -> OwnedFd {
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    rustix::fs::openat(fd, ".", flags, Mode::empty()).unwrap()
+}
+
+/// Makes a volume over the base that `fill` fills.
+pub(crate) fn fixture(fill: impl FnOnce(&Path)) -> Fixture {
+    fixture_with(fill, IdMap::IDENTITY, Vec::new())
+}
+
+/// As [`fixture`], with an id map and hidden paths.
+pub(crate) fn fixture_with(fill: impl FnOnce(&Path), ids: IdMap, hidden: Vec<PathBuf>) -> Fixture {
+    let base = tempfile::tempdir().unwrap();
+    let data = tempfile::tempdir().unwrap();
+    fill(base.path());
+    let options = Options {
+        base: File::open(base.path()).unwrap().into(),
+        hidden,
+        ids,
+        data_dir: data.path().to_owned(),
+        threads: 2,
+    };
+    let volume = Mounted::new(Volume::create(options).unwrap());
+    Fixture { volume, base, data }
+}
+
+/// The names in a directory, sorted.
+pub(crate) fn names(dir: impl AsRef<Path>) -> Vec<String> {
+    let mut names: Vec<_> = fs::read_dir(dir)
+        .unwrap()
+        .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+        .collect();
+    names.sort();
+    names
+}
