@@ -65,6 +65,9 @@ pub enum Error {
     /// Processes: see the message.
     #[error(transparent)]
     Processes(#[from] deltacr::Error),
+    /// Files: see the message.
+    #[error(transparent)]
+    Files(#[from] deltafs::Error),
     /// A system call failed.
     #[error("{doing}: {source}")]
     System {

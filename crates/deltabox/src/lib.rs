@@ -11,12 +11,24 @@
 //! # Ok(()) }
 //! ```
 
+mod cgroup;
+mod container;
+mod descendants;
 mod error;
 mod host;
+mod log;
+mod names;
 mod report;
 mod sandbox;
+mod seccomp;
 mod session;
+mod sessions;
+mod sessions_image;
+mod spawn;
 mod spec;
+mod streams;
+mod sys;
+mod users;
 
 pub use error::{Error, Result};
 pub use host::{Host, HostConfig};

@@ -1,0 +1,294 @@
+//! The system calls that rustix does not offer, or not for a process like this one, behind safe functions.
+//!
+//! All of them rest on this program having one thread.
+
+use std::ffi::CString;
+use std::io;
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+
+/// What [`fork`] returned in.
+pub(crate) enum Fork {
+    /// The parent, with the child's pid as the parent sees it.
+    Parent(i32),
+    /// The child.
+    Child,
+}
+
+/// libc's own constant does not fit its type.
+const CLONE_INTO_CGROUP: u64 = 0x2_0000_0000;
+
+/// How [`fork`] makes the child.
+#[derive(Default)]
+pub(crate) struct ForkOptions<'a> {
+    /// `CLONE_…` flags beside the signal.
+    pub(crate) flags: i32,
+    /// The cgroup v2 directory that it is born in.
+    pub(crate) cgroup: Option<BorrowedFd<'a>>,
+    /// The pid that it gets in the pid namespace of the caller.
+    pub(crate) pid: Option<i32>,
+}
+
+fn check(result: i64) -> io::Result<i64> {
+    if result < 0 {
+        Err(io::Error::last_os_error())
+    } else {
+        Ok(result)
+    }
+}
+
+/// `clone3(2)` without shared memory.
+pub(crate) fn fork(options: &ForkOptions<'_>) -> io::Result<Fork> {
+    let mut flags = options.flags as u64;
+    let tids = options.pid.map(|pid| [pid]);
+    // SAFETY: an all-zero clone_args is the default of every field.
+    let mut args: libc::clone_args = unsafe { std::mem::zeroed() };
+    // A child of the caller's own parent takes over its exit signal.
+    if options.flags & libc::CLONE_PARENT == 0 {
+        args.exit_signal = libc::SIGCHLD as u64;
+    }
+    if let Some(cgroup) = options.cgroup {
+        flags |= CLONE_INTO_CGROUP;
+        args.cgroup = cgroup.as_raw_fd() as u64;
+    }
+    if let Some(tids) = &tids {
+        args.set_tid = tids.as_ptr() as u64;
+        args.set_tid_size = 1;
+    }
+    args.flags = flags;
+    // SAFETY: args and tids live across the call; without CLONE_VM the child has its own copy of everything, and with
+    // one thread in this program no lock can be held by another.
+    let pid = check(unsafe {
+        libc::syscall(
+            libc::SYS_clone3,
+            &raw const args,
+            std::mem::size_of::<libc::clone_args>(),
+        )
+    })?;
+    Ok(match pid {
+        0 => Fork::Child,
+        pid => Fork::Parent(pid as i32),
+    })
+}
+
+/// Ends the process without running anything at exit.
+pub(crate) fn exit(code: i32) -> ! {
+    // SAFETY: _exit has no preconditions.
+    unsafe { libc::_exit(code) }
+}
+
+/// The descriptor that the supervisor left at this number.
+pub(crate) fn inherited(fd: RawFd) -> io::Result<OwnedFd> {
+    // SAFETY: F_SETFD has no memory effects; it fails if the descriptor is not open.
+    check(unsafe { libc::fcntl(fd, libc::F_SETFD, libc::FD_CLOEXEC) }.into())?;
+    // SAFETY: it is open, as just tested, and nothing in this program owns it yet.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+/// Leaves the supervisor's mount namespace for a copy of it.
+pub(crate) fn unshare_mounts() -> io::Result<()> {
+    // SAFETY: CLONE_NEWNS does not touch memory or descriptors.
+    check(unsafe { libc::unshare(libc::CLONE_NEWNS) }.into()).map(drop)
+}
+
+#[repr(C)]
+#[derive(Clone, Copy, Default)]
+struct CapData {
+    effective: u32,
+    permitted: u32,
+    inheritable: u32,
+}
+
+#[repr(C)]
+struct CapHeader {
+    version: u32,
+    pid: i32,
+}
+
+static CAP_HEADER: CapHeader = CapHeader {
+    version: 0x2008_0522,
+    pid: 0,
+};
+
+fn capabilities() -> io::Result<[CapData; 2]> {
+    let mut data = [CapData::default(); 2];
+    // SAFETY: version 3 of the header goes with two data structs.
+    check(unsafe { libc::syscall(libc::SYS_capget, &raw const CAP_HEADER, data.as_mut_ptr()) })?;
+    Ok(data)
+}
+
+fn set_capabilities(data: &[CapData; 2]) -> io::Result<()> {
+    // SAFETY: version 3 of the header goes with two data structs.
+    check(unsafe { libc::syscall(libc::SYS_capset, &raw const CAP_HEADER, data.as_ptr()) })
+        .map(drop)
+}
+
+/// Empties the inheritable set, so that no capability passes by way of files.
+pub(crate) fn clear_inheritable() -> io::Result<()> {
+    let mut caps = capabilities()?;
+    for set in &mut caps {
+        set.inheritable = 0;
+    }
+    set_capabilities(&caps)
+}
+
+/// Takes a capability out of the bounding set; `EINVAL` for one that the kernel does not know.
+pub(crate) fn drop_from_bounding_set(capability: i32) -> io::Result<()> {
+    // SAFETY: no memory effects.
+    check(unsafe { libc::prctl(libc::PR_CAPBSET_DROP, capability, 0, 0, 0) }.into()).map(drop)
+}
+
+/// Sets `no_new_privs`, for good.
+pub(crate) fn set_no_new_privs() -> io::Result<()> {
+    // SAFETY: no memory effects.
+    check(unsafe { libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) }.into()).map(drop)
+}
+
+/// Whether other processes may trace this one and look into its `/proc`.
+pub(crate) fn set_dumpable(yes: bool) -> io::Result<()> {
+    // SAFETY: no memory effects.
+    check(unsafe { libc::prctl(libc::PR_SET_DUMPABLE, libc::c_ulong::from(yes), 0, 0, 0) }.into())
+        .map(drop)
+}
+
+/// Installs a seccomp program (`struct sock_filter`s).
+pub(crate) fn install_filter(program: &[libc::sock_filter]) -> io::Result<()> {
+    let len = u16::try_from(program.len()).map_err(|_| io::ErrorKind::InvalidInput)?;
+    let fprog = libc::sock_fprog {
+        len,
+        filter: program.as_ptr().cast_mut(),
+    };
+    // SAFETY: fprog points to len instructions; the kernel only reads them.
+    check(unsafe {
+        libc::syscall(
+            libc::SYS_seccomp,
+            libc::SECCOMP_SET_MODE_FILTER,
+            0,
+            &raw const fprog,
+        )
+    })
+    .map(drop)
+}
+
+/// Puts every signal back to its default action and unblocks all.
+pub(crate) fn reset_signals() {
+    for signal in 1..=libc::SIGRTMAX() {
+        // SAFETY: SIG_DFL is always valid; the calls for SIGKILL, SIGSTOP and libc's own two fail without effect.
+        unsafe { libc::signal(signal, libc::SIG_DFL) };
+    }
+    set_mask(libc::SIG_SETMASK, None);
+}
+
+/// Blocks one signal.
+pub(crate) fn block_signal(signal: i32) {
+    set_mask(libc::SIG_BLOCK, Some(signal));
+}
+
+fn set_mask(how: i32, signal: Option<i32>) {
+    // SAFETY: set is initialized by sigemptyset before use.
+    unsafe {
+        let mut set: libc::sigset_t = std::mem::zeroed();
+        libc::sigemptyset(&raw mut set);
+        if let Some(signal) = signal {
+            libc::sigaddset(&raw mut set, signal);
+        }
+        libc::sigprocmask(how, &raw const set, std::ptr::null_mut());
+    }
+}
+
+/// A descriptor that is readable while SIGCHLD is pending.
+pub(crate) fn child_signals() -> io::Result<OwnedFd> {
+    block_signal(libc::SIGCHLD);
+    // SAFETY: set is initialized by sigemptyset; the result is a new descriptor that nothing else owns.
+    unsafe {
+        let mut set: libc::sigset_t = std::mem::zeroed();
+        libc::sigemptyset(&raw mut set);
+        libc::sigaddset(&raw mut set, libc::SIGCHLD);
+        let fd = check(
+            libc::signalfd(-1, &raw const set, libc::SFD_CLOEXEC | libc::SFD_NONBLOCK).into(),
+        )?;
+        Ok(OwnedFd::from_raw_fd(fd as RawFd))
+    }
+}
+
+/// Marks every descriptor from `first` on close-on-exec, or closes them all.
+pub(crate) fn close_from(first: u32, on_exec: bool) -> io::Result<()> {
+    let flags = if on_exec {
+        libc::CLOSE_RANGE_CLOEXEC
+    } else {
+        0
+    };
+    // SAFETY: closing needs no memory; callers use no owned descriptor afterwards.
+    check(unsafe { libc::syscall(libc::SYS_close_range, first, u32::MAX, flags) }).map(drop)
+}
+
+/// Gives the descriptor this number, open across exec.
+pub(crate) fn place(fd: BorrowedFd<'_>, at: RawFd) -> io::Result<()> {
+    // SAFETY: at is 0, 1 or 2, which no OwnedFd holds: the process was started with them open.
+    check(unsafe { libc::dup2(fd.as_raw_fd(), at) }.into()).map(drop)
+}
+
+/// Makes standard input the controlling terminal of the session that this process leads.
+pub(crate) fn take_terminal() -> io::Result<()> {
+    // SAFETY: TIOCSCTTY takes a number.
+    check(unsafe { libc::ioctl(0, libc::TIOCSCTTY, 0) }.into()).map(drop)
+}
+
+/// Supplementary groups, group and user: all three user ids, all three group ids.
+pub(crate) fn become_user(uid: u32, gid: u32, groups: &[u32]) -> io::Result<()> {
+    // SAFETY: groups points to groups.len() ids; the others take numbers.
+    unsafe {
+        check(libc::setgroups(groups.len(), groups.as_ptr()).into())?;
+        check(libc::setresgid(gid, gid, gid).into())?;
+        check(libc::setresuid(uid, uid, uid).into())?;
+    }
+    Ok(())
+}
+
+/// `execve(2)`; returns only on failure.
+pub(crate) fn execute(path: &CString, argv: &[CString], env: &[CString]) -> io::Error {
+    let pointers = |list: &[CString]| -> Vec<*const libc::c_char> {
+        list.iter()
+            .map(|s| s.as_ptr())
+            .chain([std::ptr::null()])
+            .collect()
+    };
+    let (argv, env) = (pointers(argv), pointers(env));
+    // SAFETY: both arrays end with a null pointer and point to strings that outlive the call.
+    unsafe { libc::execve(path.as_ptr(), argv.as_ptr(), env.as_ptr()) };
+    io::Error::last_os_error()
+}
+
+/// Brings the loopback interface up.
+pub(crate) fn loopback_up() -> io::Result<()> {
+    let socket = rustix::net::socket_with(
+        rustix::net::AddressFamily::INET,
+        rustix::net::SocketType::DGRAM,
+        rustix::net::SocketFlags::CLOEXEC,
+        None,
+    )?;
+    // SAFETY: an all-zero ifreq is valid; the name is shorter than its field and stays terminated.
+    let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
+    request.ifr_name[0] = b'l' as libc::c_char;
+    request.ifr_name[1] = b'o' as libc::c_char;
+    request.ifr_ifru.ifru_flags = (libc::IFF_UP | libc::IFF_RUNNING) as i16;
+    // SAFETY: SIOCSIFFLAGS reads the ifreq.
+    check(unsafe { libc::ioctl(socket.as_raw_fd(), libc::SIOCSIFFLAGS, &raw const request) }.into())
+        .map(drop)
+}
+
+/// Sends a signal to a process group other than this process's own.
+pub(crate) fn signal_group(group: i32, signal: i32) -> io::Result<()> {
+    if group <= 1 {
+        return Err(io::Error::from_raw_os_error(libc::EINVAL));
+    }
+    // SAFETY: no memory effects.
+    check(unsafe { libc::kill(-group, signal) }.into()).map(drop)
+}
+
+/// Waits for signals, for ever.
+pub(crate) fn pause_for_ever() -> ! {
+    loop {
+        // SAFETY: no memory effects.
+        unsafe { libc::pause() };
+    }
+}

@@ -1,0 +1,348 @@
+//! The output of a session: the newest bytes, on disk, in as many branches as there are checkpoints.
+//!
+//! The file is a ring: byte `n` ever written lies at `n % CAPACITY`. What the present state of the session shows of it
+//! is a list of runs. A checkpoint keeps the list (a persistent vector: O(1)), a rollback takes it back; what another
+//! branch wrote in between stays where it is until the ring comes round to it. So a log shows, after going back *and
+//! forth* in the tree, exactly the output of the branch it is on.
+
+use std::fs::File;
+use std::io;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+
+use imbl::Vector;
+
+use crate::report::Stream;
+
+/// Bytes of output that are kept.
+pub(crate) const CAPACITY: u64 = 64 << 20;
+
+/// The most runs in a list: bounds the memory of a command that writes to both its streams by turns, byte by byte.
+const MAX_RUNS: usize = 1 << 20;
+
+/// Output of one stream that lies in one piece, in the session's order and in the file's.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Run {
+    /// The session's output byte that it begins with.
+    offset: u64,
+    /// The file's byte (of all ever written) that it begins with.
+    place: u64,
+    len: u64,
+    stream: Stream,
+}
+
+/// What a log shows: kept by a checkpoint.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct View {
+    runs: Vector<Run>,
+    end: u64,
+    /// No run has a place below this.
+    lowest: u64,
+}
+
+impl View {
+    /// Bytes of output so far.
+    pub(crate) fn end(&self) -> u64 {
+        self.end
+    }
+}
+
+/// What a reader gets.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) enum Piece {
+    /// Output, and the offset after it.
+    Output(Stream, Vec<u8>, u64),
+    /// This many bytes are gone; and the offset of the first that is there.
+    Missed(u64, u64),
+}
+
+/// A log and its file. The file is made with the first byte and removed with the log.
+pub(crate) struct Log {
+    path: PathBuf,
+    file: Option<File>,
+    /// Bytes ever written to the file.
+    written: u64,
+    view: View,
+    capacity: u64,
+}
+
+impl Log {
+    /// An empty log that will be in a file of this path.
+    pub(crate) fn new(path: PathBuf) -> Self {
+        Self::with_capacity(path, CAPACITY)
+    }
+
+    fn with_capacity(path: PathBuf, capacity: u64) -> Self {
+        Self {
+            path,
+            file: None,
+            written: 0,
+            view: View::default(),
+            capacity,
+        }
+    }
+
+    /// What it shows now.
+    pub(crate) fn view(&self) -> &View {
+        &self.view
+    }
+
+    /// Bytes of output so far.
+    pub(crate) fn end(&self) -> u64 {
+        self.view.end
+    }
+
+    /// Shows what it showed then.
+    pub(crate) fn restore(&mut self, view: &View) {
+        self.view = view.clone();
+        self.forget();
+    }
+
+    /// Adds output. What cannot be written (a full disk) counts as missed, with all before it.
+    pub(crate) fn append(&mut self, stream: Stream, bytes: &[u8]) {
+        let begin = self.view.end;
+        if let Err(e) = self.write(stream, bytes) {
+            tracing::warn!("writing {}: {e}", self.path.display());
+            self.view.runs = Vector::new();
+            self.view.end = begin + bytes.len() as u64;
+        }
+    }
+
+    fn write(&mut self, stream: Stream, bytes: &[u8]) -> io::Result<()> {
+        let mut rest = bytes;
+        while !rest.is_empty() {
+            let at = self.written % self.capacity;
+            let n = rest.len().min((self.capacity - at) as usize);
+            let (now, later) = rest.split_at(n);
+            self.open()?.write_all_at(now, at)?;
+            self.note(stream, n as u64);
+            rest = later;
+        }
+        self.forget();
+        Ok(())
+    }
+
+    fn open(&mut self) -> io::Result<&File> {
+        if self.file.is_none() {
+            self.file = Some(
+                File::options()
+                    .read(true)
+                    .write(true)
+                    .create(true)
+                    .truncate(true)
+                    .open(&self.path)?,
+            );
+        }
+        self.file
+            .as_ref()
+            .ok_or_else(|| io::ErrorKind::NotFound.into())
+    }
+
+    fn note(&mut self, stream: Stream, len: u64) {
+        let run = Run {
+            offset: self.view.end,
+            place: self.written,
+            len,
+            stream,
+        };
+        self.written += len;
+        self.view.end += len;
+        match self.view.runs.back_mut() {
+            Some(last) if last.stream == stream && last.place + last.len == run.place => {
+                last.len += len;
+            }
+            _ => {
+                if self.view.runs.is_empty() {
+                    self.view.lowest = run.place;
+                }
+                self.view.runs.push_back(run);
+            }
+        }
+    }
+
+    /// Drops what the ring has overwritten, and runs past the limit.
+    fn forget(&mut self) {
+        while self.view.runs.len() > MAX_RUNS {
+            self.view.runs.pop_front();
+        }
+        let oldest = self.written.saturating_sub(self.capacity);
+        if oldest <= self.view.lowest {
+            return;
+        }
+        // A little more than must be, so that the walk through the runs is rare.
+        let oldest = (oldest + self.capacity / 16).min(self.written);
+        // Branches make places go up and down along the list, so that a run in the middle may be the gone one: then
+        // all before it is dropped with it, for a log has no holes.
+        if let Some(gone) = self.view.runs.iter().rposition(|r| r.place < oldest) {
+            let mut kept = self.view.runs.split_off(gone);
+            if let Some(first) = kept.front_mut() {
+                let cut = (oldest - first.place).min(first.len);
+                first.offset += cut;
+                first.place += cut;
+                first.len -= cut;
+            }
+            if kept.front().is_some_and(|r| r.len == 0) {
+                kept.pop_front();
+            }
+            self.view.runs = kept;
+        }
+        self.view.lowest = oldest;
+    }
+
+    /// What follows `offset`, at most `limit` bytes of one stream; `None` at the end.
+    pub(crate) fn read(&self, offset: u64, limit: usize) -> io::Result<Option<Piece>> {
+        let runs = &self.view.runs;
+        let first = runs.front().map_or(self.view.end, |r| r.offset);
+        if offset < first {
+            return Ok(Some(Piece::Missed(first - offset, first)));
+        }
+        if offset >= self.view.end {
+            return Ok(None);
+        }
+        let index = match runs.binary_search_by(|r| r.offset.cmp(&offset)) {
+            Ok(i) => i,
+            Err(i) => i.saturating_sub(1),
+        };
+        let (Some(run), Some(file)) = (runs.get(index), &self.file) else {
+            return Ok(None);
+        };
+        let skip = offset - run.offset;
+        let place = run.place + skip;
+        let at = place % self.capacity;
+        let n = (run.len - skip).min(limit as u64).min(self.capacity - at);
+        let mut bytes = vec![0; n as usize];
+        file.read_exact_at(&mut bytes, at)?;
+        Ok(Some(Piece::Output(run.stream, bytes, offset + n)))
+    }
+
+    /// A log of its own that shows what `view` shows of this one, in a file of path `to`.
+    pub(crate) fn copy(&self, view: &View, to: &Path) -> io::Result<Self> {
+        let mut source = Self::with_capacity(self.path.clone(), self.capacity);
+        source.file = self.file.as_ref().map(File::try_clone).transpose()?;
+        source.written = self.written;
+        source.restore(view);
+        let copied = Self::copy_from(&source, to);
+        // It only borrowed the file.
+        source.file = None;
+        copied
+    }
+
+    fn copy_from(source: &Self, to: &Path) -> io::Result<Self> {
+        let mut copy = Self::with_capacity(to.to_owned(), source.capacity);
+        let mut offset = 0;
+        while let Some(piece) = source.read(offset, 1 << 20)? {
+            match piece {
+                Piece::Missed(_, next) => {
+                    copy.view.end = next;
+                    offset = next;
+                }
+                Piece::Output(stream, bytes, next) => {
+                    copy.append(stream, &bytes);
+                    offset = next;
+                }
+            }
+        }
+        Ok(copy)
+    }
+}
+
+impl Drop for Log {
+    fn drop(&mut self) {
+        if self.file.is_some() {
+            // The sandbox's directory may have been removed already.
+            let _ = std::fs::remove_file(&self.path);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn log(capacity: u64) -> (tempfile::TempDir, Log) {
+        let dir = tempfile::tempdir().unwrap();
+        let log = Log::with_capacity(dir.path().join("log"), capacity);
+        (dir, log)
+    }
+
+    /// All that can be read from the beginning: bytes that are gone, then what is there.
+    fn all(log: &Log) -> (u64, Vec<(Stream, u8)>) {
+        let (mut offset, mut missed, mut bytes) = (0, 0, Vec::new());
+        while let Some(piece) = log.read(offset, 3).unwrap() {
+            match piece {
+                Piece::Missed(n, next) => {
+                    assert_eq!((offset, missed), (0, 0), "only the beginning is missing");
+                    (missed, offset) = (n, next);
+                }
+                Piece::Output(stream, b, next) => {
+                    assert!(!b.is_empty() && b.len() <= 3);
+                    bytes.extend(b.into_iter().map(|b| (stream, b)));
+                    offset = next;
+                }
+            }
+        }
+        assert_eq!(offset, log.end());
+        (missed, bytes)
+    }
+
+    #[test]
+    fn a_branch_left_and_taken_up_again_shows_its_own_output() {
+        let (_dir, mut log) = log(100);
+        log.append(Stream::Stdout, b"common ");
+        let fork = log.view().clone();
+        log.append(Stream::Stdout, b"first");
+        let first = log.view().clone();
+        log.restore(&fork);
+        log.append(Stream::Stderr, b"second branch");
+        log.restore(&first);
+        let (missed, bytes) = all(&log);
+        assert_eq!(missed, 0);
+        let bytes: Vec<u8> = bytes.into_iter().map(|(_, b)| b).collect();
+        assert_eq!(bytes, b"common first");
+    }
+
+    #[test]
+    fn the_file_goes_with_the_log() {
+        let (dir, mut log) = log(100);
+        log.append(Stream::Stdout, b"x");
+        let copy = log
+            .copy(&log.view().clone(), &dir.path().join("copy"))
+            .unwrap();
+        assert_eq!(all(&copy), all(&log));
+        assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 2);
+        drop((log, copy));
+        assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0);
+    }
+
+    proptest! {
+        #[test]
+        fn a_log_is_always_an_end_of_what_its_branch_wrote(
+            steps in prop::collection::vec((0_u8..4, 0_u8..40, 0_usize..8), 1..60),
+        ) {
+            let (_dir, mut log) = log(64);
+            let mut truth = Vec::new();
+            let mut marks = vec![(View::default(), truth.clone())];
+            let mut byte = 0_u8;
+            for (what, len, mark) in steps {
+                match what {
+                    0 => marks.push((log.view().clone(), truth.clone())),
+                    1 => {
+                        let (view, t) = &marks[mark % marks.len()];
+                        log.restore(view);
+                        truth = t.clone();
+                    }
+                    _ => {
+                        let stream = if what == 2 { Stream::Stdout } else { Stream::Stderr };
+                        let bytes: Vec<u8> = (0..len).map(|_| { byte = byte.wrapping_add(1); byte }).collect();
+                        log.append(stream, &bytes);
+                        truth.extend(bytes.into_iter().map(|b| (stream, b)));
+                    }
+                }
+                let (missed, bytes) = all(&log);
+                prop_assert_eq!(missed as usize + bytes.len(), truth.len());
+                prop_assert_eq!(&truth[missed as usize..], &bytes[..]);
+            }
+        }
+    }
+}

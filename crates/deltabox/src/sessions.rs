@@ -1,0 +1,413 @@
+//! The sessions of one sandbox, and the thread that moves their output into their logs.
+
+use std::collections::BTreeMap;
+use std::io;
+use std::os::fd::OwnedFd;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use deltabox_init::Event;
+use parking_lot::{Condvar, Mutex};
+use rustix::event::epoll;
+use rustix::io::Errno;
+
+use crate::container::Container;
+use crate::descendants;
+use crate::error::{Doing, Error, Result};
+use crate::log::Log;
+use crate::report::{SessionId, SessionInfo};
+use crate::session::{Exit, Session, State};
+use crate::streams::{Channel, Streams};
+
+/// Ended sessions that are remembered.
+const REMEMBERED: usize = 256;
+
+/// Output that one stream may move before another has its turn, in bytes.
+const TURN: usize = 256 * 1024;
+
+/// How soon to try again to kill a command whose time is up while a checkpoint or rollback is under way.
+const TRY_AGAIN: Duration = Duration::from_millis(5);
+
+/// Epoll's name for the socket on which init reports.
+const EVENTS: u64 = u64::MAX;
+
+/// Epoll's name for the descriptor that wakes the thread up.
+const WAKE: u64 = u64::MAX - 1;
+
+/// What the sandbox, its sessions and their thread share.
+pub(crate) struct Shared {
+    pub(crate) container: Arc<Container>,
+    /// Held by whatever changes or captures the whole state: one at a time.
+    pub(crate) whole: Mutex<()>,
+    /// How often the sandbox was rolled back.
+    pub(crate) epoch: AtomicU64,
+    pub(crate) table: Mutex<Table>,
+    pub(crate) poller: OwnedFd,
+    /// A rollback is under way: output and deaths belong to the future that is being given up.
+    pub(crate) restoring: AtomicBool,
+    /// Why the sandbox cannot go on.
+    pub(crate) failed: Mutex<Option<String>>,
+    wake: OwnedFd,
+    closing: AtomicBool,
+    logs: PathBuf,
+}
+
+/// The sessions by number.
+#[derive(Default)]
+pub(crate) struct Table {
+    pub(crate) sessions: BTreeMap<SessionId, Arc<Session>>,
+    pub(crate) last: u64,
+}
+
+/// Owns the thread.
+pub(crate) struct Sessions {
+    pub(crate) shared: Arc<Shared>,
+    thread: Mutex<Option<JoinHandle<()>>>,
+}
+
+impl Sessions {
+    /// Starts the thread. `logs` is an existing directory for the logs.
+    pub(crate) fn start(name: &str, container: Arc<Container>, logs: PathBuf) -> Result<Self> {
+        let doing = || format!("starting the streams of sandbox {name:?}");
+        let poller = epoll::create(epoll::CreateFlags::CLOEXEC).doing(doing())?;
+        let wake = rustix::event::eventfd(
+            0,
+            rustix::event::EventfdFlags::CLOEXEC | rustix::event::EventfdFlags::NONBLOCK,
+        )
+        .doing(doing())?;
+        for (fd, key) in [
+            (container.events(), EVENTS),
+            (std::os::fd::AsFd::as_fd(&wake), WAKE),
+        ] {
+            epoll::add(
+                &poller,
+                fd,
+                epoll::EventData::new_u64(key),
+                epoll::EventFlags::IN,
+            )
+            .doing(doing())?;
+        }
+        let shared = Arc::new(Shared {
+            container,
+            whole: Mutex::default(),
+            epoch: AtomicU64::new(0),
+            table: Mutex::default(),
+            poller,
+            restoring: AtomicBool::new(false),
+            failed: Mutex::default(),
+            wake,
+            closing: AtomicBool::new(false),
+            logs,
+        });
+        let runner = Arc::clone(&shared);
+        let thread = std::thread::Builder::new()
+            .name(format!("io {name}"))
+            .spawn(move || runner.run())
+            .doing(doing())?;
+        Ok(Self {
+            shared,
+            thread: Mutex::new(Some(thread)),
+        })
+    }
+
+    /// Ends the thread, and every session for its clients.
+    pub(crate) fn close(&self) {
+        self.shared.closing.store(true, Ordering::Release);
+        self.shared.wake();
+        if let Some(thread) = self.thread.lock().take()
+            && thread.join().is_err()
+        {
+            tracing::error!("the stream thread of a sandbox has panicked");
+        }
+        let epoch = self.shared.epoch.load(Ordering::Acquire);
+        let sessions = std::mem::take(&mut self.shared.table.lock().sessions);
+        for session in sessions.values() {
+            session.abandon(epoch);
+        }
+    }
+}
+
+impl Drop for Sessions {
+    fn drop(&mut self) {
+        self.close();
+    }
+}
+
+/// A session about to be added.
+pub(crate) struct NewSession {
+    pub(crate) argv: Vec<String>,
+    pub(crate) owner: u32,
+    pub(crate) terminal: Option<u32>,
+    pub(crate) streams: Streams,
+    pub(crate) timeout: Option<Duration>,
+}
+
+impl Shared {
+    /// The session of this number.
+    pub(crate) fn session(&self, id: SessionId) -> Option<Arc<Session>> {
+        self.table.lock().sessions.get(&id).cloned()
+    }
+
+    /// All sessions.
+    pub(crate) fn list(&self) -> Vec<SessionInfo> {
+        let table = self.table.lock();
+        table.sessions.values().map(|s| s.info()).collect()
+    }
+
+    /// Adds the session whose process `start` starts and returns the pid of. The table is locked meanwhile, so that the
+    /// process's end is not handled before the session is there; `start` is told its number.
+    pub(crate) fn add(
+        self: &Arc<Self>,
+        new: NewSession,
+        start: impl FnOnce(SessionId) -> Result<i32>,
+    ) -> Result<Arc<Session>> {
+        let mut table = self.table.lock();
+        let id = SessionId(table.last + 1);
+        let pid = start(id)?;
+        table.last = id.0;
+        let session = Arc::new(Session {
+            id,
+            argv: new.argv,
+            pid,
+            terminal: new.terminal,
+            owner: new.owner,
+            shared: Arc::downgrade(self),
+            state: Mutex::new(State {
+                log: Log::new(self.log_path(id)),
+                streams: new.streams,
+                exit: None,
+                epoch: self.epoch.load(Ordering::Acquire),
+                abandoned: false,
+                deadline: new.timeout.and_then(|t| Instant::now().checked_add(t)),
+                timed_out: false,
+                kept: false,
+            }),
+            changed: Condvar::new(),
+        });
+        session
+            .state
+            .lock()
+            .streams
+            .watch(id, &self.poller)
+            .doing(session.doing("watching the output of"))?;
+        table.sessions.insert(id, Arc::clone(&session));
+        table.forget_old();
+        if new.timeout.is_some() {
+            self.wake();
+        }
+        Ok(session)
+    }
+
+    /// Where the log of a session goes.
+    pub(crate) fn log_path(&self, id: SessionId) -> PathBuf {
+        self.logs.join(format!("{id}.log"))
+    }
+
+    /// Makes the thread look at deadlines and at whether it is to end.
+    pub(crate) fn wake(&self) {
+        // It fails only if the counter is full: then the thread is as awake as can be.
+        let _ = rustix::io::write(&self.wake, &1_u64.to_ne_bytes());
+    }
+
+    fn run(&self) {
+        let mut events = Vec::with_capacity(64);
+        while !self.closing.load(Ordering::Acquire) {
+            events.clear();
+            let timeout = self.kill_late().map(|d| rustix::event::Timespec {
+                tv_sec: d.as_secs() as i64,
+                tv_nsec: d.subsec_nanos().into(),
+            });
+            match epoll::wait(
+                &self.poller,
+                rustix::buffer::spare_capacity(&mut events),
+                timeout.as_ref(),
+            ) {
+                Ok(_) | Err(Errno::INTR) => {}
+                Err(e) => return self.fail(format!("waiting for its output failed: {e}")),
+            }
+            for event in &events {
+                match event.data.u64() {
+                    WAKE => drop(rustix::io::read(&self.wake, &mut [0; 8])),
+                    EVENTS => self.take_events(),
+                    key => self.pump(key),
+                }
+            }
+        }
+    }
+
+    /// Moves one turn's worth of output.
+    fn pump(&self, key: u64) {
+        let (id, channel) = Channel::of(key);
+        let Some(session) = self.session(id) else {
+            return;
+        };
+        let mut state = session.state.lock();
+        let State {
+            log, streams, kept, ..
+        } = &mut *state;
+        let log = (!self.restoring.load(Ordering::Acquire)).then_some(log);
+        if let Err(e) = streams.pump(channel, log, TURN, &self.poller, *kept) {
+            tracing::warn!("reading the output of session {id}: {e}");
+            *streams.slot(channel) = None;
+        }
+        session.changed.notify_all();
+    }
+
+    /// Takes note of the processes that init reports as dead.
+    pub(crate) fn take_events(&self) {
+        loop {
+            match self.container.event() {
+                Ok(Some(Event::Exited { pid, status })) => self.exited(pid, status),
+                Ok(None) => return,
+                Err(e) => {
+                    // Nothing more comes from there.
+                    let _ = epoll::delete(&self.poller, self.container.events());
+                    return self.fail(format!("its init has ended ({e})"));
+                }
+            }
+        }
+    }
+
+    fn exited(&self, pid: i32, status: i32) {
+        if self.restoring.load(Ordering::Acquire) {
+            return;
+        }
+        let mut table = self.table.lock();
+        let session = table
+            .sessions
+            .values()
+            .find(|s| s.pid == pid && s.state.lock().exit.is_none())
+            .cloned();
+        if let Some(session) = session {
+            self.end(&session, exit_code(status));
+            table.forget_old();
+        }
+    }
+
+    /// Notes a session's end, behind all that it wrote before.
+    fn end(&self, session: &Session, status: i32) {
+        let mut state = session.state.lock();
+        let State {
+            log, streams, kept, ..
+        } = &mut *state;
+        if let Err(e) = streams.drain(Some(log), &self.poller, *kept) {
+            tracing::warn!("reading the output of session {}: {e}", session.id);
+        }
+        streams.stdin = None;
+        if !*kept {
+            streams.master = None;
+        }
+        state.exit = Some(Exit {
+            status,
+            timed_out: state.timed_out,
+        });
+        state.deadline = None;
+        session.changed.notify_all();
+    }
+
+    /// Ends all sessions: the sandbox cannot go on.
+    pub(crate) fn fail(&self, reason: String) {
+        self.failed.lock().get_or_insert(reason);
+        let live: Vec<_> = self.table.lock().sessions.values().cloned().collect();
+        for session in live {
+            if session.state.lock().exit.is_none() {
+                self.end(&session, 128 + libc::SIGKILL);
+            }
+        }
+    }
+
+    /// Kills commands whose time is up; how long until the next one's is.
+    fn kill_late(&self) -> Option<Duration> {
+        let now = Instant::now();
+        let live: Vec<_> = self.table.lock().sessions.values().cloned().collect();
+        let mut next: Option<Duration> = None;
+        for session in live {
+            let Some(deadline) = session.state.lock().deadline else {
+                continue;
+            };
+            let left = deadline.saturating_duration_since(now);
+            let left = if left.is_zero() {
+                match self.kill_timed_out(&session) {
+                    true => continue,
+                    false => TRY_AGAIN,
+                }
+            } else {
+                left
+            };
+            next = Some(next.map_or(left, |n| n.min(left)));
+        }
+        next
+    }
+
+    fn kill_timed_out(&self, session: &Session) -> bool {
+        // Not waited for: whoever holds it may wait for this thread's work.
+        let Some(_whole) = self.whole.try_lock() else {
+            return false;
+        };
+        {
+            let mut state = session.state.lock();
+            // A rollback may have moved it.
+            if state.deadline.is_none_or(|d| d > Instant::now()) {
+                return true;
+            }
+            state.deadline = None;
+            state.timed_out = true;
+        }
+        if let Err(e) = descendants::kill(self.container.payload(), session.id, session.pid) {
+            tracing::warn!("killing session {}, whose time is up: {e}", session.id);
+        }
+        true
+    }
+
+    /// Whether the sandbox goes on; why not otherwise.
+    pub(crate) fn check(&self, name: &str) -> Result<()> {
+        match &*self.failed.lock() {
+            None => Ok(()),
+            Some(reason) => Err(Error::NotRunning {
+                name: name.to_owned(),
+                state: format!("failed: {reason}"),
+            }),
+        }
+    }
+
+    /// Reads everything into the logs and takes note of all deaths so far. The caller has stopped the processes.
+    pub(crate) fn drain(&self) -> io::Result<()> {
+        self.container.sync()?;
+        self.take_events();
+        for session in self.table.lock().sessions.values() {
+            let mut state = session.state.lock();
+            let State {
+                log, streams, kept, ..
+            } = &mut *state;
+            streams.drain(Some(log), &self.poller, *kept)?;
+            session.changed.notify_all();
+        }
+        Ok(())
+    }
+}
+
+impl Table {
+    fn forget_old(&mut self) {
+        let ended: Vec<_> = self
+            .sessions
+            .values()
+            .filter(|s| s.state.lock().exit.is_some())
+            .map(|s| s.id)
+            .collect();
+        for id in ended.iter().take(ended.len().saturating_sub(REMEMBERED)) {
+            self.sessions.remove(id);
+        }
+    }
+}
+
+/// The exit status of a shell for a status of `wait(2)`.
+fn exit_code(status: i32) -> i32 {
+    if libc::WIFSIGNALED(status) {
+        128 + libc::WTERMSIG(status)
+    } else {
+        libc::WEXITSTATUS(status)
+    }
+}

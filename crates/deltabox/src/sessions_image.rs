@@ -1,0 +1,180 @@
+//! Sessions as part of the state: what a checkpoint keeps of them, and how a rollback or fork gives it back.
+
+use std::collections::BTreeMap;
+use std::io;
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
+use deltacr::env::ExternalId;
+use parking_lot::{Condvar, Mutex};
+
+use crate::error::{Doing, Result};
+use crate::log::View;
+use crate::report::SessionId;
+use crate::session::{Exit, Session, State};
+use crate::sessions::Shared;
+use crate::spawn::open_terminal;
+use crate::streams::{Channel, Streams};
+
+/// All sessions of a sandbox as they were at one moment.
+#[derive(Clone, Default)]
+pub(crate) struct SessionsImage(Arc<BTreeMap<SessionId, Kept>>);
+
+/// One session.
+struct Kept {
+    session: Arc<Session>,
+    view: View,
+    exit: Option<Exit>,
+    /// How much of its time was left.
+    left: Option<Duration>,
+    timed_out: bool,
+    /// Input that it had not read.
+    input: Vec<u8>,
+}
+
+impl Shared {
+    /// The sessions as they are. The processes are stopped and [`Shared::drain`] was called.
+    pub(crate) fn image(&self) -> io::Result<SessionsImage> {
+        let now = Instant::now();
+        let table = self.table.lock();
+        let keep = |session: &Arc<Session>| -> io::Result<Kept> {
+            let mut state = session.state.lock();
+            state.kept = true;
+            Ok(Kept {
+                session: Arc::clone(session),
+                view: state.log.view().clone(),
+                exit: state.exit,
+                left: state.deadline.map(|d| d.saturating_duration_since(now)),
+                timed_out: state.timed_out,
+                input: state.streams.unread_input()?,
+            })
+        };
+        let sessions = table.sessions.iter();
+        let kept: io::Result<_> = sessions.map(|(id, s)| Ok((*id, keep(s)?))).collect();
+        kept.map(|kept| SessionsImage(Arc::new(kept)))
+    }
+
+    /// Begins a rollback to `image`, after which the epoch is `epoch`: sessions born since end for their clients, all
+    /// readers are told, logs end where they ended then. Until [`Shared::finish_restore`], output is thrown away and
+    /// deaths are not noted: they belong to the future that is given up. The caller holds [`Shared::whole`] and has
+    /// stopped the processes; `external_pipe` and `open_external` answer for the image's sessions from here on.
+    pub(crate) fn begin_restore(&self, image: &SessionsImage, epoch: u64) {
+        self.restoring.store(true, Ordering::Release);
+        self.epoch.store(epoch, Ordering::Release);
+        let mut table = self.table.lock();
+        let before = std::mem::take(&mut table.sessions);
+        for (id, session) in &before {
+            if !image.0.contains_key(id) {
+                session.abandon(epoch);
+            }
+        }
+        for (id, kept) in image.0.iter() {
+            kept.rewind(epoch);
+            table.sessions.insert(*id, Arc::clone(&kept.session));
+        }
+    }
+
+    /// Ends what [`Shared::begin_restore`] began. The processes of the image are there, and still stopped.
+    pub(crate) fn finish_restore(&self, image: &SessionsImage) -> io::Result<()> {
+        let done = self.settle(image);
+        self.restoring.store(false, Ordering::Release);
+        // Deadlines have moved.
+        self.wake();
+        done
+    }
+
+    fn settle(&self, image: &SessionsImage) -> io::Result<()> {
+        self.container.sync()?;
+        self.take_events();
+        for (id, kept) in image.0.iter() {
+            let mut state = kept.session.state.lock();
+            state.streams.reset(&kept.input, &self.poller, true)?;
+            if kept.exit.is_none() {
+                state.streams.watch(*id, &self.poller)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Gives a new sandbox the sessions of its source as they were in `image`: same numbers, pids and terminals, their
+    /// logs copied. Their pipes are made when the processes that hold them are.
+    pub(crate) fn adopt(self: &Arc<Self>, image: &SessionsImage) -> Result<()> {
+        let mut table = self.table.lock();
+        for (id, kept) in image.0.iter() {
+            let session = self.adopt_one(kept)?;
+            table.sessions.insert(*id, Arc::new(session));
+            table.last = table.last.max(id.0);
+        }
+        Ok(())
+    }
+
+    fn adopt_one(self: &Arc<Self>, kept: &Kept) -> Result<Session> {
+        let source = &kept.session;
+        let log = source
+            .state
+            .lock()
+            .log
+            .copy(&kept.view, &self.log_path(source.id))
+            .doing(source.doing("copying the log of"))?;
+        let mut streams = Streams::default();
+        if let (Some(number), None) = (source.terminal, kept.exit) {
+            let root = self.container.root();
+            streams.master = Some(open_terminal(root, Some(number))?.0);
+        }
+        Ok(Session {
+            id: source.id,
+            argv: source.argv.clone(),
+            pid: source.pid,
+            terminal: source.terminal,
+            owner: source.owner,
+            shared: Arc::downgrade(self),
+            state: Mutex::new(State {
+                log,
+                streams,
+                exit: kept.exit,
+                epoch: self.epoch.load(Ordering::Acquire),
+                abandoned: false,
+                deadline: kept.left.and_then(|t| Instant::now().checked_add(t)),
+                timed_out: kept.timed_out,
+                kept: true,
+            }),
+            changed: Condvar::new(),
+        })
+    }
+
+    /// The session stream that the pipe with this inode number is.
+    pub(crate) fn external_pipe(&self, ino: u64) -> Option<ExternalId> {
+        self.table.lock().sessions.values().find_map(|session| {
+            let channel = session.state.lock().streams.channel_of(ino)?;
+            Some(ExternalId(channel.key(session.id)))
+        })
+    }
+
+    /// The inside end of a session's stream; a new pipe if the old one is gone.
+    pub(crate) fn open_external(&self, id: ExternalId, write: bool) -> io::Result<OwnedFd> {
+        let (number, channel) = Channel::of(id.0);
+        if channel == Channel::Terminal || write == (channel == Channel::Stdin) {
+            return Err(io::ErrorKind::InvalidInput.into());
+        }
+        let session = self.session(number).ok_or(io::ErrorKind::NotFound)?;
+        let mut state = session.state.lock();
+        let inside = state.streams.open_inside(channel, write, session.owner)?;
+        state.streams.watch(number, &self.poller)?;
+        Ok(inside)
+    }
+}
+
+impl Kept {
+    fn rewind(&self, epoch: u64) {
+        let mut state = self.session.state.lock();
+        state.log.restore(&self.view);
+        state.exit = self.exit;
+        state.epoch = epoch;
+        state.abandoned = false;
+        state.timed_out = self.timed_out;
+        state.deadline = self.left.and_then(|t| Instant::now().checked_add(t));
+        self.session.changed.notify_all();
+    }
+}

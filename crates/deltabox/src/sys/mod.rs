@@ -1,0 +1,7 @@
+//! The system calls that rustix does not offer, behind safe functions.
+
+mod pty;
+mod start;
+
+pub(crate) use pty::{open_peer, set_window_size, terminal_number};
+pub(crate) use start::start_program;
