@@ -282,7 +282,8 @@ impl Volume {
     pub fn sync(&self) -> Result<()> {
         let flush = || -> io::Result<()> {
             let root = self.open_root()?;
-            Ok(rustix::fs::syncfs(&root)?)
+            rustix::fs::syncfs(&root)?;
+            self.session.drain()
         };
         flush().map_err(|source| Error::Flush { source })
     }

@@ -3,6 +3,7 @@
 //! What a general library does not give is what makes it fast: neither files nor directories are "opened" at
 //! all (`FUSE_NO_OPEN_SUPPORT`), and the kernel keeps entries, attributes, listings and pages until it is told otherwise.
 
+mod control;
 mod data_ops;
 mod kernel;
 mod name_ops;

@@ -162,9 +162,17 @@ impl Server {
         }
     }
 
-    /// Lets go of inodes without a name that the kernel has forgotten.
+    /// Lets go of inodes without a name that the kernel does not know, those included that were
+    /// pinned by a switch and never opened.
     pub(crate) fn release_orphans(&self) {
-        let orphans: Vec<Ino> = self.view.read().orphans().iter().copied().collect();
+        if self.view.read().orphans().is_empty() {
+            return;
+        }
+        let orphans: Vec<Ino> = {
+            let mut view = self.view.write();
+            view.unpin();
+            view.orphans().iter().copied().collect()
+        };
         for ino in orphans {
             self.release_if_unknown(ino);
         }

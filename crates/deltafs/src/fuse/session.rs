@@ -10,6 +10,7 @@ use rustix::fs::{AtFlags, Mode, OFlags, StatxFlags};
 use rustix::io::Errno;
 use rustix::mount::{FsMountFlags, FsOpenFlags, MountAttrFlags};
 
+use super::control::Control;
 use super::server::{MAX_WRITE, Server};
 use super::wire::{IN_HEADER, Reply, Request};
 use crate::error::{Error, Result};
@@ -24,6 +25,7 @@ pub(crate) struct Session {
     device: Arc<OwnedFd>,
     mount: OwnedFd,
     device_number: u64,
+    control: Control,
     threads: Mutex<Vec<JoinHandle<()>>>,
 }
 
@@ -32,10 +34,15 @@ impl Session {
     pub(crate) fn start(server: &Arc<Server>, threads: usize) -> Result<Self> {
         let device = Arc::new(open_device().map_err(failed("opening /dev/fuse"))?);
         let mount = mount(device.as_fd())?;
-        let mut session = Self {
+        let device_number =
+            device_number(&mount).map_err(failed("asking for the mount's device number"))?;
+        let control =
+            Control::open(&mount).map_err(failed("opening the connection's control files"))?;
+        let session = Self {
             device: Arc::clone(&device),
             mount,
-            device_number: 0,
+            device_number,
+            control,
             threads: Mutex::default(),
         };
         for index in 0..threads.max(1) {
@@ -54,8 +61,6 @@ impl Session {
                 .map_err(failed("starting a thread"))?;
             session.threads.lock().push(thread);
         }
-        session.device_number = device_number(&session.mount)
-            .map_err(failed("asking for the mount's device number"))?;
         Ok(session)
     }
 
@@ -74,16 +79,20 @@ impl Session {
         self.device_number
     }
 
+    /// Waits until the kernel has no request under way. Returning from `syncfs(2)` only means that
+    /// the pages were sent.
+    pub(crate) fn drain(&self) -> io::Result<()> {
+        self.control.drain()
+    }
+
     /// Ends the connection and its threads.
     pub(crate) fn stop(&self) {
         let threads = std::mem::take(&mut *self.threads.lock());
         if threads.is_empty() {
             return;
         }
-        if let Err(error) = abort(&self.mount) {
-            // Without the control filesystem only the last reference to the mount ends the connection. Waiting for that
-            // could take for ever.
-            tracing::warn!(%error, "cannot abort a FUSE connection; its threads stay until the mount is gone");
+        if let Err(error) = self.control.abort() {
+            tracing::error!(%error, "cannot abort a FUSE connection; its threads stay until the mount is gone");
             return;
         }
         for thread in threads {
@@ -142,28 +151,14 @@ fn mount(device: BorrowedFd<'_>) -> Result<OwnedFd> {
     fsmount(context, FsMountFlags::FSMOUNT_CLOEXEC, attributes).map_err(failed("fsmount"))
 }
 
+/// The kernel tells the device number without asking the daemon.
 fn device_number(mount: &OwnedFd) -> io::Result<u64> {
-    let attributes = rustix::fs::statx(mount, "", AtFlags::EMPTY_PATH, StatxFlags::BASIC_STATS)?;
+    let flags = AtFlags::EMPTY_PATH | AtFlags::STATX_DONT_SYNC;
+    let attributes = rustix::fs::statx(mount, "", flags, StatxFlags::empty())?;
     Ok(rustix::fs::makedev(
         attributes.stx_dev_major,
         attributes.stx_dev_minor,
     ))
-}
-
-/// Ends the connection through the FUSE control filesystem, mounted for this without a path.
-fn abort(mount: &OwnedFd) -> io::Result<()> {
-    // The kernel tells the device number without asking the daemon.
-    let flags = AtFlags::EMPTY_PATH | AtFlags::STATX_DONT_SYNC;
-    let minor = rustix::fs::statx(mount, "", flags, StatxFlags::empty())?.stx_dev_minor;
-    let context = rustix::mount::fsopen("fusectl", FsOpenFlags::FSOPEN_CLOEXEC)?;
-    rustix::mount::fsconfig_create(context.as_fd())?;
-    let attributes = MountAttrFlags::empty();
-    let control =
-        rustix::mount::fsmount(context.as_fd(), FsMountFlags::FSMOUNT_CLOEXEC, attributes)?;
-    let flags = OFlags::WRONLY | OFlags::CLOEXEC;
-    let file = rustix::fs::openat(&control, format!("{minor}/abort"), flags, Mode::empty())?;
-    rustix::io::write(&file, b"1")?;
-    Ok(())
 }
 
 /// Serves requests until the connection ends.

@@ -38,6 +38,9 @@ pub(crate) struct View {
     nodes: OrdMap<Ino, NodeRef>,
     /// Inodes without a name that something may still hold open.
     orphans: OrdSet<Ino>,
+    /// Orphans that whoever asked for this state has yet to open again. That the kernel forgets what
+    /// it knew of them in another state must not end them.
+    pinned: OrdSet<Ino>,
     /// What was written in this epoch no snapshot can see.
     epoch: u64,
 }
@@ -50,14 +53,17 @@ impl View {
             tree,
             nodes: OrdMap::new(),
             orphans: OrdSet::new(),
+            pinned: OrdSet::new(),
             epoch,
         }
     }
 
     /// The same state in an epoch of its own, so that nothing written into it shows in the original.
+    /// Its orphans are pinned.
     pub(crate) fn branch(&self) -> Self {
         Self {
             epoch: self.tree.next_epoch(),
+            pinned: self.orphans.clone(),
             ..self.clone()
         }
     }
@@ -133,9 +139,14 @@ impl View {
 
     /// Lets go of an inode without a name that nothing holds open any more.
     pub(crate) fn release_orphan(&mut self, ino: Ino) {
-        if self.orphans.remove(&ino).is_some() {
+        if !self.pinned.contains(&ino) && self.orphans.remove(&ino).is_some() {
             self.nodes.remove(&ino);
         }
+    }
+
+    /// Ends the pinning: whatever is to be opened again was opened.
+    pub(crate) fn unpin(&mut self) {
+        self.pinned = OrdSet::new();
     }
 
     fn find(&self, dir: &DirBody, name: &Name) -> Result<Option<Ino>, Errno> {
