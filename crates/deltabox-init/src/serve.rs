@@ -64,19 +64,25 @@ impl Init {
                 self.reap()?;
             }
             if asked {
-                let Some((n, fds)) = wire::receive(&self.control, &mut buffer, RecvFlags::empty())?
+                let Some(got) = wire::receive(&self.control, &mut buffer, RecvFlags::empty())?
                 else {
                     return Ok(());
                 };
-                let reply = self
-                    .answer(&buffer[..n], fds)
-                    .unwrap_or_else(|f| Reply::Failed {
-                        step: f.step,
-                        errno: f.errno,
-                        what: f.what.into_bytes(),
-                    });
-                wire::send(&self.control, &reply.encode(), &[])?;
+                let reply = self.answer(&buffer[..got.len], got.fds);
+                self.send(&reply.unwrap_or_else(|f| Reply::Failed {
+                    step: f.step,
+                    errno: f.errno,
+                    what: f.what.into_bytes(),
+                }))?;
             }
+        }
+    }
+
+    /// A process that was made is named as the sender: so the supervisor learns its number outside.
+    fn send(&self, reply: &Reply) -> io::Result<()> {
+        match reply {
+            Reply::Pid(pid) => wire::send_as(&self.control, &reply.encode(), *pid),
+            _ => wire::send(&self.control, &reply.encode(), &[]),
         }
     }
 

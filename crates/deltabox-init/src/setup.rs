@@ -58,10 +58,13 @@ pub(crate) fn run() -> io::Result<()> {
     }
     drop(null);
     let mut buffer = vec![0; MAX_MESSAGE];
-    let Some((n, fds)) = wire::receive(&control, &mut buffer, RecvFlags::empty())? else {
+    let Some(got) = wire::receive(&control, &mut buffer, RecvFlags::empty())? else {
         return Ok(());
     };
-    match (Request::decode(&buffer[..n]), Descriptors::from(fds)) {
+    match (
+        Request::decode(&buffer[..got.len]),
+        Descriptors::from(got.fds),
+    ) {
         (Some(Request::Setup(setup)), Some(fds)) => {
             let result = build(&control, &setup, fds);
             report(&control, result)

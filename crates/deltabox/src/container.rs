@@ -62,6 +62,8 @@ pub(crate) struct Container {
 struct Control {
     socket: OwnedFd,
     buffer: Vec<u8>,
+    /// Whom the last answer was from: for a process that was made, its number outside.
+    sender: Option<i32>,
     /// An answer was not waited for: what comes next belongs to another question.
     lost: bool,
 }
@@ -106,6 +108,7 @@ impl Container {
         let (control, inits) = socket_pair().doing(doing("making the control sockets"))?;
         let (events, inits_events) = socket_pair().doing(doing("making the control sockets"))?;
         sockopt::set_socket_timeout(&control, sockopt::Timeout::Recv, Some(PATIENCE))
+            .and_then(|()| sockopt::set_socket_passcred(&control, true))
             .doing(doing("setting up the control socket"))?;
         let last_pid = rustix::fs::open(
             "/proc/sys/kernel/ns_last_pid",
@@ -135,6 +138,7 @@ impl Container {
         let mut control = Control {
             socket: control,
             buffer: vec![0; MAX_MESSAGE],
+            sender: None,
             lost: false,
         };
         // From here on, the other ends are the builder's and init's only: their death is seen as end of file.
@@ -208,7 +212,7 @@ impl Container {
         let mut buffer = [0; 64];
         match wire::receive(&self.events, &mut buffer, RecvFlags::DONTWAIT) {
             // What cannot be understood is as good as an init that has gone.
-            Ok(Some((n, _))) => Event::decode(&buffer[..n])
+            Ok(Some(got)) => Event::decode(&buffer[..got.len])
                 .map(Some)
                 .ok_or_else(|| io::ErrorKind::ConnectionReset.into()),
             Ok(None) => Err(io::ErrorKind::ConnectionReset.into()),
@@ -268,10 +272,11 @@ impl Container {
         done(self.ask(&Request::SetNextPid(pid), &[])?)
     }
 
-    /// Makes init give birth to a waiting process with this number, and returns it.
+    /// Makes init give birth to a waiting process with this number inside; returns its number outside.
     pub(crate) fn birth(&self, pid: i32) -> io::Result<i32> {
-        match self.ask(&Request::Birth(pid), &[])? {
-            Reply::Pid(got) if got == pid => Ok(got),
+        let mut control = self.control.lock();
+        match control.ask(&Request::Birth(pid), &[])? {
+            Reply::Pid(got) if got == pid => control.sender.ok_or_else(|| Errno::BADMSG.into()),
             Reply::Failed { errno, .. } => Err(io::Error::from_raw_os_error(errno)),
             _ => Err(Errno::BADMSG.into()),
         }
@@ -343,8 +348,9 @@ impl Control {
 
     fn answer(&mut self) -> io::Result<Reply> {
         match wire::receive(&self.socket, &mut self.buffer, RecvFlags::empty()) {
-            Ok(Some((n, _))) => {
-                Reply::decode(&self.buffer[..n]).ok_or_else(|| Errno::BADMSG.into())
+            Ok(Some(got)) => {
+                self.sender = got.sender;
+                Reply::decode(&self.buffer[..got.len]).ok_or_else(|| Errno::BADMSG.into())
             }
             Ok(None) => Err(io::Error::other("init of the sandbox has ended")),
             Err(e) => {

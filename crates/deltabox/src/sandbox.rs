@@ -84,11 +84,15 @@ impl Sandbox {
         })
     }
 
-    fn shared(&self) -> &Arc<Shared> {
+    pub(crate) fn shared(&self) -> &Arc<Shared> {
         &self.sessions.shared
     }
 
-    fn container(&self) -> &Container {
+    pub(crate) fn volume(&self) -> &Volume {
+        &self.volume
+    }
+
+    pub(crate) fn container(&self) -> &Container {
         &self.shared().container
     }
 
