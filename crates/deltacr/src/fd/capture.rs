@@ -7,7 +7,7 @@ use super::Procs;
 use super::fdinfo::EpollItem;
 use super::model::{Descriptors, Kind, Object, Owner, Slot};
 use super::table::{self, FileId, ProcFds, RawSlot};
-use super::{epoll, event, lock, pipe, tty};
+use super::{epoll, event, lock, pipe, socket, tty};
 use crate::env::Environment;
 use crate::error::{During, Error, Result};
 use crate::ids::{HostPid, InnerPid};
@@ -103,6 +103,7 @@ pub fn survey(procs: &Procs<'_>, env: &dyn Environment) -> Result<Descriptors> {
             .collect(),
         pipes: HashMap::new(),
         epolls: Vec::new(),
+        sockets: Vec::new(),
         likely: HashMap::new(),
         firsts: Vec::new(),
     };
@@ -110,6 +111,7 @@ pub fn survey(procs: &Procs<'_>, env: &dyn Environment) -> Result<Descriptors> {
         capture.process(remote)?;
     }
     epoll::resolve(&mut capture, procs)?;
+    socket::relate(&mut capture, procs)?;
     let mut image = capture.image;
     pipe::read_all(&mut image, procs)?;
     Ok(image)
@@ -122,6 +124,8 @@ pub(crate) struct Capture<'a> {
     hosts: HashMap<HostPid, InnerPid>,
     /// The epolls, by object, with what they watch.
     pub(crate) epolls: Vec<(usize, Vec<EpollItem>)>,
+    /// The sockets, by object.
+    pub(crate) sockets: Vec<usize>,
     /// Indices of the pipes by inode.
     pub(crate) pipes: HashMap<u64, usize>,
     likely: HashMap<Likeness, Vec<usize>>,
@@ -195,7 +199,7 @@ impl Capture<'_> {
             _ if by_path => self.path(holder),
             libc::S_IFIFO => pipe::capture(self, holder, on_fs),
             libc::S_IFCHR => tty::capture(self, holder),
-            libc::S_IFSOCK => Err(holder.refuse("a socket")),
+            libc::S_IFSOCK => socket::capture(self, holder),
             libc::S_IFREG | libc::S_IFDIR => self.path(holder),
             0 => event::capture(self, holder),
             _ => Err(holder.refuse("a file of an unknown type")),

@@ -16,6 +16,7 @@ mod path;
 mod pipe;
 mod plan;
 mod restore;
+mod socket;
 mod table;
 mod tty;
 mod watch;

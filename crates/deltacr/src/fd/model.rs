@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
+use super::socket::Socket;
 use crate::env::ExternalId;
 use crate::ids::InnerPid;
 
@@ -88,8 +89,32 @@ pub(crate) enum Kind {
     Epoll { interests: Vec<Interest> },
     /// A pidfd of a process of the tree.
     Process { pid: InnerPid },
+    /// A socket.
+    Socket(Box<Socket>),
     /// What cannot be carried: "an io_uring".
     Refused { what: String },
+}
+
+impl Kind {
+    /// What it is, in a word or two.
+    pub(crate) fn describe(&self) -> String {
+        match self {
+            Self::File { ino } => format!("file with inode {ino}"),
+            Self::Path { path } => String::from_utf8_lossy(path).into_owned(),
+            Self::ControllingTerminal => "controlling terminal".to_owned(),
+            Self::Pipe { .. } | Self::External(_) => "pipe".to_owned(),
+            Self::Terminal { number } => format!("pseudo-terminal {number}"),
+            Self::Master { number } => format!("master of pseudo-terminal {number}"),
+            Self::Event { .. } => "eventfd".to_owned(),
+            Self::Timer(_) => "timerfd".to_owned(),
+            Self::Signals { .. } => "signalfd".to_owned(),
+            Self::Inotify { .. } => "inotify".to_owned(),
+            Self::Epoll { .. } => "epoll".to_owned(),
+            Self::Process { pid } => format!("pidfd of process {pid}"),
+            Self::Socket(_) => "socket".to_owned(),
+            Self::Refused { what } => what.clone(),
+        }
+    }
 }
 
 /// State of a timerfd.

@@ -3,6 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use super::model::{Descriptors, Kind, Object};
+use super::socket;
 use crate::ids::InnerPid;
 
 /// Flags that only a new open can change.
@@ -61,6 +62,7 @@ impl Plan {
                 taken.extend(plan.reuse[index]);
             }
         }
+        socket::verify(current, target, &mut plan.reuse);
         plan
     }
 
@@ -89,6 +91,7 @@ impl Plan {
             (Kind::Process { pid: now }, Kind::Process { pid }) => {
                 now == pid && current.tables.contains_key(pid)
             }
+            (Kind::Socket(now), Kind::Socket(wanted)) => socket::alike(now, wanted),
             (Kind::Refused { .. }, _) => false,
             (now, wanted) => now == wanted,
         }
@@ -126,7 +129,7 @@ impl Plan {
 fn unique(kind: &Kind) -> bool {
     matches!(
         kind,
-        Kind::Pipe { .. } | Kind::External(_) | Kind::Master { .. }
+        Kind::Pipe { .. } | Kind::External(_) | Kind::Master { .. } | Kind::Socket(_)
     )
 }
 

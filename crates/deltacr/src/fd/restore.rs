@@ -75,37 +75,43 @@ pub fn restore(
     };
     epoll::forget(current, target, &restore.plan, restore.procs)?;
     restore.take_moving()?;
+    restore.release_addresses()?;
     restore.close()?;
     restore.make()?;
-    restore.install()?;
+    restore.install(false)?;
+    restore.listen()?;
+    restore.make_connections()?;
+    restore.install(true)?;
     restore.handles.clear();
     restore.settle()?;
+    restore.settle_sockets()?;
     lock::settle(current, target, &restore.plan, &touched, restore.procs)?;
     epoll::register(current, target, &restore.plan, restore.procs)?;
     Ok(restore.notes)
 }
 
-struct Restore<'a, 'p> {
-    current: &'a Descriptors,
-    target: &'a Descriptors,
-    plan: Plan,
+/// A restore under way.
+pub(super) struct Restore<'a, 'p> {
+    pub(super) current: &'a Descriptors,
+    pub(super) target: &'a Descriptors,
+    pub(super) plan: Plan,
     changes: BTreeMap<InnerPid, TableChange>,
-    procs: &'a mut Procs<'p>,
-    env: &'a dyn Environment,
+    pub(super) procs: &'a mut Procs<'p>,
+    pub(super) env: &'a dyn Environment,
     /// Duplicates of target objects, for as long as they are on their way.
-    handles: BTreeMap<usize, OwnedFd>,
-    notes: Vec<String>,
+    pub(super) handles: BTreeMap<usize, OwnedFd>,
+    pub(super) notes: Vec<String>,
 }
 
 impl Restore<'_, '_> {
-    fn remote(&mut self, pid: InnerPid) -> Result<&mut Remote> {
+    pub(super) fn remote(&mut self, pid: InnerPid) -> Result<&mut Remote> {
         match self.procs.get_mut(&pid) {
             Some(remote) => Ok(remote),
             None => Err(gone(pid)),
         }
     }
 
-    fn take(&self, (pid, fd): (InnerPid, i32)) -> Result<OwnedFd> {
+    pub(super) fn take(&self, (pid, fd): (InnerPid, i32)) -> Result<OwnedFd> {
         let remote = self.procs.get(&pid).ok_or_else(|| gone(pid))?;
         let doing = || format!("duplicating descriptor {fd}");
         remote.take_fd(fd).during(pid, &doing())
@@ -138,15 +144,15 @@ impl Restore<'_, '_> {
     /// Makes the objects that are not there.
     fn make(&mut self) -> Result<()> {
         for (index, object) in self.target.objects.iter().enumerate() {
-            if self.plan.reuse[index].is_none() {
-                let handle = self.make_object(object).map_err(named(object))?;
+            if self.plan.reuse[index].is_none() && !self.is_connection(index) {
+                let handle = self.make_object(index, object).map_err(named(object))?;
                 self.handles.insert(index, handle);
             }
         }
         Ok(())
     }
 
-    fn make_object(&mut self, object: &Object) -> Result<OwnedFd> {
+    fn make_object(&mut self, index: usize, object: &Object) -> Result<OwnedFd> {
         let flags = path::reopen_flags(object.flags);
         let (pid, _) = object.slots[0];
         let made = match &object.kind {
@@ -163,6 +169,7 @@ impl Restore<'_, '_> {
             Kind::Inotify { .. } => watch::make(),
             Kind::Epoll { .. } => epoll::make(),
             Kind::Process { pid } => self.open_process(*pid, object.flags),
+            Kind::Socket(socket) => self.make_socket(index, socket),
             Kind::Refused { what } => Err(io::Error::new(io::ErrorKind::Unsupported, what.clone())),
         };
         made.during(pid, "opening it again")
@@ -229,21 +236,26 @@ impl Restore<'_, '_> {
         Ok(None)
     }
 
-    fn install(&mut self) -> Result<()> {
-        for (pid, change) in std::mem::take(&mut self.changes) {
+    /// Puts what was made or moves in its places: connections, or all the rest.
+    fn install(&mut self, connections: bool) -> Result<()> {
+        for (&pid, change) in &self.changes {
             let table = &self.target.tables[&pid];
             let mut wanted = Vec::with_capacity(change.install.len());
             for &(fd, object) in &change.install {
-                let file = self.handles.get(&object).ok_or_else(|| gone(pid))?;
-                wanted.push(Wanted {
-                    fd,
-                    file: file.as_fd(),
-                    cloexec: table[&fd].cloexec,
-                });
+                if self.is_connection(object) == connections {
+                    wanted.push(Wanted {
+                        fd,
+                        file: self.handles.get(&object).ok_or_else(|| gone(pid))?.as_fd(),
+                        cloexec: table[&fd].cloexec,
+                    });
+                }
             }
             let remote = self.procs.get_mut(&pid).ok_or_else(|| gone(pid))?;
             install::install(remote, &wanted).during(pid, "putting descriptors in place")?;
-            install::set_cloexec(remote, &change.cloexec).during(pid, "setting close-on-exec")?;
+            if !connections {
+                install::set_cloexec(remote, &change.cloexec)
+                    .during(pid, "setting close-on-exec")?;
+            }
         }
         Ok(())
     }
@@ -325,7 +337,7 @@ impl Restore<'_, '_> {
 fn differs(now: &Object, wanted: &Object) -> bool {
     let held = match &wanted.kind {
         // These are put right elsewhere.
-        Kind::Pipe { .. } | Kind::Epoll { .. } => false,
+        Kind::Pipe { .. } | Kind::Epoll { .. } | Kind::Socket(_) => false,
         Kind::Timer(timer) if timer.value != (0, 0) => true,
         kind => *kind != now.kind,
     };
@@ -347,10 +359,10 @@ fn settle_object(
         sys::fd::set_status_flags(file, wanted.flags & SETTABLE)?;
     }
     match (&wanted.kind, now.map(|now| &now.kind)) {
-        (Kind::File { .. } | Kind::Path { .. }, _) => {
-            if now.map_or(0, |now| now.pos) != wanted.pos {
-                rustix::fs::seek(file, rustix::fs::SeekFrom::Start(wanted.pos))?;
-            }
+        (Kind::File { .. } | Kind::Path { .. }, _)
+            if now.map_or(0, |now| now.pos) != wanted.pos =>
+        {
+            rustix::fs::seek(file, rustix::fs::SeekFrom::Start(wanted.pos))?;
         }
         (Kind::Event { count, semaphore }, Some(Kind::Event { count: now, .. })) => {
             event::set_event(file, *now, *count, *semaphore)?;
@@ -387,8 +399,8 @@ fn gone(pid: InnerPid) -> Error {
 }
 
 /// Says which descriptor an error is about.
-fn named(object: &Object) -> impl Fn(Error) -> Error {
-    let (fd, kind) = (object.slots[0].1, format!("{:?}", object.kind));
+pub(super) fn named(object: &Object) -> impl Fn(Error) -> Error {
+    let (fd, kind) = (object.slots[0].1, object.kind.describe());
     move |error| match error {
         Error::Process { doing, pid, source } => Error::Process {
             doing: format!("restoring descriptor {fd} ({kind}), {doing},"),

@@ -3,3 +3,4 @@
 pub(crate) mod fd;
 pub(crate) mod process;
 pub(crate) mod ptrace;
+pub(crate) mod socket;

@@ -51,7 +51,7 @@ fn expirations_that_were_not_read_are_told_again() {
         "os.read(t, 8) == n, tried(os.read, t, 8)",
         "(True, 'EAGAIN')",
     );
-    assert_rebuilds(&world, &image, &python);
+    assert_rebuilds(&world, &image, &mut python);
 }
 
 #[test]
@@ -82,7 +82,7 @@ fn a_signalfd_is_for_the_same_signals() {
         "struct.unpack('I', os.read(s, 128)[:4]), tried(os.read, s, 128)",
         "((10,), 'EAGAIN')",
     );
-    assert_rebuilds(&world, &image, &python);
+    assert_rebuilds(&world, &image, &mut python);
 }
 
 #[test]
@@ -143,7 +143,7 @@ fn an_epoll_watches_what_it_watched() {
     python.run("p.close()");
     python.restore(&world, &image);
     python.run("p = select.epoll.fromfd(os.dup(p.fileno())) if not p.closed else None");
-    assert_rebuilds(&world, &image, &python);
+    assert_rebuilds(&world, &image, &mut python);
 }
 
 #[test]

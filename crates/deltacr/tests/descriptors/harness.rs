@@ -233,13 +233,22 @@ impl Python {
     }
 }
 
-impl Drop for Python {
-    fn drop(&mut self) {
+impl Python {
+    fn kill(&mut self) {
+        if !matches!(self.child.try_wait(), Ok(None)) {
+            return;
+        }
         for pid in self.tree() {
             let pid = rustix::process::Pid::from_raw(pid.0).unwrap();
             let _ = rustix::process::kill_process(pid, rustix::process::Signal::KILL);
         }
         let _ = self.child.wait();
+    }
+}
+
+impl Drop for Python {
+    fn drop(&mut self) {
+        self.kill();
     }
 }
 
@@ -252,14 +261,16 @@ fn procs(stopped: &mut [Stopped]) -> Procs<'_> {
     remotes.map(|remote| (remote.pid(), remote)).collect()
 }
 
-/// Builds the descriptors of one process anew in another one, which has none.
+/// Ends the process, and builds its descriptors anew in another one, which has none.
 #[track_caller]
-pub(crate) fn assert_rebuilds(world: &World, image: &Descriptors, of: &Python) {
+pub(crate) fn assert_rebuilds(world: &World, image: &Descriptors, of: &mut Python) {
+    let pid = of.host();
+    of.kill();
     let child = Command::new("sleep").arg("1000").spawn().unwrap();
     let blank = Blank(child);
     std::thread::sleep(std::time::Duration::from_millis(50));
     let host = HostPid(blank.0.id() as i32);
-    let mut stopped = Stopped::seize(InnerPid(of.host().0), host).unwrap();
+    let mut stopped = Stopped::seize(InnerPid(pid.0), host).unwrap();
     let remote = &mut stopped.remote;
     close_all(remote);
     let mut procs = Procs::from([(remote.pid(), remote)]);

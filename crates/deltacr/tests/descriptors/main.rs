@@ -3,3 +3,4 @@
 mod events;
 mod harness;
 mod plain;
+mod sockets;

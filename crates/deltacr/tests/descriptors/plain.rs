@@ -36,7 +36,7 @@ fn a_closed_unlinked_file_is_opened_again_by_inode() {
     python.restore(&world, &image);
     python.expect("os.read(f, 2), os.fstat(f).st_nlink", "(b'45', 0)");
     let image = python.capture(&world);
-    assert_rebuilds(&world, &image, &python);
+    assert_rebuilds(&world, &image, &mut python);
 }
 
 #[test]
@@ -116,7 +116,7 @@ fn a_pipe_gets_its_content_back_and_none_is_lost_by_looking() {
     python.run("os.write(w, b'later')");
     python.restore(&world, &image);
     python.expect("os.read(r, 30000) == b'one' + b'two' * 9000", "True");
-    assert_rebuilds(&world, &image, &python);
+    assert_rebuilds(&world, &image, &mut python);
 }
 
 #[test]
@@ -185,7 +185,7 @@ fn the_streams_of_a_session_are_taken_up_again() {
         "os.fstat(saved)",
         "failed: OSError(9, 'Bad file descriptor')",
     );
-    assert_rebuilds(&world, &image, &python);
+    assert_rebuilds(&world, &image, &mut python);
 }
 
 fn writeln_without_answer(python: &mut Python) {
@@ -225,7 +225,7 @@ fn an_eventfd_counts_what_it_counted() {
     python.restore(&world, &image);
     python.expect("os.eventfd_read(e), os.eventfd_read(g)", "(7, 1)");
     python.expect("[os.eventfd_read(s) for _ in '123']", "[1, 1, 1]");
-    assert_rebuilds(&world, &image, &python);
+    assert_rebuilds(&world, &image, &mut python);
 }
 
 #[test]

@@ -1,0 +1,323 @@
+//! Capture of sockets: first each by itself, then how they stand to one another.
+
+use std::collections::HashMap;
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+
+use super::diag::{self, UnixLine};
+use super::model::{Socket, State};
+use super::queue::{self, Peeked};
+use super::{inet, options};
+use crate::env::{Environment, Namespace};
+use crate::error::{During, Error, Result};
+use crate::fd::Procs;
+use crate::fd::capture::{Capture, Holder};
+use crate::fd::model::{Descriptors, Kind};
+use crate::sys::socket as sys;
+
+/// Reads a socket by itself. [`relate`] does the rest.
+pub(crate) fn capture(capture: &mut Capture<'_>, holder: &Holder<'_>) -> Result<Kind> {
+    let handle = holder.take()?;
+    let number = |name| {
+        let read = sys::int_option(handle.as_fd(), libc::SOL_SOCKET, name);
+        holder.during(read, "asking what the socket is")
+    };
+    let (domain, kind) = (number(libc::SO_DOMAIN)?, number(libc::SO_TYPE)?);
+    let protocol = number(libc::SO_PROTOCOL)?;
+    match (domain, kind, protocol) {
+        (libc::AF_UNIX, _, _)
+        | (libc::AF_INET | libc::AF_INET6, libc::SOCK_STREAM, libc::IPPROTO_TCP)
+        | (libc::AF_INET | libc::AF_INET6, libc::SOCK_DGRAM, libc::IPPROTO_UDP)
+        | (libc::AF_NETLINK, _, libc::NETLINK_ROUTE) => {}
+        _ => {
+            return Err(holder.refuse(format_args!(
+                "a socket of family {domain}, type {kind}, protocol {protocol}, which is not carried"
+            )));
+        }
+    }
+    let mut socket = Socket {
+        inode: holder.raw.file.ino,
+        domain,
+        kind,
+        protocol,
+        options: Vec::new(),
+        local: Vec::new(),
+        remote: Vec::new(),
+        file: None,
+        state: State::Idle,
+        moved: 0,
+        shutdown: 0,
+        queue: Vec::new(),
+    };
+    holder.during(read(handle.as_fd(), &mut socket), "reading the socket")?;
+    capture.sockets.push(capture.image.objects.len());
+    Ok(Kind::Socket(Box::new(socket)))
+}
+
+fn read(handle: BorrowedFd<'_>, socket: &mut Socket) -> io::Result<()> {
+    socket.options = options::read(handle, socket.domain, socket.kind)?;
+    socket.local = sys::local_address(handle)?;
+    match socket.domain {
+        libc::AF_UNIX if socket.local.len() <= 2 => socket.local.clear(),
+        libc::AF_INET | libc::AF_INET6 => {
+            socket.remote = sys::remote_address(handle)?.unwrap_or_default();
+            let connected = !socket.remote.is_empty();
+            socket
+                .options
+                .retain(|setting| !connected || setting.matters_connected());
+        }
+        _ => {}
+    }
+    if sys::int_option(handle, libc::SOL_SOCKET, libc::SO_ACCEPTCONN)? != 0 {
+        socket.state = State::Listening {
+            backlog: i32::MAX,
+            pending: Vec::new(),
+        };
+    }
+    Ok(())
+}
+
+/// Finds the peers, and reads the queues.
+pub(crate) fn relate(capture: &mut Capture<'_>, procs: &Procs<'_>) -> Result<()> {
+    let found = std::mem::take(&mut capture.sockets);
+    if found.is_empty() {
+        return Ok(());
+    }
+    let sockets = Sockets {
+        by_inode: found
+            .iter()
+            .map(|&i| (inode(&capture.image, i), i))
+            .collect(),
+        unix: unix_lines(&capture.image, &found, capture.env)?,
+        handles: found
+            .iter()
+            .map(|&i| Ok((i, take(&capture.image, procs, i)?)))
+            .collect::<Result<_>>()?,
+    };
+    for &index in &found {
+        let related = match sockets.socket(&capture.image, index).domain {
+            libc::AF_UNIX => sockets.relate_unix(&mut capture.image, index),
+            libc::AF_NETLINK => Ok(()),
+            _ => inet::relate(&sockets, &mut capture.image, index),
+        };
+        settle(&mut capture.image, index, related)?;
+    }
+    for &index in &found {
+        let read = sockets
+            .check_waiting(&capture.image, index)
+            .and_then(|()| sockets.read_queue(&mut capture.image, index));
+        settle(&mut capture.image, index, read)?;
+    }
+    Ok(())
+}
+
+/// Takes a refusal down as what the object is.
+fn settle(image: &mut Descriptors, index: usize, result: Result<(), Relation>) -> Result<()> {
+    match result {
+        Ok(()) => Ok(()),
+        Err(Relation::Refused(what)) => {
+            image.objects[index].kind = Kind::Refused { what };
+            Ok(())
+        }
+        Err(Relation::Failed(e)) => {
+            let (pid, fd) = image.objects[index].slots[0];
+            let doing = format!("reading the socket behind descriptor {fd}");
+            Err(e).during(pid, &doing)
+        }
+    }
+}
+
+/// Why a socket could not be read in full.
+pub(crate) enum Relation {
+    /// It cannot be carried.
+    Refused(String),
+    Failed(io::Error),
+}
+
+impl From<io::Error> for Relation {
+    fn from(error: io::Error) -> Self {
+        Self::Failed(error)
+    }
+}
+
+/// The sockets of a tree, while their relations are found.
+pub(crate) struct Sockets {
+    by_inode: HashMap<u64, usize>,
+    unix: HashMap<u64, UnixLine>,
+    /// Duplicates, by object; closed when the capture is done.
+    pub(crate) handles: HashMap<usize, OwnedFd>,
+}
+
+impl Sockets {
+    pub(crate) fn socket<'a>(&self, image: &'a Descriptors, index: usize) -> &'a Socket {
+        match &image.objects[index].kind {
+            Kind::Socket(socket) => socket,
+            // Refused by now; what is asked of it does not matter any more.
+            _ => &REFUSED,
+        }
+    }
+
+    /// Every socket of the tree.
+    pub(crate) fn all(&self) -> impl Iterator<Item = usize> + '_ {
+        self.handles.keys().copied()
+    }
+
+    fn relate_unix(&self, image: &mut Descriptors, index: usize) -> Result<(), Relation> {
+        let Some(line) = self.unix.get(&inode(image, index)) else {
+            return Ok(());
+        };
+        let connected = sys::remote_address(self.handles[&index].as_fd())?.is_some();
+        let Kind::Socket(socket) = &mut image.objects[index].kind else {
+            return Ok(());
+        };
+        socket.file = line.file;
+        socket.shutdown = line.shutdown;
+        match (&mut socket.state, line.peer) {
+            (State::Listening { pending, backlog }, _) => {
+                *backlog = i32::try_from(line.backlog).unwrap_or(i32::MAX);
+                let known = line.pending.iter().filter_map(|ino| self.by_inode.get(ino));
+                pending.extend(known);
+                if pending.len() != line.pending.len() {
+                    return Err(Relation::Refused(
+                        "a socket on which a connection waits whose other side is gone; accept it first".into(),
+                    ));
+                }
+            }
+            (state, Some(peer)) => match self.by_inode.get(&peer) {
+                Some(&peer) => *state = State::Connected { peer },
+                None => *state = self.pending_or_outside(peer, socket.inode),
+            },
+            (state, None) if connected || line.shutdown == 3 && socket.kind != libc::SOCK_DGRAM => {
+                *state = State::Orphaned;
+            }
+            _ => {}
+        }
+        if socket.state == State::Outside {
+            return Err(Relation::Refused(
+                "a unix socket connected to a process outside the tree".into(),
+            ));
+        }
+        Ok(())
+    }
+
+    /// A peer without a descriptor of the tree: it waits to be accepted, or is closed, or is outside.
+    fn pending_or_outside(&self, peer: u64, inode: u64) -> State {
+        let listener = self
+            .unix
+            .iter()
+            .find(|(_, line)| line.pending.contains(&inode));
+        match (peer, listener.map(|(ino, _)| self.by_inode.get(ino))) {
+            (0, Some(Some(&peer))) => State::Connected { peer },
+            (0, None) => State::Orphaned,
+            _ => State::Outside,
+        }
+    }
+
+    /// What was sent into a connection that was not accepted yet is out of reach.
+    fn check_waiting(&self, image: &Descriptors, index: usize) -> Result<(), Relation> {
+        let socket = self.socket(image, index);
+        let waits = socket.peer().is_some() && self.other_end(image, index).is_none();
+        let handle = self.handles[&index].as_fd();
+        let sent = match (waits, socket.is_tcp()) {
+            (false, _) => false,
+            (true, true) => inet::has_sent(handle)?,
+            (true, false) => sys::unsent(handle)? > 0,
+        };
+        if sent {
+            return Err(Relation::Refused(
+                "a connection that has sent data but was not accepted yet".into(),
+            ));
+        }
+        Ok(())
+    }
+
+    /// The peer, unless the connection waits to be accepted.
+    fn other_end(&self, image: &Descriptors, index: usize) -> Option<usize> {
+        let peer = self.socket(image, index).peer()?;
+        let waits = matches!(self.socket(image, peer).state, State::Listening { .. });
+        (!waits).then_some(peer)
+    }
+
+    fn read_queue(&self, image: &mut Descriptors, index: usize) -> Result<(), Relation> {
+        let handle = self.handles[&index].as_fd();
+        let other_end = self.other_end(image, index);
+        let Kind::Socket(socket) = &mut image.objects[index].kind else {
+            return Ok(());
+        };
+        // What a netlink socket has to tell is not part of the image: it can be asked again.
+        if matches!(socket.state, State::Listening { .. }) || socket.domain == libc::AF_NETLINK {
+            return Ok(());
+        }
+        match queue::peek(handle, socket.is_stream())? {
+            Peeked::Messages(messages) => socket.queue = messages,
+            Peeked::Rights => {
+                return Err(Relation::Refused(
+                    "a socket with descriptors in its queue; receive them first".into(),
+                ));
+            }
+        }
+        if socket.is_tcp()
+            && let Some(peer) = other_end
+        {
+            let more = inet::on_the_way(self.handles[&peer].as_fd(), handle)?;
+            if !more.is_empty() {
+                match socket.queue.last_mut() {
+                    Some(last) => last.bytes.extend(more),
+                    None => socket.queue.push(super::model::Message {
+                        bytes: more,
+                        from: Vec::new(),
+                    }),
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+static REFUSED: Socket = Socket {
+    inode: 0,
+    domain: 0,
+    kind: 0,
+    protocol: 0,
+    options: Vec::new(),
+    local: Vec::new(),
+    remote: Vec::new(),
+    file: None,
+    state: State::Idle,
+    moved: 0,
+    shutdown: 0,
+    queue: Vec::new(),
+};
+
+fn inode(image: &Descriptors, index: usize) -> u64 {
+    match &image.objects[index].kind {
+        Kind::Socket(socket) => socket.inode,
+        _ => 0,
+    }
+}
+
+fn take(image: &Descriptors, procs: &Procs<'_>, index: usize) -> Result<OwnedFd> {
+    let (pid, fd) = image.objects[index].slots[0];
+    let remote = procs.get(&pid).ok_or_else(|| Error::Corrupt {
+        pid,
+        what: "it is not among the processes that are stopped".to_owned(),
+    })?;
+    remote.take_fd(fd).during(pid, "duplicating a socket")
+}
+
+fn unix_lines(
+    image: &Descriptors,
+    found: &[usize],
+    env: &dyn Environment,
+) -> Result<HashMap<u64, UnixLine>> {
+    let unix = |&index: &usize| match &image.objects[index].kind {
+        Kind::Socket(socket) => socket.domain == libc::AF_UNIX,
+        _ => false,
+    };
+    if !found.iter().any(unix) {
+        return Ok(HashMap::new());
+    }
+    env.namespace(Namespace::Net)
+        .and_then(|net| diag::unix_sockets(&net))
+        .during_tree("listing the unix sockets of the sandbox")
+}

@@ -1,0 +1,18 @@
+//! Sockets: unix, TCP and UDP within the sandbox, netlink.
+//!
+//! Connections have two ends. They stay if both ends are where they should be; what waits in their
+//! queues is then taken out and sent anew. Otherwise both ends are built again.
+
+mod capture;
+mod diag;
+mod inet;
+mod model;
+mod options;
+mod plan;
+mod queue;
+mod restore;
+mod unix;
+
+pub(crate) use capture::{capture, relate};
+pub(crate) use model::Socket;
+pub(crate) use plan::{alike, verify};

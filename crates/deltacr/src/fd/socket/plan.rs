@@ -1,0 +1,68 @@
+//! Which sockets can stay.
+
+use super::model::{Socket, State};
+use crate::fd::model::{Descriptors, Kind};
+
+/// Whether `now` by itself can become `wanted`. [`verify`] looks at their peers.
+pub(crate) fn alike(now: &Socket, wanted: &Socket) -> bool {
+    let same_kind = (now.domain, now.kind, now.protocol)
+        == (wanted.domain, wanted.kind, wanted.protocol)
+        && (&now.local, &now.remote, now.file) == (&wanted.local, &wanted.remote, wanted.file);
+    // A direction that is shut down stays so, and nothing can be sent through it.
+    let open_enough =
+        now.shutdown & !wanted.shutdown == 0 && (now.queue == wanted.queue || now.shutdown == 0);
+    same_kind
+        && open_enough
+        && match (&now.state, &wanted.state) {
+            (State::Idle, State::Idle)
+            | (State::Listening { .. }, State::Listening { .. })
+            | (State::Connected { .. }, State::Connected { .. }) => true,
+            (State::Orphaned, State::Orphaned) => now.queue == wanted.queue,
+            (State::Outside, State::Outside) => now.inode == wanted.inode,
+            _ => false,
+        }
+}
+
+/// Gives up pairs of sockets whose peers are not paired likewise.
+pub(crate) fn verify(current: &Descriptors, target: &Descriptors, reuse: &mut [Option<usize>]) {
+    loop {
+        let mut given_up = Vec::new();
+        for (index, object) in target.objects.iter().enumerate() {
+            let Kind::Socket(wanted) = &object.kind else {
+                continue;
+            };
+            let Some(now) = reuse[index].and_then(|now| socket(current, now)) else {
+                continue;
+            };
+            match (&now.state, &wanted.state) {
+                (State::Connected { peer: now_peer }, State::Connected { peer }) => {
+                    let blocked = now.queue != wanted.queue
+                        && socket(current, *now_peer).is_some_and(|peer| peer.shutdown != 0);
+                    if reuse[*peer] != Some(*now_peer) || blocked {
+                        given_up.push(index);
+                    }
+                }
+                (State::Listening { pending: now, .. }, State::Listening { pending, .. }) => {
+                    let paired = pending.iter().map(|&p| reuse[p]);
+                    if !paired.eq(now.iter().map(|&p| Some(p))) {
+                        given_up.extend(pending.iter().filter(|&&p| reuse[p].is_some()));
+                    }
+                }
+                _ => {}
+            }
+        }
+        if given_up.is_empty() {
+            return;
+        }
+        for index in given_up {
+            reuse[index] = None;
+        }
+    }
+}
+
+pub(super) fn socket(image: &Descriptors, index: usize) -> Option<&Socket> {
+    match &image.objects.get(index)?.kind {
+        Kind::Socket(socket) => Some(socket),
+        _ => None,
+    }
+}

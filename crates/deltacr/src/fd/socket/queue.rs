@@ -1,0 +1,106 @@
+//! What waits in a socket's queues: looked at, taken out, put in.
+
+use std::io;
+use std::os::fd::BorrowedFd;
+use std::time::Duration;
+
+use super::model::Message;
+use crate::sys::fd as sysfd;
+use crate::sys::socket as sys;
+
+const SO_PEEK_OFF: i32 = 42;
+/// More messages than any queue holds by default.
+const MOST: usize = 100_000;
+/// The longest datagram.
+const DATAGRAM: usize = 256 * 1024;
+/// How often and how long to wait for what is on its way through the loopback device.
+const ROUNDS: u32 = 2000;
+const ROUND: Duration = Duration::from_micros(500);
+
+/// A queue's content, or the sign that it holds what cannot be copied (descriptors).
+pub(crate) enum Peeked {
+    Messages(Vec<Message>),
+    Rights,
+}
+
+/// Copies what waits in a receive queue, and leaves it there.
+pub(crate) fn peek(socket: BorrowedFd<'_>, stream: bool) -> io::Result<Peeked> {
+    if sysfd::readable(socket)? == 0 && !more_than_bytes(socket, stream) {
+        return Ok(Peeked::Messages(Vec::new()));
+    }
+    let before = sys::int_option(socket, libc::SOL_SOCKET, SO_PEEK_OFF)?;
+    sys::set_int_option(socket, libc::SOL_SOCKET, SO_PEEK_OFF, 0)?;
+    let peeked = take(socket, stream, libc::MSG_PEEK);
+    sys::set_int_option(socket, libc::SOL_SOCKET, SO_PEEK_OFF, before)?;
+    peeked
+}
+
+/// An empty datagram waits although there are no bytes.
+fn more_than_bytes(socket: BorrowedFd<'_>, stream: bool) -> bool {
+    !stream && sys::receive(socket, &mut [], libc::MSG_PEEK | libc::MSG_TRUNC).is_ok()
+}
+
+/// Takes out what waits in a receive queue.
+pub(crate) fn drain(socket: BorrowedFd<'_>, stream: bool) -> io::Result<()> {
+    take(socket, stream, 0).map(drop)
+}
+
+fn take(socket: BorrowedFd<'_>, stream: bool, flags: i32) -> io::Result<Peeked> {
+    let mut buffer = vec![0; DATAGRAM];
+    let mut messages: Vec<Message> = Vec::new();
+    for _ in 0..MOST {
+        let received = match sys::receive(socket, &mut buffer, flags) {
+            Err(e) if ended(&e) => break,
+            received => received?,
+        };
+        if received.rights && flags & libc::MSG_PEEK != 0 {
+            return Ok(Peeked::Rights);
+        }
+        let bytes = &buffer[..received.len];
+        match messages.last_mut() {
+            // The end of a stream; a datagram may be empty.
+            _ if stream && bytes.is_empty() => break,
+            Some(last) if stream => last.bytes.extend_from_slice(bytes),
+            _ => messages.push(Message {
+                bytes: bytes.to_vec(),
+                from: received.from,
+            }),
+        }
+    }
+    Ok(Peeked::Messages(messages))
+}
+
+/// Whether an error of recvmsg(2) says that there is nothing (more).
+fn ended(error: &io::Error) -> bool {
+    matches!(
+        error.raw_os_error(),
+        Some(libc::EAGAIN | libc::ENOTCONN | libc::ECONNRESET | libc::EINVAL)
+    )
+}
+
+/// Takes out what is in the queue of `to`, and what its peer `from` has sent but is not there yet.
+pub(crate) fn drain_connection(from: BorrowedFd<'_>, to: BorrowedFd<'_>) -> io::Result<()> {
+    for _ in 0..ROUNDS {
+        drain(to, true)?;
+        if sys::unsent(from)? == 0 && sysfd::readable(to)? == 0 {
+            return Ok(());
+        }
+        std::thread::sleep(ROUND);
+    }
+    Err(io::ErrorKind::TimedOut.into())
+}
+
+/// Sends messages from a connected socket, as much as the two queues take.
+pub(crate) fn fill(from: BorrowedFd<'_>, messages: &[Message]) -> io::Result<()> {
+    for message in messages {
+        let mut rest = message.bytes.as_slice();
+        loop {
+            let n = sys::send(from, rest, &[])?;
+            rest = &rest[n..];
+            if rest.is_empty() {
+                break;
+            }
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,160 @@
+//! Making unix sockets: names in the sandbox's filesystem, pairs, connections.
+
+use std::ffi::OsStr;
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
+use std::path::PathBuf;
+
+use rustix::fs::{AtFlags, CWD, Gid, Mode, Uid};
+
+use super::model::Socket;
+use crate::env::{Environment, Namespace};
+use crate::ids::HostPid;
+use crate::remote::{Batch, Remote};
+use crate::sys::socket as sys;
+
+/// Runs something with the root of the sandbox and the working directory of a process.
+fn inside<T: Send>(
+    env: &dyn Environment,
+    of: HostPid,
+    act: impl FnOnce() -> io::Result<T> + Send,
+) -> io::Result<T> {
+    let net = env.namespace(Namespace::Net)?;
+    let directory = PathBuf::from(format!("/proc/{of}/cwd"));
+    sys::elsewhere(&net, Some((env.root(), &directory)), act)
+}
+
+/// The path of an address, unless it is an abstract one.
+fn path_of(address: &[u8]) -> Option<PathBuf> {
+    let name = address.get(2..).filter(|name| name.first() != Some(&0))?;
+    let end = name.iter().position(|&b| b == 0).unwrap_or(name.len());
+    (end > 0).then(|| PathBuf::from(OsStr::from_bytes(&name[..end])))
+}
+
+/// Binds a fresh socket to the name that the image has. The file of the old socket, which the filesystem
+/// has brought back, leads nowhere: it gives way to a new one with the same owner and mode.
+pub(super) fn bind(
+    env: &dyn Environment,
+    of: HostPid,
+    end: BorrowedFd<'_>,
+    image: &Socket,
+) -> io::Result<()> {
+    let Some(path) = path_of(&image.local) else {
+        return sys::bind(end, &image.local);
+    };
+    inside(env, of, || {
+        let old = rustix::fs::statat(CWD, &path, AtFlags::SYMLINK_NOFOLLOW).ok();
+        let own = old.is_some_and(|old| image.file == Some(old.st_ino & u64::from(u32::MAX)));
+        let mut aside = path.clone().into_os_string();
+        aside.push(".deltabox-aside");
+        if own {
+            rustix::fs::unlink(&path)?;
+        } else if old.is_some() {
+            // Another socket's file has the name by now.
+            rustix::fs::rename(&path, &aside)?;
+        }
+        let bound = sys::bind(end, &image.local);
+        if !own && bound.is_ok() {
+            rustix::fs::unlink(&path)?;
+        }
+        if let Some(old) = old {
+            if own {
+                let (uid, gid) = (Uid::from_raw(old.st_uid), Gid::from_raw(old.st_gid));
+                rustix::fs::chown(&path, Some(uid), Some(gid))?;
+                rustix::fs::chmod(&path, Mode::from_raw_mode(old.st_mode))?;
+            } else {
+                rustix::fs::rename(&aside, &path)?;
+            }
+        }
+        bound
+    })
+}
+
+/// Connects a socket to a name, as the supervisor.
+pub(super) fn connect(
+    env: &dyn Environment,
+    of: HostPid,
+    end: BorrowedFd<'_>,
+    name: &[u8],
+) -> io::Result<()> {
+    match path_of(name) {
+        None => sys::connect(end, name),
+        Some(_) => inside(env, of, || sys::connect(end, name)),
+    }
+}
+
+/// Sends a datagram to a name, as the supervisor.
+pub(super) fn send(
+    env: &dyn Environment,
+    of: HostPid,
+    end: BorrowedFd<'_>,
+    bytes: &[u8],
+    name: &[u8],
+) -> io::Result<()> {
+    match path_of(name) {
+        None => sys::send(end, bytes, name).map(drop),
+        Some(_) => inside(env, of, || sys::send(end, bytes, name).map(drop)),
+    }
+}
+
+/// A pair made by the process itself, whose credentials the ends then tell (`SO_PEERCRED`).
+pub(super) fn pair(remote: &mut Remote, kind: i32) -> io::Result<(OwnedFd, OwnedFd)> {
+    let mut batch = Batch::new();
+    let ends = batch.output(8);
+    let made = batch.call(
+        libc::SYS_socketpair,
+        &[
+            libc::AF_UNIX.into(),
+            (kind | libc::SOCK_CLOEXEC).into(),
+            0.into(),
+            ends.into(),
+        ],
+    );
+    let outcome = remote.run(&batch)?;
+    outcome.result(made)?;
+    let numbers = [outcome.int(ends.at(0, 4)), outcome.int(ends.at(4, 4))];
+    let taken = remote
+        .take_fd(numbers[0])
+        .and_then(|a| Ok((a, remote.take_fd(numbers[1])?)));
+    close(remote, &numbers)?;
+    taken
+}
+
+/// A connection made by the process itself to a listening socket. Gives the connected end.
+pub(super) fn connected(remote: &mut Remote, kind: i32, name: &[u8]) -> io::Result<OwnedFd> {
+    let mut batch = Batch::new();
+    let flags = kind | libc::SOCK_CLOEXEC | libc::SOCK_NONBLOCK;
+    let made = batch.must(
+        libc::SYS_socket,
+        &[libc::AF_UNIX.into(), flags.into(), 0.into()],
+    );
+    let address = batch.input(name);
+    let connect = batch.call(
+        libc::SYS_connect,
+        &[made.into(), address.into(), name.len().into()],
+    );
+    let outcome = remote.run(&batch)?;
+    let number = outcome.result(made)? as i32;
+    let taken = outcome.result(connect).and_then(|_| remote.take_fd(number));
+    close(remote, &[number])?;
+    taken
+}
+
+fn close(remote: &mut Remote, numbers: &[i32]) -> io::Result<()> {
+    crate::fd::install::close(remote, numbers)
+}
+
+/// Makes a socket listen, in the process that has it: peers are told its credentials.
+pub(super) fn listen(remote: &mut Remote, fd: i32, backlog: i32) -> io::Result<()> {
+    let mut batch = Batch::new();
+    let call = batch.call(libc::SYS_listen, &[fd.into(), backlog.into()]);
+    remote.run(&batch)?.result(call).map(drop)
+}
+
+/// Takes one end of a fresh connection from a listening socket.
+pub(super) fn accept(listener: &OwnedFd) -> io::Result<OwnedFd> {
+    // The flag is the open file's and is put right when it is settled.
+    crate::sys::fd::set_status_flags(listener, libc::O_NONBLOCK)?;
+    sys::accept(listener.as_fd())
+}

@@ -1,0 +1,269 @@
+//! System calls on sockets, with addresses as the kernel's own bytes.
+
+use std::io;
+use std::mem::MaybeUninit;
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::path::Path;
+
+/// Room for any socket address (`struct sockaddr_storage`).
+const ADDRESS: usize = 128;
+/// Room for the control data of a message: the most descriptors there can be, and some.
+const CONTROL: usize = 2048;
+/// Bytes of `struct cmsghdr`.
+const CMSG_HEADER: usize = 16;
+
+fn check(result: libc::c_int) -> io::Result<libc::c_int> {
+    if result < 0 {
+        Err(io::Error::last_os_error())
+    } else {
+        Ok(result)
+    }
+}
+
+fn size(result: isize) -> io::Result<usize> {
+    usize::try_from(result).map_err(|_| io::Error::last_os_error())
+}
+
+/// Reads an option of at most 256 bytes; of a longer one, the beginning.
+pub(crate) fn option(fd: BorrowedFd<'_>, level: i32, name: i32) -> io::Result<Vec<u8>> {
+    let mut value = [0_u8; 256];
+    let mut len = value.len() as libc::socklen_t;
+    // SAFETY: getsockopt writes at most `len` bytes to `value`, and the length to `len`.
+    check(unsafe {
+        libc::getsockopt(
+            fd.as_raw_fd(),
+            level,
+            name,
+            value.as_mut_ptr().cast(),
+            &raw mut len,
+        )
+    })?;
+    Ok(value[..(len as usize).min(value.len())].to_vec())
+}
+
+/// Reads an option that is an int.
+pub(crate) fn int_option(fd: BorrowedFd<'_>, level: i32, name: i32) -> io::Result<i32> {
+    let value = option(fd, level, name)?;
+    let value = value.as_slice().try_into().map(i32::from_ne_bytes);
+    value.map_err(|_| io::ErrorKind::InvalidData.into())
+}
+
+/// Sets an option.
+pub(crate) fn set_option(
+    fd: BorrowedFd<'_>,
+    level: i32,
+    name: i32,
+    value: &[u8],
+) -> io::Result<()> {
+    // SAFETY: setsockopt reads the bytes of `value`.
+    check(unsafe {
+        libc::setsockopt(
+            fd.as_raw_fd(),
+            level,
+            name,
+            value.as_ptr().cast(),
+            value.len() as libc::socklen_t,
+        )
+    })
+    .map(drop)
+}
+
+/// Sets an option that is an int.
+pub(crate) fn set_int_option(
+    fd: BorrowedFd<'_>,
+    level: i32,
+    name: i32,
+    value: i32,
+) -> io::Result<()> {
+    set_option(fd, level, name, &value.to_ne_bytes())
+}
+
+/// The address that the socket is bound to; two bytes long for an unbound unix socket.
+pub(crate) fn local_address(fd: BorrowedFd<'_>) -> io::Result<Vec<u8>> {
+    let mut address = [0_u8; ADDRESS];
+    let mut len = address.len() as libc::socklen_t;
+    // SAFETY: getsockname writes at most `len` bytes to `address`, and the length to `len`.
+    check(unsafe { libc::getsockname(fd.as_raw_fd(), address.as_mut_ptr().cast(), &raw mut len) })?;
+    Ok(address[..(len as usize).min(ADDRESS)].to_vec())
+}
+
+/// The address of the peer, `None` when there is none.
+pub(crate) fn remote_address(fd: BorrowedFd<'_>) -> io::Result<Option<Vec<u8>>> {
+    let mut address = [0_u8; ADDRESS];
+    let mut len = address.len() as libc::socklen_t;
+    // SAFETY: getpeername writes at most `len` bytes to `address`, and the length to `len`.
+    let result = check(unsafe {
+        libc::getpeername(fd.as_raw_fd(), address.as_mut_ptr().cast(), &raw mut len)
+    });
+    match result {
+        Err(e) if e.raw_os_error() == Some(libc::ENOTCONN) => Ok(None),
+        result => result.map(|_| Some(address[..(len as usize).min(ADDRESS)].to_vec())),
+    }
+}
+
+/// A new socket, close-on-exec and non-blocking.
+pub(crate) fn socket(domain: i32, kind: i32, protocol: i32) -> io::Result<OwnedFd> {
+    let kind = kind | libc::SOCK_CLOEXEC | libc::SOCK_NONBLOCK;
+    // SAFETY: socket takes integers only.
+    let fd = check(unsafe { libc::socket(domain, kind, protocol) })?;
+    // SAFETY: the call made this descriptor; nobody else owns it.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+/// Binds the socket.
+pub(crate) fn bind(fd: BorrowedFd<'_>, address: &[u8]) -> io::Result<()> {
+    let len = address.len() as libc::socklen_t;
+    // SAFETY: bind reads the bytes of `address`.
+    check(unsafe { libc::bind(fd.as_raw_fd(), address.as_ptr().cast(), len) }).map(drop)
+}
+
+/// Connects the socket; to an address of the family `AF_UNSPEC`, takes it apart from its peer.
+pub(crate) fn connect(fd: BorrowedFd<'_>, address: &[u8]) -> io::Result<()> {
+    let len = address.len() as libc::socklen_t;
+    // SAFETY: connect reads the bytes of `address`.
+    check(unsafe { libc::connect(fd.as_raw_fd(), address.as_ptr().cast(), len) }).map(drop)
+}
+
+/// Takes the next connection of a listening socket, if one waits. The listener must not block.
+pub(crate) fn accept(fd: BorrowedFd<'_>) -> io::Result<OwnedFd> {
+    let flags = libc::SOCK_CLOEXEC | libc::SOCK_NONBLOCK;
+    // SAFETY: null pointers tell accept4 that the address is not wanted.
+    let new = check(unsafe {
+        libc::accept4(
+            fd.as_raw_fd(),
+            std::ptr::null_mut(),
+            std::ptr::null_mut(),
+            flags,
+        )
+    })?;
+    // SAFETY: the call made this descriptor; nobody else owns it.
+    Ok(unsafe { OwnedFd::from_raw_fd(new) })
+}
+
+/// Shuts directions down: 1 for receiving, 2 for sending, 3 for both.
+pub(crate) fn shutdown(fd: BorrowedFd<'_>, directions: u8) -> io::Result<()> {
+    let how = match directions {
+        0 => return Ok(()),
+        1 => libc::SHUT_RD,
+        2 => libc::SHUT_WR,
+        _ => libc::SHUT_RDWR,
+    };
+    // SAFETY: shutdown takes integers only.
+    check(unsafe { libc::shutdown(fd.as_raw_fd(), how) }).map(drop)
+}
+
+/// Bytes sent that the other side has not taken yet (`SIOCOUTQ`).
+pub(crate) fn unsent(fd: BorrowedFd<'_>) -> io::Result<usize> {
+    let mut value: libc::c_int = 0;
+    // SAFETY: TIOCOUTQ, which is SIOCOUTQ, writes one int, which `value` is.
+    check(unsafe { libc::ioctl(fd.as_raw_fd(), libc::TIOCOUTQ, &raw mut value) })?;
+    Ok(usize::try_from(value).unwrap_or(0))
+}
+
+/// What one `recvmsg(2)` brought.
+pub(crate) struct Received {
+    /// Bytes in the buffer.
+    pub(crate) len: usize,
+    /// The sender's address; empty if it has none or the socket is connected.
+    pub(crate) from: Vec<u8>,
+    /// Descriptors came with it. They are closed again.
+    pub(crate) rights: bool,
+}
+
+/// Receives without waiting, with `flags` such as `MSG_PEEK`.
+pub(crate) fn receive(fd: BorrowedFd<'_>, buffer: &mut [u8], flags: i32) -> io::Result<Received> {
+    let mut address = [0_u8; ADDRESS];
+    let mut control = [0_u64; CONTROL / 8];
+    let mut piece = libc::iovec {
+        iov_base: buffer.as_mut_ptr().cast(),
+        iov_len: buffer.len(),
+    };
+    // SAFETY: all zeros is a valid msghdr: no address, no data, no control data.
+    let mut message: libc::msghdr = unsafe { MaybeUninit::zeroed().assume_init() };
+    message.msg_name = address.as_mut_ptr().cast();
+    message.msg_namelen = ADDRESS as u32;
+    message.msg_iov = &raw mut piece;
+    message.msg_iovlen = 1;
+    message.msg_control = control.as_mut_ptr().cast();
+    message.msg_controllen = CONTROL;
+    let flags = flags | libc::MSG_DONTWAIT | libc::MSG_CMSG_CLOEXEC;
+    // SAFETY: `message` points at `address`, `buffer` and `control` with their true lengths, and all outlive the call.
+    let len = size(unsafe { libc::recvmsg(fd.as_raw_fd(), &raw mut message, flags) })?;
+    let bytes: Vec<u8> = control.iter().flat_map(|word| word.to_ne_bytes()).collect();
+    let rights = take_rights(&bytes[..message.msg_controllen.min(CONTROL)]);
+    Ok(Received {
+        len: len.min(buffer.len()),
+        from: address[..(message.msg_namelen as usize).min(ADDRESS)].to_vec(),
+        rights: rights || message.msg_flags & libc::MSG_CTRUNC != 0,
+    })
+}
+
+/// Closes the descriptors that control messages brought; tells whether there were any.
+fn take_rights(mut control: &[u8]) -> bool {
+    let mut any = false;
+    while control.len() >= CMSG_HEADER {
+        let word =
+            |at: usize| i32::from_ne_bytes(control[at..at + 4].try_into().expect("four bytes"));
+        let len = usize::try_from(word(0)).unwrap_or(0);
+        let len = len.clamp(CMSG_HEADER, control.len());
+        if (word(8), word(12)) == (libc::SOL_SOCKET, libc::SCM_RIGHTS) {
+            any = true;
+            for at in (CMSG_HEADER..len.saturating_sub(3)).step_by(4) {
+                // SAFETY: the kernel put this descriptor into our table for this message; nobody else owns it.
+                drop(unsafe { OwnedFd::from_raw_fd(word(at)) });
+            }
+        }
+        control = &control[len.next_multiple_of(8).min(control.len())..];
+    }
+    any
+}
+
+/// Sends without waiting, to `to` if it is not empty.
+pub(crate) fn send(fd: BorrowedFd<'_>, bytes: &[u8], to: &[u8]) -> io::Result<usize> {
+    let address = if to.is_empty() {
+        std::ptr::null()
+    } else {
+        to.as_ptr().cast()
+    };
+    // SAFETY: sendto reads the bytes of `bytes` and of `to`.
+    size(unsafe {
+        libc::sendto(
+            fd.as_raw_fd(),
+            bytes.as_ptr().cast(),
+            bytes.len(),
+            libc::MSG_DONTWAIT | libc::MSG_NOSIGNAL,
+            address,
+            to.len() as libc::socklen_t,
+        )
+    })
+}
+
+/// Runs `act` on a thread of its own in another network namespace, and, where a root directory is
+/// given, with that root and working directory.
+pub(crate) fn elsewhere<T: Send>(
+    net: &OwnedFd,
+    place: Option<(BorrowedFd<'_>, &Path)>,
+    act: impl FnOnce() -> io::Result<T> + Send,
+) -> io::Result<T> {
+    std::thread::scope(|scope| {
+        let thread = scope.spawn(move || {
+            // SAFETY: setns takes integers only and changes this thread alone, which ends with the closure.
+            check(unsafe { libc::setns(net.as_raw_fd(), libc::CLONE_NEWNET) })?;
+            if let Some((root, directory)) = place {
+                // SAFETY: unshare with CLONE_FS gives this thread its own root and working
+                // directory; it has no bearing on memory.
+                check(unsafe { libc::unshare(libc::CLONE_FS) })?;
+                // Looked up from here, before the root changes.
+                let directory = std::fs::File::open(directory)?;
+                rustix::process::fchdir(root)?;
+                rustix::process::chroot(".")?;
+                rustix::process::fchdir(directory)?;
+            }
+            act()
+        });
+        match thread.join() {
+            Ok(result) => result,
+            Err(panic) => std::panic::resume_unwind(panic),
+        }
+    })
+}
