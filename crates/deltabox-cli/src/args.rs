@@ -71,6 +71,8 @@ pub(crate) enum Command {
     Stop(Names),
     /// Say which kernel features are there, and what to do about those that are not
     Doctor,
+    /// Search a tree of states of a real project, verify every rollback, and measure
+    Demo(crate::demo::Demo),
     /// The service that hosts the sandboxes; other commands start it when none runs
     Service {
         #[command(subcommand)]

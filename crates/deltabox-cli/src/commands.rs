@@ -74,7 +74,7 @@ pub(crate) async fn run(global: &Global, command: Command) -> Result<u8, Failure
             Ok(0)
         }
         Command::Inspect(args) => inspect(&client, json, &args.name).await,
-        Command::Doctor | Command::Service { .. } => {
+        Command::Demo(_) | Command::Doctor | Command::Service { .. } => {
             unreachable!("these need no service and are run before")
         }
     }

@@ -4,6 +4,7 @@
 
 mod args;
 mod commands;
+mod demo;
 mod exec;
 mod failure;
 mod output;
@@ -37,6 +38,7 @@ fn run(cli: Cli) -> Result<u8, Failure> {
     let Cli { global, command } = cli;
     match command {
         Command::Doctor => commands::doctor(global.json),
+        Command::Demo(options) => demo::demo(&global.state_dir, global.json, options),
         Command::Service {
             command: ServiceCommand::Run { background },
         } => service::run(&global.state_dir, background),
