@@ -1,0 +1,123 @@
+//! The least that a checkpoint or rollback of these processes can cost on this kernel: stop all threads, find the pages
+//! that were written, copy them out or back, let go. No descriptors, no registers, no files, no bookkeeping.
+
+use std::fs::{self, File};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+
+use crate::processes::Programs;
+use crate::rows::Samples;
+use crate::sys::{self, Pages};
+
+/// What freezing may take.
+const PATIENCE: Duration = Duration::from_secs(5);
+
+/// Samples of the parts, and of the two operations that consist of them.
+#[derive(Default)]
+pub(crate) struct Floor {
+    pub(crate) stop: Samples,
+    pub(crate) scan: Samples,
+    pub(crate) copy_out: Samples,
+    pub(crate) copy_back: Samples,
+    pub(crate) pages: Samples,
+    /// Stop, scan, copy out, let go.
+    pub(crate) checkpoint: Samples,
+    /// Stop, scan, copy back, let go.
+    pub(crate) rollback: Samples,
+}
+
+impl Floor {
+    /// Measures once. The record of written pages is emptied, so that the sandbox cannot be checkpointed any more.
+    pub(crate) fn measure(&mut self, programs: &Programs) -> Result<()> {
+        let pagemaps = programs.pids.iter().map(|pid| {
+            let path = format!("/proc/{pid}/pagemap");
+            File::open(&path).with_context(|| format!("opening {path}"))
+        });
+        let pagemaps = pagemaps.collect::<Result<Vec<_>>>()?;
+
+        let begun = Instant::now();
+        let stopped = Stopped::stop(programs)?;
+        let stop = begun.elapsed();
+
+        let begun = Instant::now();
+        let written = pagemaps.iter().map(sys::take_written);
+        let written = written.collect::<Result<Vec<Pages>, _>>()?;
+        let scan = begun.elapsed();
+
+        let mut copies: Vec<_> = written.iter().map(|w| vec![0; w.bytes()]).collect();
+        let begun = Instant::now();
+        for ((pid, pages), copy) in programs.pids.iter().zip(&written).zip(&mut copies) {
+            sys::read_pages(*pid, pages, copy)?;
+        }
+        let copy_out = begun.elapsed();
+
+        let begun = Instant::now();
+        for ((pid, pages), copy) in programs.pids.iter().zip(&written).zip(&copies) {
+            sys::write_pages(*pid, pages, copy)?;
+        }
+        let copy_back = begun.elapsed();
+
+        let begun = Instant::now();
+        stopped.release()?;
+        let release = begun.elapsed();
+
+        self.stop.time(stop);
+        self.scan.time(scan);
+        self.copy_out.time(copy_out);
+        self.copy_back.time(copy_back);
+        self.pages
+            .count(written.iter().map(|w| w.bytes() as u64 / 4096).sum());
+        self.checkpoint.time(stop + scan + copy_out + release);
+        self.rollback.time(stop + scan + copy_back + release);
+        Ok(())
+    }
+}
+
+/// Threads that we trace and that stand still. Should this process end, the kernel lets them go.
+struct Stopped(Vec<i32>);
+
+impl Stopped {
+    /// Freezes the group so that no thread is born meanwhile, seizes all threads, thaws.
+    fn stop(programs: &Programs) -> Result<Self> {
+        let freeze = programs.cgroup.join("cgroup.freeze");
+        fs::write(&freeze, "1").with_context(|| format!("writing to {freeze:?}"))?;
+        let seized = await_frozen(programs).and_then(|()| seize(programs));
+        fs::write(&freeze, "0").with_context(|| format!("writing to {freeze:?}"))?;
+        let stopped = Self(seized?);
+        for tid in &stopped.0 {
+            sys::await_stop(*tid).with_context(|| format!("waiting for thread {tid}"))?;
+        }
+        Ok(stopped)
+    }
+
+    fn release(&self) -> Result<()> {
+        for tid in &self.0 {
+            sys::detach(*tid).with_context(|| format!("letting thread {tid} go"))?;
+        }
+        Ok(())
+    }
+}
+
+fn await_frozen(programs: &Programs) -> Result<()> {
+    let events = programs.cgroup.join("cgroup.events");
+    let until = Instant::now() + PATIENCE;
+    while !fs::read_to_string(&events)?.contains("frozen 1") {
+        if Instant::now() > until {
+            bail!("the sandbox does not freeze in {PATIENCE:?}");
+        }
+        std::thread::yield_now();
+    }
+    Ok(())
+}
+
+fn seize(programs: &Programs) -> Result<Vec<i32>> {
+    let mut seized = Vec::new();
+    for pid in &programs.pids {
+        for tid in Programs::threads(*pid)? {
+            sys::seize(tid).with_context(|| format!("seizing thread {tid}"))?;
+            seized.push(tid);
+        }
+    }
+    Ok(seized)
+}

@@ -1,0 +1,45 @@
+//! The host of the sandboxes that are measured.
+
+use std::ops::Deref;
+
+use anyhow::{Context, Result};
+use deltabox::{Host, HostConfig};
+use tempfile::TempDir;
+
+use crate::Options;
+
+/// A host in a directory of its own; ends all its sandboxes when it goes.
+pub(crate) struct Stage {
+    host: Host,
+    _dir: TempDir,
+}
+
+impl Stage {
+    pub(crate) fn open(options: &Options) -> Result<Self> {
+        let mut name = tempfile::Builder::new();
+        name.prefix("deltabox-bench-");
+        let dir = match &options.state_dir {
+            Some(parent) => name.tempdir_in(parent),
+            None => name.tempdir(),
+        };
+        let dir = dir.context("making a directory for the sandboxes' state")?;
+        let host = Host::open(HostConfig {
+            state_dir: dir.path().to_owned(),
+        })?;
+        Ok(Self { host, _dir: dir })
+    }
+}
+
+impl Deref for Stage {
+    type Target = Host;
+
+    fn deref(&self) -> &Host {
+        &self.host
+    }
+}
+
+impl Drop for Stage {
+    fn drop(&mut self) {
+        self.host.shutdown();
+    }
+}

@@ -1,0 +1,4 @@
+//! One module a suite.
+
+pub(crate) mod cr;
+pub(crate) mod fork;
