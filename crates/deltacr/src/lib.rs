@@ -13,6 +13,7 @@ pub mod remote;
 mod resume;
 mod signals;
 pub mod stop;
+pub mod store;
 mod sys;
 mod threads;
 
