@@ -8,6 +8,7 @@ mod error;
 pub mod fd;
 mod freeze;
 pub mod ids;
+pub mod mem;
 mod procfs;
 pub mod remote;
 mod resume;

@@ -13,7 +13,8 @@ use std::sync::Arc;
 pub use map::PageMap;
 
 use crate::sys::arena::Arena;
-pub(crate) use crate::sys::arena::{Fresh, PAGE, PageBytes};
+pub(crate) use crate::sys::arena::{Fresh, PageBytes};
+pub(crate) use map::is_zero;
 
 /// A pool of 4 KiB pages in anonymous memory, each counted by the page maps that hold it and freed
 /// with the last of them.

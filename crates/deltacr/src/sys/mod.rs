@@ -1,7 +1,9 @@
 //! Raw system calls of the engine, each behind a safe function.
 
-pub(crate) mod fd;
 pub(crate) mod arena;
+pub(crate) mod fd;
+pub(crate) mod pagemap;
 pub(crate) mod process;
 pub(crate) mod ptrace;
 pub(crate) mod socket;
+pub(crate) mod vm;

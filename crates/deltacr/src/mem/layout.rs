@@ -1,0 +1,150 @@
+//! The bounds that the kernel keeps of an address space: `prctl(PR_SET_MM_MAP)`.
+
+use std::fs;
+use std::io;
+
+use serde::{Deserialize, Serialize};
+
+use crate::error::{During, Error, Result};
+use crate::remote::{Batch, Remote};
+
+/// Bounds of a process' address space, as `/proc/PID/stat` shows and `prctl(PR_SET_MM_MAP)` sets
+/// them. All are addresses.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Layout {
+    /// The program's code.
+    pub start_code: u64,
+    /// Its end.
+    pub end_code: u64,
+    /// The program's data.
+    pub start_data: u64,
+    /// Its end.
+    pub end_data: u64,
+    /// Where the heap begins.
+    pub start_brk: u64,
+    /// The program break, where the heap ends.
+    pub brk: u64,
+    /// Where the stack began.
+    pub start_stack: u64,
+    /// The argument strings, shown as the command line.
+    pub arg_start: u64,
+    /// Their end.
+    pub arg_end: u64,
+    /// The environment strings.
+    pub env_start: u64,
+    /// Their end.
+    pub env_end: u64,
+}
+
+/// The program break of a stopped process (`brk(2)`; the one bound that the kernel shows nowhere).
+///
+/// # Errors
+/// The process could not be driven.
+pub fn program_break(remote: &mut Remote) -> Result<u64> {
+    let pid = remote.pid();
+    let mut batch = Batch::new();
+    let brk = batch.call(libc::SYS_brk, &[0.into()]);
+    let outcome = remote.run(&batch);
+    outcome
+        .and_then(|o| o.result(brk))
+        .during(pid, "reading the program break")
+}
+
+/// Reads the bounds and the auxiliary vector.
+pub(crate) fn read(remote: &Remote, brk: u64) -> Result<(Layout, Vec<u8>)> {
+    let (pid, host) = (remote.pid(), remote.host());
+    let stat = fs::read(format!("/proc/{host}/stat")).during(pid, "reading the stat file")?;
+    let layout = parse(&stat, brk).ok_or_else(|| Error::Corrupt {
+        pid,
+        what: "its stat file has not the fields that the kernel documents".to_owned(),
+    })?;
+    let auxv =
+        fs::read(format!("/proc/{host}/auxv")).during(pid, "reading the auxiliary vector")?;
+    Ok((layout, auxv))
+}
+
+fn parse(stat: &[u8], brk: u64) -> Option<Layout> {
+    // The name of the process may contain anything, also parentheses and blanks.
+    let end = stat.iter().rposition(|b| *b == b')')?;
+    let rest = std::str::from_utf8(stat.get(end + 1..)?).ok()?;
+    let fields: Vec<&str> = rest.split_ascii_whitespace().collect();
+    // proc(5) counts from one, and the first field here is the third.
+    let field = |n: usize| fields.get(n - 3)?.parse::<u64>().ok();
+    Some(Layout {
+        start_code: field(26)?,
+        end_code: field(27)?,
+        start_stack: field(28)?,
+        start_data: field(45)?,
+        end_data: field(46)?,
+        start_brk: field(47)?,
+        arg_start: field(48)?,
+        arg_end: field(49)?,
+        env_start: field(50)?,
+        env_end: field(51)?,
+        brk,
+    })
+}
+
+/// Sets the bounds; `auxv` too, if it is given.
+pub(crate) fn write(remote: &mut Remote, layout: &Layout, auxv: Option<&[u8]>) -> Result<()> {
+    let pid = remote.pid();
+    let mut batch = Batch::new();
+    let vector = batch.input(auxv.unwrap_or_default());
+    let l = layout;
+    let mut map: Vec<u8> = [
+        l.start_code,
+        l.end_code,
+        l.start_data,
+        l.end_data,
+        l.start_brk,
+        l.brk,
+        l.start_stack,
+        l.arg_start,
+        l.arg_end,
+        l.env_start,
+        l.env_end,
+        0,
+    ]
+    .iter()
+    .flat_map(|field| field.to_le_bytes())
+    .collect();
+    map.extend((auxv.map_or(0, <[u8]>::len) as u32).to_le_bytes());
+    // No change of the link to the executable, which would need a capability.
+    map.extend(u32::MAX.to_le_bytes());
+    let map = batch.input(&map);
+    if auxv.is_some() {
+        batch.link(map, &[(11 * 8, vector)]);
+    }
+    let done = batch.call(
+        libc::SYS_prctl,
+        &[
+            libc::PR_SET_MM.into(),
+            libc::PR_SET_MM_MAP.into(),
+            map.into(),
+            map.len().into(),
+            0.into(),
+        ],
+    );
+    let outcome: io::Result<u64> = remote.run(&batch).and_then(|o| o.result(done));
+    outcome.during(pid, "setting the bounds of the address space")?;
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_hostile_process_name_does_not_shift_the_fields() {
+        let mut stat = b"7 (a) R 1) S".to_vec();
+        for n in 4..=52 {
+            stat.extend(format!(" {n}").bytes());
+        }
+        let layout = parse(&stat, 99).unwrap();
+        assert_eq!(layout.start_code, 26);
+        assert_eq!(layout.env_end, 51);
+        assert_eq!(layout.brk, 99);
+        assert!(parse(b"7 (x) S 1 2", 0).is_none());
+        assert!(parse(b"", 0).is_none());
+    }
+}

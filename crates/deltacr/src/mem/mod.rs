@@ -1,0 +1,228 @@
+//! The memory of a process: what it has mapped, and what it wrote there.
+//!
+//! [`Memory::scan`] tells how a stopped process' memory differs from the last state that its
+//! [`Tracker`] knows, without reading any of it. From there [`Memory::capture`] makes a new
+//! [`AddressSpace`], and [`Memory::restore`] takes the process to any earlier one; both cost what
+//! changed.
+
+mod capture;
+mod layout;
+mod pages;
+mod plan;
+mod restore;
+mod scan;
+mod shm;
+#[cfg(test)]
+mod tests;
+mod tracker;
+mod vmas;
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use serde::{Deserialize, Serialize};
+
+pub use layout::{Layout, program_break};
+pub use scan::Scan;
+pub use shm::{SharedMemory, SharedObjects, ShmImage, ShmKey};
+pub use tracker::Tracker;
+
+use crate::env::Environment;
+use crate::error::Error;
+use crate::ids::InnerPid;
+use crate::store::{PageMap, PageStore};
+
+/// Bytes of a page.
+pub(crate) const PAGE: u64 = 4096;
+
+/// A file, by its inode. Two are equal if they are the same inode, whatever the path.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct FileId {
+    /// `st_dev`.
+    pub device: u64,
+    /// Inode number.
+    pub inode: u64,
+    /// The path that it was mapped by, for messages and for files outside the versioned
+    /// filesystem.
+    pub path: Arc<str>,
+}
+
+impl PartialEq for FileId {
+    fn eq(&self, other: &Self) -> bool {
+        (self.device, self.inode) == (other.device, other.inode)
+    }
+}
+
+impl Eq for FileId {}
+
+/// What a mapping shows where the process did not write.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Backing {
+    /// Zeros.
+    Anonymous,
+    /// A file.
+    File(FileId),
+    /// A shared memory object: `MAP_SHARED | MAP_ANONYMOUS`, or a memfd.
+    Shm(ShmKey),
+    /// A mapping that the kernel makes for every process: `[vdso]`, `[vvar]`.
+    Special(Arc<str>),
+}
+
+/// One mapping. Neighbours that the kernel keeps apart only for its own reasons are one.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Vma {
+    /// First address.
+    pub start: u64,
+    /// The address after the last.
+    pub end: u64,
+    /// `PROT_*` bits.
+    pub prot: i32,
+    /// `MAP_SHARED` rather than `MAP_PRIVATE`.
+    pub shared: bool,
+    /// Where in the file or object it begins, in bytes; zero without one.
+    pub offset: u64,
+    /// What lies behind it.
+    pub backing: Backing,
+    /// A stack that grows by itself (`MAP_GROWSDOWN`).
+    pub grows_down: bool,
+}
+
+impl Vma {
+    /// Its addresses.
+    pub fn range(&self) -> Range<u64> {
+        self.start..self.end
+    }
+
+    /// Whether the process' writes stay its own, so that they are part of its page map.
+    pub(crate) fn is_private(&self) -> bool {
+        !self.shared && !self.is_special()
+    }
+
+    /// Whether a page that was never written shows zeros.
+    pub(crate) fn is_anonymous(&self) -> bool {
+        self.backing == Backing::Anonymous
+    }
+
+    /// Whether the kernel made it.
+    pub(crate) fn is_special(&self) -> bool {
+        matches!(self.backing, Backing::Special(_))
+    }
+
+    /// Where in the file or object the byte at `address` lies; zero without one.
+    pub(crate) fn offset_at(&self, address: u64) -> u64 {
+        match self.backing {
+            Backing::File(_) | Backing::Shm(_) => {
+                self.offset.wrapping_add(address).wrapping_sub(self.start)
+            }
+            Backing::Anonymous | Backing::Special(_) => 0,
+        }
+    }
+
+    /// Whether both show the same thing at `address`, protection aside.
+    pub(crate) fn agrees_at(&self, other: &Self, address: u64) -> bool {
+        self.shared == other.shared
+            && self.grows_down == other.grows_down
+            && self.backing == other.backing
+            && self.offset_at(address) == other.offset_at(address)
+    }
+}
+
+/// The memory of one process at one moment.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct AddressSpace {
+    /// The mappings, ascending. The engine's own area is left out.
+    pub vmas: Vec<Vma>,
+    /// The guard pages (`MADV_GUARD_INSTALL`), ascending.
+    pub guards: Vec<Range<u64>>,
+    /// The bounds that the kernel keeps: program break, arguments, environment.
+    pub layout: Layout,
+    /// The auxiliary vector, as `/proc/PID/auxv` shows it.
+    pub auxv: Vec<u8>,
+    /// The pages, by address divided by 4096, that differ from what the private mapping shows by
+    /// itself. Persisted apart from the rest.
+    #[serde(skip)]
+    pub pages: PageMap,
+}
+
+impl AddressSpace {
+    /// The inodes of the versioned filesystem whose pages the process may have written through
+    /// a shared mapping, and which are to be flushed before the filesystem is cut.
+    pub fn shared_file_inodes(&self, fs_device: u64) -> Vec<u64> {
+        let mut inodes: Vec<u64> = self
+            .vmas
+            .iter()
+            .filter(|v| v.shared && v.prot & libc::PROT_WRITE != 0)
+            .filter_map(|v| match &v.backing {
+                Backing::File(file) if file.device == fs_device => Some(file.inode),
+                _ => None,
+            })
+            .collect();
+        inodes.sort_unstable();
+        inodes.dedup();
+        inodes
+    }
+
+    /// The file that holds the program's code: the executable.
+    pub fn executable(&self) -> Option<&FileId> {
+        executable(&self.vmas, &self.layout)
+    }
+}
+
+fn executable<'a>(vmas: &'a [Vma], layout: &Layout) -> Option<&'a FileId> {
+    let code = layout.start_code;
+    let at = vmas.partition_point(|v| v.end <= code);
+    match &vmas.get(at).filter(|v| v.start <= code)?.backing {
+        Backing::File(file) => Some(file),
+        _ => None,
+    }
+}
+
+/// What the memory of every process of a tree is captured and restored with.
+#[derive(Clone, Copy)]
+pub struct Memory<'a> {
+    /// Where contents are kept.
+    pub store: &'a PageStore,
+    /// The shared memory objects of the tree.
+    pub shared: &'a SharedObjects,
+    /// The sandbox.
+    pub env: &'a dyn Environment,
+}
+
+fn unsupported(pid: InnerPid, what: String) -> Error {
+    Error::Unsupported {
+        pid,
+        name: String::new(),
+        what,
+    }
+}
+
+/// The pages that lie in a range of addresses.
+pub(crate) fn pages_of(range: &Range<u64>) -> Range<u64> {
+    range.start / PAGE..range.end.div_ceil(PAGE)
+}
+
+/// The addresses of a range of pages.
+pub(crate) fn addresses_of(pages: &Range<u64>) -> Range<u64> {
+    pages.start * PAGE..pages.end * PAGE
+}
+
+/// The part that two ranges have in common, if any.
+pub(crate) fn overlap(a: &Range<u64>, b: &Range<u64>) -> Option<Range<u64>> {
+    let common = a.start.max(b.start)..a.end.min(b.end);
+    (common.start < common.end).then_some(common)
+}
+
+/// Sorts ranges and makes one of those that touch or lie at most `gap` apart.
+pub(crate) fn merged(mut ranges: Vec<Range<u64>>, gap: u64) -> Vec<Range<u64>> {
+    ranges.sort_unstable_by_key(|r| r.start);
+    let mut out: Vec<Range<u64>> = Vec::with_capacity(ranges.len());
+    for range in ranges {
+        match out.last_mut() {
+            Some(last) if range.start <= last.end.saturating_add(gap) => {
+                last.end = last.end.max(range.end);
+            }
+            _ => out.push(range),
+        }
+    }
+    out
+}

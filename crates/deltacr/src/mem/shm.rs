@@ -1,0 +1,461 @@
+//! Shared memory objects: `MAP_SHARED | MAP_ANONYMOUS` mappings and memfds.
+//!
+//! To the kernel both are files of one invisible filesystem. The registry keeps a descriptor of
+//! every object that the tree has or that a kept checkpoint names, so that an object outlives the
+//! processes that held it, and a rollback puts its contents back in place.
+
+use std::collections::{BTreeMap, HashMap};
+use std::ffi::CString;
+use std::fs::{self, File};
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
+use std::sync::{Arc, Weak};
+
+use parking_lot::Mutex;
+use rustix::fs::{
+    FallocateFlags, Gid, MemfdFlags, Mode, SealFlags, SeekFrom, Uid, fallocate, fchmod, fchown,
+    fcntl_add_seals, fcntl_get_seals, fstat, memfd_create, seek,
+};
+use serde::{Deserialize, Serialize};
+
+use crate::ids::HostPid;
+use crate::mem::PAGE;
+use crate::store::{PageMap, PageStore, is_zero};
+use crate::sys::pagemap::Mapping;
+
+/// Bytes that are read at a time.
+const BUFFER: usize = 1 << 20;
+
+/// Names a shared memory object of a tree, across its deaths and rebirths.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+pub struct ShmKey(pub u64);
+
+/// A shared memory object at one moment.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct ShmImage {
+    /// The name that it was made with; empty for a mapping without one.
+    pub name: Arc<str>,
+    /// Size in bytes.
+    pub size: u64,
+    /// `F_SEAL_*` bits.
+    pub seals: u32,
+    /// `st_mode`.
+    pub mode: u32,
+    /// Owner, as the supervisor counts.
+    pub owner: (u32, u32),
+    /// The contents, by offset divided by 4096; what is not held is zero. Persisted apart from the
+    /// rest.
+    #[serde(skip)]
+    pub pages: PageMap,
+    /// Keeps the object in the registry.
+    #[serde(skip)]
+    hold: Arc<()>,
+}
+
+/// All shared memory objects of a tree at one moment.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+pub struct SharedMemory {
+    /// The objects.
+    pub objects: BTreeMap<ShmKey, Arc<ShmImage>>,
+}
+
+/// The shared memory objects of one sandbox.
+#[derive(Debug)]
+pub struct SharedObjects {
+    store: Arc<PageStore>,
+    device: u64,
+    state: Mutex<State>,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    last_key: u64,
+    by_inode: HashMap<u64, ShmKey>,
+    live: BTreeMap<ShmKey, Live>,
+    /// What was captured since the last [`SharedObjects::take`].
+    captured: BTreeMap<ShmKey, Arc<ShmImage>>,
+}
+
+/// An object that exists.
+#[derive(Debug)]
+struct Live {
+    file: File,
+    inode: u64,
+    name: Arc<str>,
+    /// What it was last known to hold.
+    pages: PageMap,
+    /// Alive as long as an image of the object is.
+    images: Weak<()>,
+}
+
+impl SharedObjects {
+    /// An empty registry, whose contents go to `store`.
+    ///
+    /// # Errors
+    /// The kernel makes no memfd.
+    pub fn new(store: Arc<PageStore>) -> io::Result<Self> {
+        let probe = memfd_create(c"probe", MemfdFlags::CLOEXEC)?;
+        Ok(Self {
+            store,
+            device: fstat(&probe)?.st_dev,
+            state: Mutex::default(),
+        })
+    }
+
+    /// `st_dev` of all shared memory objects.
+    pub fn device(&self) -> u64 {
+        self.device
+    }
+
+    /// The known object with this device and inode number.
+    pub(crate) fn find(&self, device: u64, inode: u64) -> Option<ShmKey> {
+        let state = self.state.lock();
+        (device == self.device)
+            .then(|| state.by_inode.get(&inode).copied())
+            .flatten()
+    }
+
+    /// Knows an object from now on that a process has mapped; the name is that of the mapping.
+    pub(crate) fn adopt_mapping(
+        &self,
+        host: HostPid,
+        mapping: &Mapping,
+        name: &str,
+    ) -> io::Result<ShmKey> {
+        if let Some(key) = self.find(mapping.device, mapping.inode) {
+            return Ok(key);
+        }
+        let (start, end) = (mapping.start, mapping.end);
+        let path = format!("/proc/{host}/map_files/{start:x}-{end:x}");
+        self.adopt(reopen(&path, libc::O_RDWR)?, name)
+    }
+
+    /// Captures the object behind a descriptor (a memfd), if that was not done in this round.
+    ///
+    /// # Errors
+    /// It is no shared memory object, or could not be read.
+    pub fn capture_fd(&self, file: BorrowedFd<'_>) -> io::Result<ShmKey> {
+        let stat = fstat(file)?;
+        if stat.st_dev != self.device {
+            return Err(io::ErrorKind::InvalidInput.into());
+        }
+        let key = match self.find(stat.st_dev, stat.st_ino) {
+            Some(key) => key,
+            None => {
+                let path = format!("/proc/self/fd/{}", file.as_raw_fd());
+                let name = fs::read_link(&path)?;
+                self.adopt(reopen(&path, libc::O_RDWR)?, &name.to_string_lossy())?
+            }
+        };
+        self.capture(key)?;
+        Ok(key)
+    }
+
+    fn adopt(&self, file: File, name: &str) -> io::Result<ShmKey> {
+        let inode = file.metadata()?.ino();
+        let name = name.strip_suffix(" (deleted)").unwrap_or(name);
+        let name = name.strip_prefix("/memfd:").unwrap_or_default();
+        let mut state = self.state.lock();
+        if let Some(key) = state.by_inode.get(&inode) {
+            return Ok(*key);
+        }
+        state.last_key += 1;
+        let key = ShmKey(state.last_key);
+        let live = Live {
+            file,
+            inode,
+            name: Arc::from(name),
+            pages: PageMap::new(),
+            images: Weak::new(),
+        };
+        state.by_inode.insert(inode, key);
+        state.live.insert(key, live);
+        Ok(key)
+    }
+
+    /// Captures an object, if that was not done in this round.
+    pub(crate) fn capture(&self, key: ShmKey) -> io::Result<()> {
+        let state = &mut *self.state.lock();
+        if state.captured.contains_key(&key) {
+            return Ok(());
+        }
+        let live = state.live.get_mut(&key).ok_or(io::ErrorKind::NotFound)?;
+        let image = live.capture(&self.store)?;
+        state.captured.insert(key, Arc::new(image));
+        Ok(())
+    }
+
+    /// Ends a round of captures: gives all objects captured in it, and lets go of those that neither the
+    /// tree nor any kept image needs.
+    pub fn take(&self) -> SharedMemory {
+        let state = &mut *self.state.lock();
+        let objects = std::mem::take(&mut state.captured);
+        state.live.retain(|_, live| live.images.strong_count() > 0);
+        let live = &state.live;
+        state.by_inode.retain(|_, key| live.contains_key(key));
+        SharedMemory { objects }
+    }
+
+    /// Gives all objects the contents that they have in `target`, in place where the object exists. To
+    /// be called while the tree stands still, before any memory that maps them is restored.
+    ///
+    /// # Errors
+    /// An object was sealed since, so that it can only be given back with the processes that hold it
+    /// made anew; the next call will make a new object. Or there is no memory.
+    pub fn restore(&self, target: &SharedMemory) -> io::Result<()> {
+        let state = &mut *self.state.lock();
+        state.captured.clear();
+        for (key, image) in &target.objects {
+            let live = match state.live.remove(key) {
+                Some(live) => live,
+                None => Live::create(image)?,
+            };
+            state.by_inode.remove(&live.inode);
+            let live = live.restore(&self.store, image)?;
+            state.by_inode.insert(live.inode, *key);
+            state.live.insert(*key, live);
+            state.last_key = state.last_key.max(key.0);
+        }
+        Ok(())
+    }
+
+    /// A new open file of an object, for the caller.
+    ///
+    /// # Errors
+    /// There is no such object, or its seals or mode forbid it.
+    pub fn open(&self, key: ShmKey, flags: i32) -> io::Result<OwnedFd> {
+        let state = self.state.lock();
+        let live = state.live.get(&key).ok_or(io::ErrorKind::NotFound)?;
+        let path = format!("/proc/self/fd/{}", live.file.as_raw_fd());
+        Ok(reopen(&path, flags)?.into())
+    }
+}
+
+fn reopen(path: &str, flags: i32) -> io::Result<File> {
+    let access = flags & libc::O_ACCMODE;
+    File::options()
+        .read(access != libc::O_WRONLY)
+        .write(access != libc::O_RDONLY)
+        .custom_flags(flags & !libc::O_ACCMODE)
+        .open(path)
+}
+
+impl Live {
+    /// Makes the object anew, still empty and unsealed.
+    fn create(image: &ShmImage) -> io::Result<Self> {
+        let name = CString::new(&*image.name)?;
+        let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
+        let file = File::from(memfd_create(name.as_c_str(), flags)?);
+        fchmod(&file, Mode::from_raw_mode(image.mode))?;
+        let (uid, gid) = image.owner;
+        fchown(&file, Some(Uid::from_raw(uid)), Some(Gid::from_raw(gid)))?;
+        Ok(Self {
+            inode: file.metadata()?.ino(),
+            file,
+            name: Arc::clone(&image.name),
+            pages: PageMap::new(),
+            images: Weak::new(),
+        })
+    }
+
+    fn capture(&mut self, store: &PageStore) -> io::Result<ShmImage> {
+        let meta = self.file.metadata()?;
+        let pages = read(&self.file, meta.len(), &self.pages, store)?;
+        self.pages = pages.clone();
+        let hold = self.images.upgrade().unwrap_or_default();
+        self.images = Arc::downgrade(&hold);
+        Ok(ShmImage {
+            name: Arc::clone(&self.name),
+            size: meta.len(),
+            seals: fcntl_get_seals(&self.file)?.bits(),
+            mode: meta.mode(),
+            owner: (meta.uid(), meta.gid()),
+            pages,
+            hold,
+        })
+    }
+
+    fn restore(mut self, store: &PageStore, image: &ShmImage) -> io::Result<Self> {
+        let seals = fcntl_get_seals(&self.file)?;
+        let wanted = SealFlags::from_bits_retain(image.seals);
+        if !wanted.contains(seals) {
+            return Err(io::Error::new(
+                io::ErrorKind::PermissionDenied,
+                "a memfd was sealed since",
+            ));
+        }
+        let size = self.file.metadata()?.len();
+        let now = read(&self.file, size, &self.pages, store)?;
+        if size != image.size {
+            self.file.set_len(image.size)?;
+        }
+        write(&self.file, &now, image)?;
+        if seals != wanted {
+            fcntl_add_seals(&self.file, wanted)?;
+        }
+        self.pages = image.pages.clone();
+        self.images = Arc::downgrade(&image.hold);
+        Ok(self)
+    }
+}
+
+/// Reads a sparse file. Pages that are as they were share their storage with `before`.
+fn read(file: &File, size: u64, before: &PageMap, store: &PageStore) -> io::Result<PageMap> {
+    let mut pages = before.clone();
+    let mut buffer = vec![0; BUFFER];
+    let mut at = 0;
+    while let Some(data) = next_data(file, at)? {
+        pages.remove(at / PAGE..data / PAGE);
+        let hole = seek(file, SeekFrom::Hole(data))?.min(size);
+        at = data;
+        while at < hole {
+            let len = (hole - at).min(BUFFER as u64) as usize;
+            let part = &mut buffer[..len.next_multiple_of(PAGE as usize)];
+            part[len..].fill(0);
+            file.read_exact_at(&mut part[..len], at)?;
+            sort(&mut pages, at / PAGE, part, store)?;
+            at += part.len() as u64;
+        }
+    }
+    pages.remove(at / PAGE..u64::MAX);
+    Ok(pages)
+}
+
+fn next_data(file: &File, at: u64) -> io::Result<Option<u64>> {
+    match seek(file, SeekFrom::Data(at)) {
+        Ok(data) => Ok(Some(data)),
+        Err(rustix::io::Errno::NXIO) => Ok(None),
+        Err(e) => Err(e.into()),
+    }
+}
+
+/// Holds these pages, which begin with number `first`, from now on; only those that differ are stored.
+fn sort(pages: &mut PageMap, first: u64, bytes: &[u8], store: &PageStore) -> io::Result<()> {
+    let mut new = Vec::new();
+    for (page, bytes) in (first..).zip(bytes.as_chunks::<{ PAGE as usize }>().0) {
+        if is_zero(bytes) {
+            pages.remove(page..page + 1);
+        } else if pages.get(page) != Some(bytes) {
+            new.push((page, bytes));
+        }
+    }
+    let mut fresh = store.allocate(new.len())?;
+    for (index, (page, bytes)) in new.into_iter().enumerate() {
+        *fresh.page_mut(index) = *bytes;
+        pages.put(page, &mut fresh, index);
+    }
+    Ok(())
+}
+
+/// Writes what differs between `now`, which the file holds, and the image.
+fn write(file: &File, now: &PageMap, image: &ShmImage) -> io::Result<()> {
+    let mut runs = Vec::new();
+    now.diff(&image.pages, 0..image.size.div_ceil(PAGE), |run| {
+        runs.push(run)
+    });
+    for page in runs.into_iter().flatten() {
+        let at = page * PAGE;
+        match image.pages.get(page) {
+            Some(bytes) => {
+                let len = (image.size - at).min(PAGE) as usize;
+                file.write_all_at(&bytes[..len], at)?;
+            }
+            None => {
+                let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+                fallocate(file.as_fd(), flags, at, PAGE)?;
+            }
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn memfd(name: &std::ffi::CStr) -> File {
+        let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
+        File::from(memfd_create(name, flags).unwrap())
+    }
+
+    fn captured(objects: &SharedObjects, file: &File) -> (ShmKey, SharedMemory) {
+        let key = objects.capture_fd(file.as_fd()).unwrap();
+        (key, objects.take())
+    }
+
+    fn contents(file: &File) -> Vec<u8> {
+        let mut all = vec![0; file.metadata().unwrap().len() as usize];
+        file.read_exact_at(&mut all, 0).unwrap();
+        all
+    }
+
+    #[test]
+    fn a_memfd_gets_its_contents_and_size_back_in_place() {
+        let store = PageStore::new();
+        let objects = SharedObjects::new(Arc::clone(&store)).unwrap();
+        let file = memfd(c"data");
+        file.set_len(100 * PAGE + 10).unwrap();
+        file.write_all_at(&[1; 5000], 3 * PAGE).unwrap();
+        file.write_all_at(&[2; 10], 100 * PAGE).unwrap();
+        let before = contents(&file);
+        let (key, state) = captured(&objects, &file);
+        assert_eq!(store.pages(), 3);
+
+        file.write_all_at(&[9; 5], 4 * PAGE).unwrap();
+        file.write_all_at(&[9; 5], 50 * PAGE).unwrap();
+        let (_, later) = captured(&objects, &file);
+        assert_eq!(store.pages(), 5, "what did not change is not stored twice");
+        file.set_len(2 * PAGE).unwrap();
+        let changed = later.objects[&key].size;
+        assert_eq!(changed, 100 * PAGE + 10);
+        objects.restore(&state).unwrap();
+        assert_eq!(contents(&file), before);
+        let again = File::from(objects.open(key, libc::O_RDONLY).unwrap());
+        assert_eq!(contents(&again), before);
+        drop((state, later));
+        objects.take();
+        assert_eq!(store.pages(), 0);
+        assert!(objects.open(key, libc::O_RDWR).is_err());
+    }
+
+    #[test]
+    fn a_memfd_that_is_gone_is_made_anew_with_name_and_seals() {
+        let store = PageStore::new();
+        let objects = SharedObjects::new(Arc::clone(&store)).unwrap();
+        let file = memfd(c"sealed thing");
+        file.write_all_at(&[5; 6000], 0).unwrap();
+        fcntl_add_seals(&file, SealFlags::WRITE | SealFlags::SHRINK).unwrap();
+        let before = contents(&file);
+        let (key, state) = captured(&objects, &file);
+        objects.restore(&state).unwrap();
+
+        let elsewhere = SharedObjects::new(store).unwrap();
+        elsewhere.restore(&state).unwrap();
+        let new = File::from(elsewhere.open(key, libc::O_RDWR).unwrap());
+        assert_ne!(
+            new.metadata().unwrap().ino(),
+            file.metadata().unwrap().ino()
+        );
+        assert_eq!(contents(&new), before);
+        let seals = fcntl_get_seals(&new).unwrap();
+        assert_eq!(seals, SealFlags::WRITE | SealFlags::SHRINK);
+        let path = format!("/proc/self/fd/{}", new.as_raw_fd());
+        let name = fs::read_link(path).unwrap();
+        assert_eq!(name.to_str().unwrap(), "/memfd:sealed thing (deleted)");
+    }
+
+    #[test]
+    fn a_memfd_that_was_sealed_since_is_refused_once_and_then_made_anew() {
+        let objects = SharedObjects::new(PageStore::new()).unwrap();
+        let file = memfd(c"x");
+        file.write_all_at(&[5; 6000], 0).unwrap();
+        let (key, state) = captured(&objects, &file);
+        fcntl_add_seals(&file, SealFlags::WRITE).unwrap();
+        let refused = objects.restore(&state).unwrap_err();
+        assert_eq!(refused.kind(), io::ErrorKind::PermissionDenied);
+        objects.restore(&state).unwrap();
+        let new = File::from(objects.open(key, libc::O_RDWR).unwrap());
+        assert_eq!(contents(&new), contents(&file));
+    }
+}

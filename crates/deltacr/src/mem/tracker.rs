@@ -1,0 +1,117 @@
+//! Knowing which pages a process wrote since a known state.
+
+use std::fs::File;
+use std::io;
+use std::ops::Range;
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::Arc;
+
+use crate::error::{During, Result};
+use crate::mem::{AddressSpace, merged, overlap};
+use crate::remote::{Batch, Remote};
+use crate::sys::pagemap;
+
+/// Written runs less than this far apart are write-protected by one call: the span of one
+/// page table.
+const NEAR: u64 = 2 << 20;
+
+/// Tracks which pages of a process are written, by a `userfaultfd` with asynchronous write
+/// protection that was made in the process and is kept by us only. Dropping it ends the tracking.
+#[derive(Debug)]
+pub struct Tracker {
+    uffd: OwnedFd,
+    base: Arc<AddressSpace>,
+}
+
+impl Tracker {
+    /// The state that the process was in when its written pages were last forgotten. Everything
+    /// written since is found by a scan.
+    pub fn base(&self) -> &Arc<AddressSpace> {
+        &self.base
+    }
+
+    /// Begins to track a stopped process, which is in state `base`.
+    fn attach(remote: &mut Remote, base: Arc<AddressSpace>) -> Result<Self> {
+        let pid = remote.pid();
+        let doing = "starting to track written pages";
+        let mut make = Batch::new();
+        let flags = libc::O_CLOEXEC | pagemap::USER_MODE_ONLY;
+        let made = make.call(libc::SYS_userfaultfd, &[flags.into()]);
+        let outcome = remote.run(&make).during(pid, doing)?;
+        let there = outcome.result(made).during(pid, doing)? as i32;
+        let uffd = remote.take_fd(there);
+        let mut close = Batch::new();
+        close.call(libc::SYS_close, &[there.into()]);
+        remote.run(&close).during(pid, doing)?;
+        let uffd = uffd.during(pid, doing)?;
+        pagemap::enable_write_tracking(uffd.as_fd()).during(pid, doing)?;
+        Ok(Self { uffd, base })
+    }
+
+    /// Tracks these mappings too. Fails with `ENOMEM` if the process has another address space
+    /// now: it ran another program.
+    fn extend(&self, vmas: &[Range<u64>]) -> io::Result<()> {
+        for range in merged(vmas.to_vec(), 0) {
+            if self.track(&range)? {
+                continue;
+            }
+            for vma in vmas.iter().filter(|v| overlap(v, &range).is_some()) {
+                if !self.track(vma)? {
+                    // It counts as written each time.
+                    tracing::debug!("writes to {vma:x?} cannot be tracked");
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Tells whether the kernel can track this range; it cannot with some of its special mappings.
+    fn track(&self, range: &Range<u64>) -> io::Result<bool> {
+        match pagemap::track_writes(self.uffd.as_fd(), range) {
+            Ok(()) => Ok(true),
+            Err(e) if e.raw_os_error() == Some(libc::ENOMEM) => Err(e),
+            Err(_) => Ok(false),
+        }
+    }
+}
+
+/// What is to be done to make a process count as unchanged.
+#[derive(Debug, Default)]
+pub(crate) struct Reset {
+    /// Private mappings that are not tracked yet.
+    pub(crate) untracked: Vec<Range<u64>>,
+    /// Runs of pages that count as written.
+    pub(crate) written: Vec<Range<u64>>,
+}
+
+/// Makes the process, which is in state `base`, count as unchanged from now on. If that fails, the
+/// process is left without a tracker, so that everything counts as changed.
+pub(crate) fn reset(
+    remote: &mut Remote,
+    tracker: &mut Option<Tracker>,
+    base: Arc<AddressSpace>,
+    reset: Reset,
+) -> Result<()> {
+    let pid = remote.pid();
+    let kept = tracker.take().map(|t| Tracker {
+        uffd: t.uffd,
+        base: Arc::clone(&base),
+    });
+    let new = match kept.filter(|t| t.extend(&reset.untracked).is_ok()) {
+        Some(kept) => kept,
+        None => {
+            let new = Tracker::attach(remote, base)?;
+            let extended = new.extend(&reset.untracked);
+            extended.during(pid, "tracking written pages")?;
+            new
+        }
+    };
+    let host = remote.host();
+    let doing = "forgetting the written pages";
+    let pagemap = File::open(format!("/proc/{host}/pagemap")).during(pid, doing)?;
+    for range in merged(reset.written, NEAR) {
+        pagemap::protect_written(&pagemap, range).during(pid, doing)?;
+    }
+    *tracker = Some(new);
+    Ok(())
+}

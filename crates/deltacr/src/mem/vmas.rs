@@ -1,0 +1,204 @@
+//! What a process has mapped.
+
+use std::fs::File;
+use std::io;
+use std::ops::Range;
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::Arc;
+
+use rustix::fs::{Mode, OFlags, ResolveFlags, fstat, openat2};
+
+use crate::env::Environment;
+use crate::error::{During, Error, Result};
+use crate::ids::{HostPid, InnerPid};
+use crate::mem::{Backing, FileId, Memory, Vma, overlap, unsupported};
+use crate::remote::Remote;
+use crate::sys::pagemap::{self, Mapping};
+
+/// Reads the mappings of a stopped process, without the engine's area. `known` are those of an
+/// earlier time: what is still the same is not looked into again.
+pub(crate) fn read(memory: &Memory<'_>, remote: &Remote, known: &[Vma]) -> Result<Vec<Vma>> {
+    let (pid, host) = (remote.pid(), remote.host());
+    let doing = "reading the mappings";
+    let reader = Reader {
+        memory,
+        pid,
+        host,
+        maps: File::open(format!("/proc/{host}/maps")).during(pid, doing)?,
+        known,
+    };
+    let mut vmas = Vec::with_capacity(known.len() + 16);
+    let mut address = 0;
+    while let Some(found) = pagemap::mapping(&reader.maps, address, None).during(pid, doing)? {
+        for part in without(&found, &remote.area()) {
+            push(&mut vmas, reader.vma(&part)?);
+        }
+        address = found.end;
+    }
+    Ok(vmas)
+}
+
+/// A mapping without the engine's area, which the kernel may have merged with it.
+fn without(found: &Mapping, area: &Range<u64>) -> impl Iterator<Item = Mapping> {
+    let clear = overlap(&(found.start..found.end), area).is_none();
+    let (mut before, mut after) = (*found, *found);
+    if !clear {
+        before.end = area.start;
+        after.start = area.end;
+    }
+    [Some(before), (!clear).then_some(after)]
+        .into_iter()
+        .flatten()
+        .filter(|part| part.start < part.end)
+}
+
+/// Adds a mapping, as part of the last one if it only continues that.
+fn push(vmas: &mut Vec<Vma>, vma: Vma) {
+    if let Some(last) = vmas.last_mut()
+        && last.end == vma.start
+        && last.prot == vma.prot
+        && !vma.is_special()
+        && last.agrees_at(&vma, vma.start)
+    {
+        last.end = vma.end;
+    } else {
+        vmas.push(vma);
+    }
+}
+
+struct Reader<'a> {
+    memory: &'a Memory<'a>,
+    pid: InnerPid,
+    host: HostPid,
+    maps: File,
+    known: &'a [Vma],
+}
+
+impl Reader<'_> {
+    fn vma(&self, found: &Mapping) -> Result<Vma> {
+        let (backing, grows_down) = match self.known(found) {
+            Some(vma) => (vma.backing.clone(), vma.grows_down),
+            None => self.identify(found)?,
+        };
+        let with_offset = matches!(backing, Backing::File(_) | Backing::Shm(_));
+        Ok(Vma {
+            start: found.start,
+            end: found.end,
+            prot: found.prot,
+            shared: found.shared,
+            offset: if with_offset { found.offset } else { 0 },
+            backing,
+            grows_down,
+        })
+    }
+
+    /// The mapping of the earlier time that this one is a part of.
+    fn known(&self, found: &Mapping) -> Option<&Vma> {
+        let at = self.known.partition_point(|v| v.end <= found.start);
+        let vma = self.known.get(at)?;
+        let fileless = found.inode == 0 && found.device == 0;
+        let same = match &vma.backing {
+            Backing::Anonymous => fileless,
+            // The kernel neither splits nor resizes these.
+            Backing::Special(_) => fileless && vma.range() == (found.start..found.end),
+            Backing::File(file) => {
+                (file.device, file.inode) == (found.device, found.inode)
+                    && vma.offset_at(found.start) == found.offset
+            }
+            Backing::Shm(key) => {
+                self.memory.shared.find(found.device, found.inode) == Some(*key)
+                    && vma.offset_at(found.start) == found.offset
+            }
+        };
+        let within = vma.start <= found.start && found.end <= vma.end;
+        (same && within && vma.shared == found.shared).then_some(vma)
+    }
+
+    fn identify(&self, found: &Mapping) -> Result<(Backing, bool)> {
+        let mut name = Vec::new();
+        pagemap::mapping(&self.maps, found.start, Some(&mut name))
+            .during(self.pid, "reading the mappings")?;
+        let name = String::from_utf8_lossy(&name);
+        let shared = self.memory.shared;
+        if found.inode == 0 && found.device == 0 {
+            self.identify_fileless(&name, found)
+        } else if found.device == shared.device() {
+            if name.starts_with("/SYSV") {
+                return Err(self.refuse(found, &name, "System V shared memory is not carried"));
+            }
+            let key = shared
+                .adopt_mapping(self.host, found, &name)
+                .during(self.pid, "opening the shared memory")?;
+            Ok((Backing::Shm(key), false))
+        } else {
+            Ok((Backing::File(self.identify_file(&name, found)?), false))
+        }
+    }
+
+    fn identify_fileless(&self, name: &str, found: &Mapping) -> Result<(Backing, bool)> {
+        match name {
+            "[vdso]" | "[vvar]" | "[vvar_vclock]" => Ok((Backing::Special(name.into()), false)),
+            "[stack]" => Ok((Backing::Anonymous, true)),
+            "" | "[heap]" => Ok((Backing::Anonymous, false)),
+            _ if name.starts_with("[anon:") => Ok((Backing::Anonymous, false)),
+            _ => Err(self.refuse(found, name, "this kind of mapping is not carried")),
+        }
+    }
+
+    fn identify_file(&self, name: &str, found: &Mapping) -> Result<FileId> {
+        if name.starts_with("/anon_hugepage") {
+            return Err(self.refuse(
+                found,
+                name,
+                "hugetlb pages are not carried (transparent huge pages are)",
+            ));
+        }
+        let file = FileId {
+            device: found.device,
+            inode: found.inode,
+            path: Arc::from(name),
+        };
+        if file.device != self.memory.env.fs_device()
+            && let Err(e) = reopen(self.memory.env, &file, libc::O_RDONLY)
+        {
+            let why = format!(
+                "it is no file of the sandbox's filesystem and cannot be opened again by its path ({e})"
+            );
+            return Err(self.refuse(found, name, &why));
+        }
+        Ok(file)
+    }
+
+    fn refuse(&self, found: &Mapping, name: &str, why: &str) -> Error {
+        let (start, end) = (found.start, found.end);
+        unsupported(
+            self.pid,
+            format!("it has {name:?} mapped at {start:#x}-{end:#x}: {why}"),
+        )
+    }
+}
+
+/// Opens a mapped file again: by its number in the versioned filesystem, by its path elsewhere.
+pub(crate) fn reopen(env: &dyn Environment, file: &FileId, flags: i32) -> io::Result<OwnedFd> {
+    if file.device == env.fs_device() {
+        return env.open_inode(file.inode, flags | libc::O_CLOEXEC);
+    }
+    let flags = OFlags::from_bits_retain(flags as u32) | OFlags::CLOEXEC | OFlags::NONBLOCK;
+    let path = file.path.trim_start_matches('/');
+    let opened = openat2(
+        env.root(),
+        path,
+        flags,
+        Mode::empty(),
+        ResolveFlags::IN_ROOT,
+    )?;
+    let stat = fstat(opened.as_fd())?;
+    if (stat.st_dev, stat.st_ino) == (file.device, file.inode) {
+        Ok(opened)
+    } else {
+        Err(io::Error::new(
+            io::ErrorKind::NotFound,
+            "another file has its path now",
+        ))
+    }
+}

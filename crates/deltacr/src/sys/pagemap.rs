@@ -1,0 +1,281 @@
+//! The `ioctl`s by which the kernel tells what another process has mapped and which pages it
+//! wrote: `PROCMAP_QUERY` on `/proc/PID/maps` (Linux 6.11), `PAGEMAP_SCAN` on `/proc/PID/pagemap`
+//! (Linux 6.7), and `userfaultfd` registration (`UFFD_FEATURE_WP_ASYNC`, Linux 6.7).
+
+use std::fs::File;
+use std::io;
+use std::ops::Range;
+use std::os::fd::{AsRawFd, BorrowedFd};
+
+/// Facts of a page, as `PAGEMAP_SCAN` tells them.
+pub(crate) mod category {
+    /// Writes to the page are tracked by a `userfaultfd`.
+    pub(crate) const TRACKED: u64 = 1 << 0;
+    /// Written (or mapped) since it was last write-protected.
+    pub(crate) const WRITTEN: u64 = 1 << 1;
+    /// Page cache of a file, not the process' own copy.
+    pub(crate) const FILE: u64 = 1 << 2;
+    /// In memory.
+    pub(crate) const PRESENT: u64 = 1 << 3;
+    /// Swapped out, or the mark of a page that was dropped.
+    pub(crate) const SWAPPED: u64 = 1 << 4;
+    /// The kernel's page of zeros.
+    pub(crate) const ZERO: u64 = 1 << 5;
+    /// A guard page (`MADV_GUARD_INSTALL`).
+    pub(crate) const GUARD: u64 = 1 << 8;
+}
+
+/// A run of pages with the same facts.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct PageRun {
+    /// First address.
+    pub(crate) start: u64,
+    /// The address after the last.
+    pub(crate) end: u64,
+    /// Bits of [`category`].
+    pub(crate) facts: u64,
+}
+
+#[repr(C)]
+#[derive(Default)]
+struct ScanArg {
+    size: u64,
+    flags: u64,
+    start: u64,
+    end: u64,
+    walk_end: u64,
+    vec: u64,
+    vec_len: u64,
+    max_pages: u64,
+    inverted: u64,
+    all_of: u64,
+    any_of: u64,
+    tell: u64,
+}
+
+const PAGEMAP_SCAN: libc::Ioctl = 0xc060_6610_u32 as libc::Ioctl;
+const WP_MATCHING: u64 = 1;
+/// Runs that one call can tell.
+const RUNS: usize = 1024;
+
+/// Tells every run of pages within `range` that has some of the facts `any_of`, with those of its
+/// facts that are in `tell`, ascending.
+pub(crate) fn scan(
+    pagemap: &File,
+    range: Range<u64>,
+    any_of: u64,
+    tell: u64,
+    mut found: impl FnMut(PageRun),
+) -> io::Result<()> {
+    walk(pagemap, range, 0, (0, any_of, tell), &mut found)
+}
+
+/// Write-protects every page within `range` that is tracked, written and there, so that it counts
+/// as written only after the next write.
+pub(crate) fn protect_written(pagemap: &File, range: Range<u64>) -> io::Result<()> {
+    let there = category::PRESENT | category::SWAPPED;
+    let filter = (category::WRITTEN, there, category::WRITTEN);
+    walk(pagemap, range, WP_MATCHING, filter, &mut |_| {})
+}
+
+fn walk(
+    pagemap: &File,
+    range: Range<u64>,
+    flags: u64,
+    (all_of, any_of, tell): (u64, u64, u64),
+    found: &mut impl FnMut(PageRun),
+) -> io::Result<()> {
+    let mut runs = [PageRun::default(); RUNS];
+    let mut start = range.start;
+    while start < range.end {
+        let mut arg = ScanArg {
+            size: size_of::<ScanArg>() as u64,
+            flags,
+            start,
+            end: range.end,
+            vec: runs.as_mut_ptr() as u64,
+            vec_len: RUNS as u64,
+            all_of,
+            any_of,
+            tell,
+            ..ScanArg::default()
+        };
+        // SAFETY: the argument has the layout that the kernel defines, and `vec` points to
+        // `vec_len` regions that live through the call.
+        let n = unsafe { libc::ioctl(pagemap.as_raw_fd(), PAGEMAP_SCAN, &raw mut arg) };
+        if n < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        runs.iter().take(n as usize).copied().for_each(&mut *found);
+        if arg.walk_end <= start {
+            return Err(io::Error::other("the kernel's page scan made no progress"));
+        }
+        start = arg.walk_end;
+    }
+    Ok(())
+}
+
+/// A mapping, as `PROCMAP_QUERY` tells it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Mapping {
+    /// First address.
+    pub(crate) start: u64,
+    /// The address after the last.
+    pub(crate) end: u64,
+    /// `PROT_*` bits.
+    pub(crate) prot: i32,
+    /// `MAP_SHARED` rather than `MAP_PRIVATE`.
+    pub(crate) shared: bool,
+    /// Offset into the file, in bytes.
+    pub(crate) offset: u64,
+    /// `st_dev` of the file, zero without one.
+    pub(crate) device: u64,
+    /// Inode number of the file, zero without one.
+    pub(crate) inode: u64,
+}
+
+#[repr(C)]
+#[derive(Default)]
+struct QueryArg {
+    size: u64,
+    flags: u64,
+    address: u64,
+    start: u64,
+    end: u64,
+    vma_flags: u64,
+    page_size: u64,
+    offset: u64,
+    inode: u64,
+    major: u32,
+    minor: u32,
+    name_size: u32,
+    build_id_size: u32,
+    name: u64,
+    build_id: u64,
+}
+
+const PROCMAP_QUERY: libc::Ioctl = 0xc068_6611_u32 as libc::Ioctl;
+const COVERING_OR_NEXT: u64 = 0x10;
+const SHARED: u64 = 8;
+
+/// The mapping that covers `address`, or the next one; `None` behind the last. With `name`, also
+/// its name as `/proc/PID/maps` shows it (empty if it has none).
+pub(crate) fn mapping(
+    maps: &File,
+    address: u64,
+    name: Option<&mut Vec<u8>>,
+) -> io::Result<Option<Mapping>> {
+    let mut arg = QueryArg {
+        size: size_of::<QueryArg>() as u64,
+        flags: COVERING_OR_NEXT,
+        address,
+        ..QueryArg::default()
+    };
+    let mut room = [0_u8; libc::PATH_MAX as usize];
+    if name.is_some() {
+        arg.name = room.as_mut_ptr() as u64;
+        arg.name_size = room.len() as u32;
+    }
+    // SAFETY: the argument has the layout that the kernel defines, and `name` points to
+    // `name_size` bytes that live through the call.
+    if unsafe { libc::ioctl(maps.as_raw_fd(), PROCMAP_QUERY, &raw mut arg) } < 0 {
+        let e = io::Error::last_os_error();
+        return match e.raw_os_error() {
+            Some(libc::ENOENT) => Ok(None),
+            _ => Err(e),
+        };
+    }
+    if let Some(name) = name {
+        let told = &room[..room.len().min(arg.name_size as usize)];
+        name.clear();
+        // The kernel counts the terminating zero.
+        name.extend(told.iter().take_while(|b| **b != 0));
+    }
+    Ok(Some(Mapping {
+        start: arg.start,
+        end: arg.end,
+        prot: (arg.vma_flags & 7) as i32,
+        shared: arg.vma_flags & SHARED != 0,
+        offset: arg.offset,
+        device: libc::makedev(arg.major, arg.minor),
+        inode: arg.inode,
+    }))
+}
+
+#[repr(C)]
+struct ApiArg {
+    api: u64,
+    features: u64,
+    ioctls: u64,
+}
+
+#[repr(C)]
+struct RegisterArg {
+    start: u64,
+    len: u64,
+    mode: u64,
+    ioctls: u64,
+}
+
+const UFFDIO_API: libc::Ioctl = 0xc018_aa3f_u32 as libc::Ioctl;
+const UFFDIO_REGISTER: libc::Ioctl = 0xc020_aa00_u32 as libc::Ioctl;
+const API: u64 = 0xaa;
+const FEATURE_WP_UNPOPULATED: u64 = 1 << 13;
+const FEATURE_WP_ASYNC: u64 = 1 << 15;
+const MODE_WP: u64 = 2;
+
+/// `UFFD_USER_MODE_ONLY`, which lets any process make a `userfaultfd`.
+pub(crate) const USER_MODE_ONLY: i32 = 1;
+
+/// Makes a new `userfaultfd` track writes by itself, without a handler.
+pub(crate) fn enable_write_tracking(uffd: BorrowedFd<'_>) -> io::Result<()> {
+    let mut arg = ApiArg {
+        api: API,
+        features: FEATURE_WP_ASYNC | FEATURE_WP_UNPOPULATED,
+        ioctls: 0,
+    };
+    // SAFETY: the argument has the layout that the kernel defines.
+    check(unsafe { libc::ioctl(uffd.as_raw_fd(), UFFDIO_API, &raw mut arg) })
+}
+
+/// Tracks writes to all mappings within `range` from now on.
+pub(crate) fn track_writes(uffd: BorrowedFd<'_>, range: &Range<u64>) -> io::Result<()> {
+    let mut arg = RegisterArg {
+        start: range.start,
+        len: range.end - range.start,
+        mode: MODE_WP,
+        ioctls: 0,
+    };
+    // SAFETY: the argument has the layout that the kernel defines.
+    check(unsafe { libc::ioctl(uffd.as_raw_fd(), UFFDIO_REGISTER, &raw mut arg) })
+}
+
+fn check(result: i32) -> io::Result<()> {
+    if result < 0 {
+        Err(io::Error::last_os_error())
+    } else {
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn mappings_of_this_process_are_those_of_its_maps_file() {
+        let maps = File::open("/proc/self/maps").unwrap();
+        let here = mappings_of_this_process_are_those_of_its_maps_file as *const () as u64;
+        let mut name = Vec::new();
+        let found = mapping(&maps, here, Some(&mut name)).unwrap().unwrap();
+        assert!(found.start <= here && here < found.end);
+        assert_eq!(found.prot, libc::PROT_READ | libc::PROT_EXEC);
+        let exe = std::fs::metadata("/proc/self/exe").unwrap();
+        use std::os::unix::fs::MetadataExt as _;
+        assert_eq!((found.device, found.inode), (exe.dev(), exe.ino()));
+        let path = std::fs::read_link("/proc/self/exe").unwrap();
+        assert_eq!(String::from_utf8(name).unwrap(), path.to_str().unwrap());
+        assert_eq!(mapping(&maps, u64::MAX - 4096, None).unwrap(), None);
+    }
+}
