@@ -99,6 +99,9 @@ impl DataStore {
 
     /// Takes `count` places that read as zeros and whose disk space is reserved.
     pub(crate) fn reserve(self: &Arc<Self>, count: u64, epoch: u64) -> Result<Vec<Block>, Errno> {
+        if count == 0 {
+            return Ok(Vec::new());
+        }
         let first = {
             let mut places = self.places.lock();
             let first = places.end;

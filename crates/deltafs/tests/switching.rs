@@ -9,9 +9,9 @@ use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 
+use common::mapper::{self, Mapper};
 use common::{fixture, names};
 use rustix::fs::{AtFlags, FlockOperation, Mode, OFlags};
-use rustix::mm::{MapFlags, ProtFlags};
 
 fn open_rw(path: impl AsRef<std::path::Path>) -> File {
     OpenOptions::new()
@@ -99,27 +99,42 @@ fn mappings_of_a_base_file_follow_copy_up_and_rollback() {
     let f = fixture(|base| fs::write(base.join("a"), vec![b'a'; 8192]).unwrap());
     let v = &f.volume;
     let file = open_rw(v.at("a"));
-    let shared = Mapping::new(&file, 8192, MapFlags::SHARED);
-    let private = Mapping::new(&file, 8192, MapFlags::PRIVATE);
-    assert_eq!((shared.get(0), private.get(5000)), (b'a', b'a'));
+    let mut mapper = Mapper::start("mapping_process");
+    let shared = mapper.map(&file, 8192, true);
+    let private = mapper.map(&file, 8192, false);
+    assert_eq!(
+        (mapper.get(shared, 0), mapper.get(private, 5000)),
+        (b'a', b'a')
+    );
     let snapshot = v.checkpoint();
     file.write_all_at(b"b", 5000).unwrap();
-    assert_eq!((shared.get(5000), private.get(5000)), (b'b', b'b'));
+    assert_eq!(
+        (mapper.get(shared, 5000), mapper.get(private, 5000)),
+        (b'b', b'b')
+    );
     v.rollback(&snapshot).unwrap();
-    assert_eq!((shared.get(5000), private.get(5000)), (b'a', b'a'));
-    // A page that the mapping itself made dirty and nobody flushed must not reach the state rolled back to.
-    shared.set(100, b'z');
+    assert_eq!(
+        (mapper.get(shared, 5000), mapper.get(private, 5000)),
+        (b'a', b'a')
+    );
+    // A page that the mapping made dirty and nobody flushed must not reach the state rolled back to.
+    mapper.set(shared, 100, b'z');
     v.rollback(&snapshot).unwrap();
-    assert_eq!(shared.get(100), b'a');
+    assert_eq!(mapper.get(shared, 100), b'a');
     let mut byte = [0];
     file.read_exact_at(&mut byte, 100).unwrap();
     assert_eq!(&byte, b"a");
-    shared.set(100, b'y');
+    mapper.set(shared, 100, b'y');
     v.sync().unwrap();
     let dirty = v.checkpoint();
-    shared.set(100, b'x');
+    mapper.set(shared, 100, b'x');
     v.rollback(&dirty).unwrap();
-    assert_eq!(shared.get(100), b'y');
+    assert_eq!(mapper.get(shared, 100), b'y');
+}
+
+#[test]
+fn mapping_process() {
+    mapper::serve();
 }
 
 #[test]
@@ -405,43 +420,4 @@ fn a_handle_opened_by_number_tells_the_name_of_the_file() {
     assert_eq!(missing.raw_os_error(), Some(libc::ESTALE));
     let stat = rustix::fs::statat(v.mount(), "dir/b", AtFlags::empty()).unwrap();
     assert_eq!(stat.st_ino, ino);
-}
-
-/// A mapping that is undone when it is dropped.
-struct Mapping {
-    start: *mut u8,
-    len: usize,
-}
-
-impl Mapping {
-    fn new(file: &File, len: usize, flags: MapFlags) -> Self {
-        let protection = ProtFlags::READ | ProtFlags::WRITE;
-        // SAFETY: the kernel chooses the address, so no memory in use is replaced.
-        let start =
-            unsafe { rustix::mm::mmap(std::ptr::null_mut(), len, protection, flags, file, 0) }
-                .unwrap();
-        Self {
-            start: start.cast(),
-            len,
-        }
-    }
-
-    fn get(&self, at: usize) -> u8 {
-        assert!(at < self.len);
-        // SAFETY: the mapping is that long and lives as long as `self`.
-        unsafe { self.start.add(at).read_volatile() }
-    }
-
-    fn set(&self, at: usize, value: u8) {
-        assert!(at < self.len);
-        // SAFETY: as for `get`; nobody has a reference into the mapping.
-        unsafe { self.start.add(at).write_volatile(value) }
-    }
-}
-
-impl Drop for Mapping {
-    fn drop(&mut self) {
-        // SAFETY: the mapping is ours and is not used after this.
-        let _ = unsafe { rustix::mm::munmap(self.start.cast(), self.len) };
-    }
 }

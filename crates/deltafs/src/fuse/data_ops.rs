@@ -121,13 +121,14 @@ impl Server {
         let mode = rustix::fs::FallocateFlags::from_bits_retain(mode);
         let keep_size = mode.contains(rustix::fs::FallocateFlags::KEEP_SIZE);
         let what = mode.difference(rustix::fs::FallocateFlags::KEEP_SIZE);
+        let who = self.caller(&request);
         let mut view = self.view().write();
         if what.is_empty() {
-            view.reserve(request.node, start..end, keep_size)
+            view.reserve(request.node, start..end, keep_size, who)
         } else if what == rustix::fs::FallocateFlags::PUNCH_HOLE
             || what == rustix::fs::FallocateFlags::ZERO_RANGE
         {
-            view.punch(request.node, start..end, keep_size)
+            view.punch(request.node, start..end, keep_size, who)
         } else {
             Err(Errno::NOTSUP)
         }

@@ -4,7 +4,7 @@ use std::ops::Range;
 
 use rustix::io::Errno;
 
-use super::View;
+use super::{Caller, View};
 use crate::acl;
 use crate::node::{Ino, Meta, Node, NodeRef, Time};
 use crate::xattr::SetMode;
@@ -86,6 +86,7 @@ impl View {
         ino: Ino,
         range: Range<u64>,
         keep_size: bool,
+        who: Caller,
     ) -> Result<(), Errno> {
         self.change_file(ino, |file, to| {
             file.reserve(to, range.clone())?;
@@ -94,7 +95,7 @@ impl View {
             }
             Ok(())
         })?;
-        self.content_changed(ino, true)
+        self.content_changed(ino, !who.is_root())
     }
 
     /// Makes a range a hole (`FALLOC_FL_PUNCH_HOLE`), or zeros that may lengthen the file (`FALLOC_FL_ZERO_RANGE`).
@@ -103,6 +104,7 @@ impl View {
         ino: Ino,
         range: Range<u64>,
         keep_size: bool,
+        who: Caller,
     ) -> Result<(), Errno> {
         self.change_file(ino, |file, to| {
             file.punch(to, range.clone())?;
@@ -111,7 +113,7 @@ impl View {
             }
             Ok(())
         })?;
-        self.content_changed(ino, true)
+        self.content_changed(ino, !who.is_root())
     }
 
     /// Sets an extended attribute. Setting the access list sets the mode too; `kill_setgid` says that the caller may

@@ -1,0 +1,214 @@
+//! A mounted volume against a plain directory: the same random operations on both, with checkpoints,
+//! rollbacks and forks in between. After each of them the trees must be equal byte for byte, through fresh
+//! look-ups and through the descriptors that were open all along.
+
+mod common;
+#[path = "model/dump.rs"]
+mod dump;
+#[path = "model/ops.rs"]
+mod ops;
+
+use std::fs::{self, File};
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+
+use common::mapper::{self, Mapper};
+use common::{Fixture, Mounted, fixture};
+use deltafs::{IdMap, Snapshot};
+use dump::Dump;
+use ops::Op;
+use proptest::prelude::*;
+
+/// How many descriptors are open at most.
+const MAX_OPEN: usize = 4;
+
+/// A file that is open in both worlds.
+struct Open {
+    ours: File,
+    theirs: File,
+    ino: u64,
+}
+
+/// What one checkpoint has to give back.
+struct Saved {
+    snapshot: Snapshot,
+    tree: Dump,
+    /// The inode, the name in the plain directory if it has one, and the content, of every open file.
+    open: Vec<(u64, Option<PathBuf>, Vec<u8>)>,
+}
+
+struct Worlds {
+    ours: Fixture,
+    theirs: tempfile::TempDir,
+    open: Vec<Open>,
+    saved: Vec<Saved>,
+    mapper: Mapper,
+}
+
+impl Worlds {
+    fn new() -> Self {
+        let theirs = tempfile::tempdir().unwrap();
+        ops::fill_base(theirs.path());
+        Self {
+            ours: fixture(ops::fill_base),
+            theirs,
+            open: Vec::new(),
+            saved: Vec::new(),
+            mapper: Mapper::start("mapping_process"),
+        }
+    }
+
+    fn run(&mut self, op: &Op) {
+        match op {
+            Op::Open(path) => self.open_file(path),
+            Op::Close(which) => {
+                if !self.open.is_empty() {
+                    self.open.swap_remove(which % self.open.len());
+                }
+            }
+            Op::OnOpen(which, change) => {
+                if !self.open.is_empty() {
+                    let file = &self.open[which % self.open.len()];
+                    let ours = change.run(&file.ours, &mut self.mapper);
+                    assert_eq!(ours, change.run(&file.theirs, &mut self.mapper), "{op:?}");
+                }
+            }
+            Op::Checkpoint => self.checkpoint(),
+            Op::Rollback(which) => self.rollback(*which),
+            Op::Fork(which) => self.fork(*which),
+            Op::Tree(op) => {
+                let ours = op.run(&self.ours.volume.at(""), &mut self.mapper);
+                let theirs = op.run(self.theirs.path(), &mut self.mapper);
+                assert_eq!(ours, theirs, "{op:?}: ours on the left");
+            }
+        }
+    }
+
+    fn open_file(&mut self, path: &Path) {
+        let open = |root: &Path| {
+            fs::OpenOptions::new()
+                .read(true)
+                .write(true)
+                .open(root.join(path))
+        };
+        if self.open.len() == MAX_OPEN {
+            return;
+        }
+        let (ours, theirs) = (open(&self.ours.volume.at("")), open(self.theirs.path()));
+        assert_eq!(ours.is_ok(), theirs.is_ok(), "opening {}", path.display());
+        if let (Ok(ours), Ok(theirs)) = (ours, theirs) {
+            let ino = ours.metadata().unwrap().ino();
+            self.open.push(Open { ours, theirs, ino });
+        }
+    }
+
+    fn checkpoint(&mut self) {
+        self.ours.volume.sync().unwrap();
+        let tree = Dump::of(self.theirs.path());
+        let open = self.open.iter().map(|file| {
+            let host = file.theirs.metadata().unwrap().ino();
+            (
+                file.ino,
+                tree.path_of(host).map(Path::to_owned),
+                dump::content(&file.theirs),
+            )
+        });
+        self.saved.push(Saved {
+            open: open.collect(),
+            snapshot: self.ours.volume.checkpoint(),
+            tree,
+        });
+    }
+
+    fn rollback(&mut self, which: usize) {
+        if self.saved.is_empty() {
+            return;
+        }
+        let saved = &self.saved[which % self.saved.len()];
+        self.ours.volume.rollback(&saved.snapshot).unwrap();
+        fs::remove_dir_all(self.theirs.path()).unwrap();
+        fs::create_dir(self.theirs.path()).unwrap();
+        saved.tree.build(self.theirs.path());
+        let mut before = std::mem::take(&mut self.open);
+        for (ino, path, content) in &saved.open {
+            let theirs = dump::open_again(self.theirs.path(), path.as_deref(), content);
+            let kept = before.iter().position(|open| open.ino == *ino);
+            let ours = match kept {
+                Some(at) => before.swap_remove(at).ours,
+                None => File::from(self.ours.volume.open_inode(*ino, libc::O_RDWR).unwrap()),
+            };
+            self.open.push(Open {
+                ours,
+                theirs,
+                ino: *ino,
+            });
+        }
+        self.compare();
+    }
+
+    fn fork(&self, which: usize) {
+        if self.saved.is_empty() {
+            return;
+        }
+        let saved = &self.saved[which % self.saved.len()];
+        let fork = Mounted::new(
+            self.ours
+                .volume
+                .fork(&saved.snapshot, IdMap::IDENTITY)
+                .unwrap(),
+        );
+        saved.tree.compare(&Dump::of(&fork.at("")));
+        for (ino, _, content) in &saved.open {
+            let file = File::from(fork.open_inode(*ino, libc::O_RDONLY).unwrap());
+            assert!(dump::content(&file) == *content, "inode {ino} in a fork");
+        }
+        fork.write("only in the fork", "x");
+    }
+
+    fn compare(&self) {
+        Dump::of(self.theirs.path()).compare(&Dump::of(&self.ours.volume.at("")));
+        for file in &self.open {
+            assert!(
+                dump::content(&file.ours) == dump::content(&file.theirs),
+                "inode {} through its old descriptor {}",
+                file.ino,
+                file.ours.as_raw_fd()
+            );
+            let links = |file: &File| file.metadata().unwrap().nlink();
+            assert_eq!(
+                links(&file.ours),
+                links(&file.theirs),
+                "links of inode {}",
+                file.ino
+            );
+        }
+    }
+}
+
+#[test]
+fn mapping_process() {
+    mapper::serve();
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: cases(), failure_persistence: None, ..ProptestConfig::default() })]
+
+    #[test]
+    fn a_volume_is_what_a_plain_directory_is(ops in prop::collection::vec(ops::any_op(), 1..80)) {
+        let mut worlds = Worlds::new();
+        for op in &ops {
+            worlds.run(op);
+        }
+        worlds.compare();
+        for which in 0..worlds.saved.len() {
+            worlds.rollback(which);
+        }
+    }
+}
+
+/// Many cases are for a machine that has the time: `DELTAFS_MODEL_CASES`.
+fn cases() -> u32 {
+    let wish = std::env::var("DELTAFS_MODEL_CASES").ok();
+    wish.and_then(|wish| wish.parse().ok()).unwrap_or(48)
+}
