@@ -19,6 +19,7 @@ use crate::names;
 use crate::report::{CheckpointId, Feature};
 use crate::sandbox::{Directory, Sandbox};
 use crate::spec::SandboxSpec;
+use crate::state::{Common, Content};
 
 /// The first id that is given to sandboxes: far above those of users.
 const FIRST_ID: u32 = 1_000_000;
@@ -49,6 +50,7 @@ pub struct Host {
     state_dir: PathBuf,
     hierarchies: Hierarchies,
     cgroup_parent: String,
+    common: Arc<Common>,
     table: Mutex<Table>,
     cleaned_up: Vec<String>,
     /// Locked as long as it is open.
@@ -87,6 +89,7 @@ impl Host {
             state_dir,
             hierarchies,
             cgroup_parent,
+            common: Arc::default(),
             table: Mutex::default(),
             cleaned_up,
             _lock: lock,
@@ -102,7 +105,25 @@ impl Host {
     pub fn create(&self, spec: SandboxSpec) -> Result<Arc<Sandbox>> {
         names::check_spec(&spec)?;
         let place = self.reserve(spec.name.as_deref())?;
-        let sandbox = Arc::new(self.build(&place, spec)?);
+        let (base, hidden) = names::check_base(&spec.base, &self.state_dir)?;
+        let base_dir = open_directory(&base)?;
+        // A fork has its source's host name.
+        let hostname = spec.hostname.clone().unwrap_or_else(|| place.name.clone());
+        let spec = SandboxSpec {
+            base,
+            hostname: Some(hostname),
+            ..spec
+        };
+        let sandbox = self.build(&place, spec, |ids, data_dir| {
+            Ok(Volume::create(Options {
+                base: base_dir,
+                hidden,
+                ids,
+                data_dir,
+                threads: FILE_THREADS,
+            })?)
+        })?;
+        let sandbox = Arc::new(sandbox);
         place.keep(Arc::clone(&sandbox));
         Ok(sandbox)
     }
@@ -136,22 +157,24 @@ impl Host {
         })
     }
 
-    fn build(&self, place: &Reserved<'_>, spec: SandboxSpec) -> Result<Sandbox> {
-        let (base, hidden) = names::check_base(&spec.base, &self.state_dir)?;
+    /// `files` makes the volume, given the ids and the directory for its data.
+    fn build(
+        &self,
+        place: &Reserved<'_>,
+        spec: SandboxSpec,
+        files: impl FnOnce(IdMap, PathBuf) -> Result<Volume>,
+    ) -> Result<Sandbox> {
         let dir = Directory(self.sandbox_dir(&place.name));
         let data = dir.0.join("files");
         fs::create_dir_all(&data).doing(format!("making {}", data.display()))?;
         let first_id = self.first_id(place.range);
-        let volume = Volume::create(Options {
-            base: open_directory(&base)?,
-            hidden,
-            ids: IdMap {
+        let volume = files(
+            IdMap {
                 outside_first: first_id,
                 count: IDS,
             },
-            data_dir: data,
-            threads: FILE_THREADS,
-        })?;
+            data,
+        )?;
         let cgroup = Cgroup::create(
             &self.hierarchies,
             &self.cgroup_parent,
@@ -166,8 +189,16 @@ impl Host {
             root: volume.mount(),
             cgroup,
         })?;
-        let spec = SandboxSpec { base, ..spec };
-        Sandbox::assemble(place.name.clone(), &spec, first_id, container, volume, dir)
+        let common = Arc::clone(&self.common);
+        Sandbox::assemble(
+            place.name.clone(),
+            &spec,
+            first_id,
+            container,
+            volume,
+            dir,
+            common,
+        )
     }
 
     fn sandbox_dir(&self, name: &str) -> PathBuf {
@@ -229,15 +260,64 @@ impl Host {
     }
 
     /// Makes `n` new sandboxes with the state of `source` at `id`, or as it is now (which makes a checkpoint of it).
-    /// They are called `names`, or names made from the source's if that is empty.
+    /// They are called `names`, or names made from the source's if that is empty. Each has a tree of checkpoints of its own,
+    /// which is empty.
+    ///
+    /// # Errors
+    /// None of them is left if one cannot be made.
     pub fn fork(
         &self,
-        _source: &str,
-        _id: Option<CheckpointId>,
-        _n: usize,
-        _names: &[String],
+        source: &str,
+        id: Option<CheckpointId>,
+        n: usize,
+        names: &[String],
     ) -> Result<Vec<Arc<Sandbox>>> {
-        unimplemented_skeleton()
+        if !names.is_empty() && names.len() != n {
+            let wrong = format!("{n} forks were asked for, and {} names given", names.len());
+            return Err(Error::Invalid(wrong));
+        }
+        let origin = self.get(source)?;
+        let id = id.map_or_else(|| origin.checkpoint(None).map(|made| made.id), Ok)?;
+        let (content, spec) = origin.origin(id)?;
+        let forks = (0..n).map(|i| {
+            let place = match names.get(i) {
+                Some(name) => self.reserve(Some(name))?,
+                None => self.reserve_like(source)?,
+            };
+            let sandbox = self.fork_one(&place, &origin, &content, spec.clone())?;
+            Ok((place, Arc::new(sandbox)))
+        });
+        let forks = forks.collect::<Result<Vec<_>>>()?;
+        Ok(forks
+            .into_iter()
+            .map(|(place, sandbox)| {
+                place.keep(Arc::clone(&sandbox));
+                sandbox
+            })
+            .collect())
+    }
+
+    fn fork_one(
+        &self,
+        place: &Reserved<'_>,
+        origin: &Sandbox,
+        content: &Content,
+        spec: SandboxSpec,
+    ) -> Result<Sandbox> {
+        let sandbox = self.build(place, spec, |ids, _| origin.fork_volume(content, ids))?;
+        sandbox.populate(content)?;
+        Ok(sandbox)
+    }
+
+    /// Takes the first name made of another and a number that is free.
+    fn reserve_like(&self, source: &str) -> Result<Reserved<'_>> {
+        let mut number = 1;
+        loop {
+            match self.reserve(Some(&names::numbered(source, number))) {
+                Err(Error::NameTaken(_)) => number += 1,
+                other => return other,
+            }
+        }
     }
 
     /// Ends all sandboxes.

@@ -14,7 +14,6 @@
 mod cgroup;
 mod container;
 mod descendants;
-mod environment;
 mod error;
 mod host;
 mod log;
@@ -27,6 +26,7 @@ mod sessions;
 mod sessions_image;
 mod spawn;
 mod spec;
+mod state;
 mod streams;
 mod sys;
 mod users;

@@ -28,6 +28,13 @@ pub(crate) fn choose(taken: impl Fn(&str) -> bool) -> String {
         .unwrap_or_default()
 }
 
+/// The name of a sandbox that was made from another: the other's, shortened where it must be, and a number.
+pub(crate) fn numbered(source: &str, number: u64) -> String {
+    let number = format!("-{number}");
+    let kept = source.len().min(64 - number.len());
+    format!("{}{number}", &source[..kept])
+}
+
 /// Checks limits and host name.
 pub(crate) fn check_spec(spec: &SandboxSpec) -> Result<()> {
     let invalid = |why: String| Err(Error::Invalid(why));

@@ -4,23 +4,26 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use deltafs::Volume;
+use deltafs::{IdMap, Volume};
+use parking_lot::Mutex;
 
 use crate::container::Container;
 use crate::error::{Doing, Error, Result};
-use crate::host::unimplemented_skeleton;
 use crate::report::*;
 use crate::session::Session;
 use crate::sessions::{Sessions, Shared};
 use crate::spawn;
 use crate::spec::{CommandSpec, SandboxSpec};
+use crate::state::{Common, Content, DeltaState, Failure, Subject};
 
 /// A sandbox. All methods may be called from any thread; operations that change the whole state exclude each other.
 pub struct Sandbox {
     name: String,
-    base: PathBuf,
     created: u64,
     first_id: u32,
+    spec: SandboxSpec,
+    // Before the sessions, whose processes it knows.
+    state: Mutex<DeltaState>,
     sessions: Sessions,
     // Dropped after the sessions, and with them the processes.
     volume: Volume,
@@ -70,13 +73,15 @@ impl Sandbox {
         container: Container,
         volume: Volume,
         dir: Directory,
+        common: Arc<Common>,
     ) -> Result<Self> {
         let logs = dir.0.join("logs");
         std::fs::create_dir(&logs).doing(format!("making {}", logs.display()))?;
         Ok(Self {
+            state: Mutex::new(DeltaState::new(&name, common)?),
             sessions: Sessions::start(&name, Arc::new(container), logs)?,
             name,
-            base: spec.base.clone(),
+            spec: spec.clone(),
             created: now(),
             first_id,
             volume,
@@ -114,21 +119,21 @@ impl Sandbox {
 
     /// What it is and how it is doing.
     pub fn info(&self) -> SandboxInfo {
-        let failed = self.shared().failed.lock().clone();
+        let (current, checkpoints, page_bytes) = {
+            let state = self.state.lock();
+            (state.current(), state.len(), state.page_bytes())
+        };
         SandboxInfo {
             name: self.name.clone(),
-            state: match failed {
-                Some(reason) => SandboxState::Failed { reason },
-                None => SandboxState::Running,
-            },
-            base: self.base.clone(),
-            current: None,
+            state: self.shared().condition(),
+            base: self.spec.base.clone(),
+            current,
             epoch: self.epoch(),
             created: self.created,
-            checkpoints: 0,
+            checkpoints,
             processes: self.container().processes(),
             file_bytes: self.volume.stats().data_bytes,
-            page_bytes: 0,
+            page_bytes,
             warnings: self.container().warnings().to_vec(),
         }
     }
@@ -200,34 +205,83 @@ impl Sandbox {
         self.shared().list()
     }
 
+    fn subject(&self) -> Subject<'_> {
+        Subject {
+            shared: self.shared(),
+            volume: &self.volume,
+        }
+    }
+
     /// Checkpoints files, processes and sessions together.
-    pub fn checkpoint(&self, _message: Option<String>) -> Result<CheckpointReport> {
-        unimplemented_skeleton()
+    pub fn checkpoint(&self, message: Option<String>) -> Result<CheckpointReport> {
+        let _whole = self.shared().whole.lock();
+        self.shared().check(&self.name)?;
+        self.state.lock().checkpoint(self.subject(), message)
     }
 
     /// Gives the sandbox the state of a checkpoint of its tree back.
-    pub fn rollback(&self, _id: CheckpointId) -> Result<RollbackReport> {
-        unimplemented_skeleton()
+    pub fn rollback(&self, id: CheckpointId) -> Result<RollbackReport> {
+        let shared = self.shared();
+        let _whole = shared.whole.lock();
+        let alive = shared.condition() == SandboxState::Running;
+        let done = self.state.lock().rollback(self.subject(), id, alive);
+        match done {
+            Ok(report) => {
+                shared.revive();
+                Ok(report)
+            }
+            Err(Failure::Untouched(e)) => Err(e),
+            Err(Failure::Dead(e)) => {
+                if let Err(e) = self.state.lock().kill_all(self.subject()) {
+                    tracing::error!("ending sandbox {:?}: {e}", self.name);
+                }
+                shared.restoring.store(false, Ordering::Release);
+                shared.fail(format!("rolling back to {id}: {e}"));
+                Err(e)
+            }
+        }
     }
 
     /// What differs between two checkpoints.
-    pub fn diff(&self, _a: CheckpointId, _b: CheckpointId) -> Result<Difference> {
-        unimplemented_skeleton()
+    pub fn diff(&self, a: CheckpointId, b: CheckpointId) -> Result<Difference> {
+        self.state.lock().diff(a, b)
     }
 
     /// Forgets a checkpoint. Its children become its parent's.
-    pub fn delete(&self, _id: CheckpointId) -> Result<()> {
-        unimplemented_skeleton()
+    pub fn delete(&self, id: CheckpointId) -> Result<()> {
+        self.state.lock().delete(id)
     }
 
     /// The tree of checkpoints.
     pub fn tree(&self) -> Tree {
-        unimplemented_skeleton()
+        self.state.lock().tree()
     }
 
     /// Ends all processes; the checkpoints stay, and a rollback makes it run again.
     pub fn stop(&self) -> Result<()> {
-        unimplemented_skeleton()
+        let shared = self.shared();
+        let _whole = shared.whole.lock();
+        shared.stopped.store(true, Ordering::Release);
+        self.state.lock().kill_all(self.subject())
+    }
+
+    /// What a fork needs of it: the state at a checkpoint, and what it was created as.
+    pub(crate) fn origin(&self, id: CheckpointId) -> Result<(Content, SandboxSpec)> {
+        Ok((self.state.lock().content(id)?, self.spec.clone()))
+    }
+
+    /// A volume that shows the files of a checkpoint.
+    pub(crate) fn fork_volume(&self, content: &Content, ids: IdMap) -> Result<Volume> {
+        Ok(self.volume.fork(content.files(), ids)?)
+    }
+
+    /// Gives a sandbox that has just been assembled, and whose volume shows the files of `content`, the sessions and
+    /// processes of it.
+    pub(crate) fn populate(&self, content: &Content) -> Result<()> {
+        let _whole = self.shared().whole.lock();
+        self.shared().restoring.store(true, Ordering::Release);
+        self.shared().adopt(content.sessions())?;
+        self.state.lock().populate(self.subject(), content)
     }
 }
 

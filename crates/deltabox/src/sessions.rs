@@ -18,7 +18,7 @@ use crate::container::Container;
 use crate::descendants;
 use crate::error::{Doing, Error, Result};
 use crate::log::Log;
-use crate::report::{SessionId, SessionInfo};
+use crate::report::{SandboxState, SessionId, SessionInfo};
 use crate::session::{Exit, Session, State};
 use crate::streams::{Channel, Streams};
 
@@ -50,6 +50,8 @@ pub(crate) struct Shared {
     pub(crate) restoring: AtomicBool,
     /// Why the sandbox cannot go on.
     pub(crate) failed: Mutex<Option<String>>,
+    /// Its user has stopped it.
+    pub(crate) stopped: AtomicBool,
     wake: OwnedFd,
     closing: AtomicBool,
     logs: PathBuf,
@@ -98,6 +100,7 @@ impl Sessions {
             poller,
             restoring: AtomicBool::new(false),
             failed: Mutex::default(),
+            stopped: AtomicBool::new(false),
             wake,
             closing: AtomicBool::new(false),
             logs,
@@ -362,15 +365,34 @@ impl Shared {
         true
     }
 
+    /// How the sandbox is.
+    pub(crate) fn condition(&self) -> SandboxState {
+        match &*self.failed.lock() {
+            Some(reason) => SandboxState::Failed {
+                reason: reason.clone(),
+            },
+            None if self.stopped.load(Ordering::Acquire) => SandboxState::Stopped,
+            None => SandboxState::Running,
+        }
+    }
+
+    /// It runs again, whatever it was.
+    pub(crate) fn revive(&self) {
+        *self.failed.lock() = None;
+        self.stopped.store(false, Ordering::Release);
+    }
+
     /// Whether the sandbox goes on; why not otherwise.
     pub(crate) fn check(&self, name: &str) -> Result<()> {
-        match &*self.failed.lock() {
-            None => Ok(()),
-            Some(reason) => Err(Error::NotRunning {
-                name: name.to_owned(),
-                state: format!("failed: {reason}"),
-            }),
-        }
+        let state = match self.condition() {
+            SandboxState::Running => return Ok(()),
+            SandboxState::Stopped => "stopped".to_owned(),
+            SandboxState::Failed { reason } => format!("failed: {reason}"),
+        };
+        Err(Error::NotRunning {
+            name: name.to_owned(),
+            state,
+        })
     }
 
     /// Reads everything into the logs and takes note of all deaths so far. The caller has stopped the processes.

@@ -65,6 +65,7 @@ struct Questions {
     death_signal: DataRef,
     subreaper: DataRef,
     personality: CallId,
+    program_break: CallId,
 }
 
 fn prctl(batch: &mut Batch, option: i32, value: impl Into<Arg>) -> CallId {
@@ -137,6 +138,7 @@ impl Questions {
         let subreaper = b.output(4);
         prctl(&mut b, libc::PR_GET_CHILD_SUBREAPER, subreaper);
         let personality = b.call(libc::SYS_personality, &[PERSONALITY_ASK.into()]);
+        let program_break = b.call(libc::SYS_brk, &[0.into()]);
         Self {
             batch: b,
             users,
@@ -153,6 +155,7 @@ impl Questions {
             death_signal,
             subreaper,
             personality,
+            program_break,
         }
     }
 
@@ -190,13 +193,18 @@ impl Questions {
     }
 }
 
-/// Asks a stopped process for its attributes: one batch of about 100 quick calls.
-pub(crate) fn capture(remote: &mut Remote) -> Result<Attributes> {
+/// Asks a stopped process for its attributes, and its program break: one batch of about 100 quick calls.
+pub(crate) fn capture(remote: &mut Remote) -> Result<(Attributes, u64)> {
     let questions = Questions::new();
     let pid = remote.pid();
     remote
         .run(&questions.batch)
-        .and_then(|o| questions.attributes(&o))
+        .and_then(|o| {
+            Ok((
+                questions.attributes(&o)?,
+                o.result(questions.program_break)?,
+            ))
+        })
         .during(pid, "reading the attributes")
 }
 

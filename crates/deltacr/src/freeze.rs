@@ -29,7 +29,7 @@ impl Freezer {
     /// Freezes, and waits until everything stands still. `false` if it does not within `timeout`;
     /// then it is thawed again.
     pub(crate) fn freeze(&mut self, timeout: Duration) -> io::Result<bool> {
-        self.freeze.write_all(b"1")?;
+        self.begin()?;
         match self.await_frozen(timeout) {
             Ok(true) => Ok(true),
             other => {
@@ -37,6 +37,11 @@ impl Freezer {
                 other
             }
         }
+    }
+
+    /// Begins to freeze.
+    pub(crate) fn begin(&mut self) -> io::Result<()> {
+        self.freeze.write_all(b"1")
     }
 
     pub(crate) fn thaw(&mut self) -> io::Result<()> {

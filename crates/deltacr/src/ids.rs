@@ -1,6 +1,8 @@
 //! Process numbers: a process has one number inside its sandbox and another outside.
 
 use std::fmt;
+use std::fs;
+use std::io;
 
 use serde::{Deserialize, Serialize};
 
@@ -9,9 +11,32 @@ use serde::{Deserialize, Serialize};
 pub struct HostPid(pub i32);
 
 /// A process or thread number as the sandbox counts; this is the one a checkpoint records.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[derive(
+    Default, Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize,
+)]
 #[serde(transparent)]
 pub struct InnerPid(pub i32);
+
+impl HostPid {
+    /// The number in the innermost pid namespace that the process or thread is in.
+    ///
+    /// # Errors
+    /// It is gone.
+    pub fn inner(self) -> io::Result<InnerPid> {
+        let status = fs::read_to_string(format!("/proc/{self}/status"))?;
+        status
+            .lines()
+            .find_map(|l| {
+                l.strip_prefix("NSpid:")?
+                    .split_ascii_whitespace()
+                    .last()?
+                    .parse()
+                    .ok()
+            })
+            .map(InnerPid)
+            .ok_or_else(|| io::ErrorKind::InvalidData.into())
+    }
+}
 
 impl fmt::Display for HostPid {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {

@@ -3,13 +3,20 @@
 //! Stock kernel, no CRIU, no cooperation of the programs. See `docs/deltacr.md`.
 
 mod attributes;
+mod birth;
+mod end;
+mod engine;
 pub mod env;
 mod error;
 pub mod fd;
+mod files;
 mod freeze;
+mod hold;
 pub mod ids;
+mod image;
 pub mod mem;
 mod procfs;
+mod reconcile;
 pub mod remote;
 mod resume;
 mod signals;
@@ -18,4 +25,6 @@ pub mod store;
 mod sys;
 mod threads;
 
+pub use engine::{Checkpoint, Engine, Phases, Rollback, Switched};
 pub use error::{During, Error, Result};
+pub use image::{ProcessSummary, TreeImage};

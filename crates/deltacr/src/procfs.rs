@@ -1,7 +1,7 @@
 //! Reads the sandbox's own `/proc`, which counts processes as the sandbox does.
 
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::OwnedFd;
 
 use rustix::fs::{AtFlags, Dir, Mode, OFlags, ResolveFlags, openat, openat2, statat};
 use rustix::io::read;
@@ -111,14 +111,10 @@ impl Procfs {
         })
     }
 
-    /// The same as a descriptor.
-    pub(crate) fn open_file(&self, pid: InnerPid, link: &str) -> io::Result<OwnedFd> {
-        Ok(openat(
-            &self.0,
-            format!("{pid}/{link}"),
-            OFlags::PATH | OFlags::CLOEXEC,
-            Mode::empty(),
-        )?)
+    /// Where `cwd`, `root` or `exe` points, as the kernel tells it.
+    pub(crate) fn link(&self, pid: InnerPid, link: &str) -> io::Result<Vec<u8>> {
+        let path = rustix::fs::readlinkat(&self.0, format!("{pid}/{link}"), Vec::new())?;
+        Ok(path.into_bytes())
     }
 
     /// The command line with spaces between its words; empty for a zombie.
@@ -129,18 +125,6 @@ impl Procfs {
             .map(String::from_utf8_lossy)
             .collect();
         words.join(" ").trim_end().to_owned()
-    }
-
-    /// Writes `/proc/PID/FILE`.
-    pub(crate) fn write(&self, path: &str, text: &str) -> io::Result<()> {
-        let file = openat(
-            &self.0,
-            path,
-            OFlags::WRONLY | OFlags::CLOEXEC,
-            Mode::empty(),
-        )?;
-        rustix::io::write(file.as_fd(), text.as_bytes())?;
-        Ok(())
     }
 }
 

@@ -68,6 +68,11 @@ impl Stopped {
         })
     }
 
+    /// The same for one that was driven before.
+    pub(crate) fn take(remote: Remote, threads: Vec<StoppedThread>) -> Self {
+        Self { remote, threads }
+    }
+
     /// Lets the process run on from where its threads are set to.
     ///
     /// # Errors

@@ -204,6 +204,17 @@ pub(crate) struct Terminal {
 }
 
 impl Descriptors {
+    /// Descriptors of these inodes lead nowhere any more, so that none of them can stay as it is.
+    pub(crate) fn forget(&mut self, stale: &[u64]) {
+        for object in &mut self.objects {
+            if matches!(object.kind, Kind::File { ino } if stale.contains(&ino)) {
+                object.kind = Kind::Refused {
+                    what: "a directory that was removed".to_owned(),
+                };
+            }
+        }
+    }
+
     /// The image restricted to the processes that `keep` names: what is left of it when the others have ended.
     pub fn retain(&mut self, keep: impl Fn(InnerPid) -> bool) {
         self.tables.retain(|&pid, _| keep(pid));

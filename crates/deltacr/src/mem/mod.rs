@@ -128,7 +128,7 @@ impl Vma {
 }
 
 /// The memory of one process at one moment.
-#[derive(Clone, Debug, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
 pub struct AddressSpace {
     /// The mappings, ascending. The engine's own area is left out.
     pub vmas: Vec<Vma>,
@@ -148,18 +148,7 @@ impl AddressSpace {
     /// The inodes of the versioned filesystem whose pages the process may have written through
     /// a shared mapping, and which are to be flushed before the filesystem is cut.
     pub fn shared_file_inodes(&self, fs_device: u64) -> Vec<u64> {
-        let mut inodes: Vec<u64> = self
-            .vmas
-            .iter()
-            .filter(|v| v.shared && v.prot & libc::PROT_WRITE != 0)
-            .filter_map(|v| match &v.backing {
-                Backing::File(file) if file.device == fs_device => Some(file.inode),
-                _ => None,
-            })
-            .collect();
-        inodes.sort_unstable();
-        inodes.dedup();
-        inodes
+        shared_file_inodes(&self.vmas, fs_device)
     }
 
     /// The file that holds the program's code: the executable.
@@ -175,6 +164,21 @@ fn executable<'a>(vmas: &'a [Vma], layout: &Layout) -> Option<&'a FileId> {
         Backing::File(file) => Some(file),
         _ => None,
     }
+}
+
+/// See [`AddressSpace::shared_file_inodes`].
+pub(crate) fn shared_file_inodes(vmas: &[Vma], fs_device: u64) -> Vec<u64> {
+    let mut inodes: Vec<u64> = vmas
+        .iter()
+        .filter(|v| v.shared && v.prot & libc::PROT_WRITE != 0)
+        .filter_map(|v| match &v.backing {
+            Backing::File(file) if file.device == fs_device => Some(file.inode),
+            _ => None,
+        })
+        .collect();
+    inodes.sort_unstable();
+    inodes.dedup();
+    inodes
 }
 
 /// What the memory of every process of a tree is captured and restored with.

@@ -131,7 +131,7 @@ impl Remote {
         process::write_memory(self.host, area + STUB_ROOM, &[IoSlice::new(bytes)])
     }
 
-    fn outcome(&self, batch: &Batch, len: usize) -> io::Result<Outcome> {
+    pub(crate) fn outcome(&self, batch: &Batch, len: usize) -> io::Result<Outcome> {
         let mut bytes = vec![0; len];
         let area = self.area.unwrap_or_default();
         process::read_memory(self.host, area + STUB_ROOM, &mut bytes)?;
@@ -220,17 +220,23 @@ impl Remote {
         regs.rax = nr as u64;
         [regs.rdi, regs.rsi, regs.rdx, regs.r10, regs.r8, regs.r9] = args;
         ptrace::set_registers(self.host, &regs)?;
-        loop {
+        let after = loop {
             ptrace::step(self.host)?;
             match await_stop(self.host)? {
-                Stop::Signal(libc::SIGTRAP) => break,
+                Stop::Signal(libc::SIGTRAP) => {
+                    let now = ptrace::registers(self.host)?;
+                    // On the way out of a system call the kernel reports a step that was none.
+                    if now.rip != regs.rip {
+                        break now;
+                    }
+                }
                 Stop::Interrupted | Stop::GroupStopped(_) => {
                     ptrace::set_registers(self.host, &regs)?;
                 }
                 other => return Err(lost(other)),
             }
-        }
-        let got = ptrace::registers(self.host)?.rax as i64;
+        };
+        let got = after.rax as i64;
         if (-4095..0).contains(&got) {
             return Err(io::Error::from_raw_os_error(-got as i32));
         }

@@ -53,7 +53,12 @@ pub(crate) fn interrupt(tid: HostPid) -> io::Result<()> {
 
 /// Lets a stopped tracee run on.
 pub(crate) fn resume(tid: HostPid) -> io::Result<()> {
-    request(libc::PTRACE_CONT, tid, 0, 0).map(drop)
+    resume_with(tid, 0)
+}
+
+/// The same, and lets it have the signal that it stopped for.
+pub(crate) fn resume_with(tid: HostPid, signal: i32) -> io::Result<()> {
+    request(libc::PTRACE_CONT, tid, 0, signal as usize).map(drop)
 }
 
 /// Lets a stopped tracee run one instruction.
@@ -233,4 +238,31 @@ pub(crate) fn wait(tid: HostPid, patient: bool) -> io::Result<Option<Stop>> {
         _ if libc::WSTOPSIG(status) == libc::SIGTRAP => Stop::Interrupted,
         _ => Stop::GroupStopped(libc::WSTOPSIG(status)),
     }))
+}
+
+/// Takes note of the end of every tracee of the calling thread that has ended; lets those that stop on the way
+/// there go on.
+pub(crate) fn reap_tracees() -> io::Result<()> {
+    loop {
+        let mut status = 0;
+        // __WNOTHREAD keeps other threads' tracees and children out of it.
+        let flags = libc::__WALL | libc::__WNOTHREAD | libc::WNOHANG;
+        // SAFETY: `status` is a live integer.
+        let got = unsafe { libc::waitpid(-1, &raw mut status, flags) };
+        if got == 0 {
+            return Ok(());
+        }
+        if got < 0 {
+            let e = io::Error::last_os_error();
+            return if e.raw_os_error() == Some(libc::ECHILD) {
+                Ok(())
+            } else {
+                Err(e)
+            };
+        }
+        if libc::WIFSTOPPED(status) {
+            // It is being killed; if it is gone already, so much the better.
+            let _ = resume(HostPid(got));
+        }
+    }
 }

@@ -1,0 +1,319 @@
+//! DeltaState: the transaction over files, processes and sessions.
+//!
+//! A checkpoint is one frozen layer of the files, one image of the processes and one of the sessions, taken
+//! while all processes stand still; it is in the tree when all three are there, or not at all. A rollback gives all
+//! three back in the same way.
+
+mod surroundings;
+mod tree;
+
+use std::collections::BTreeSet;
+use std::io;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use deltacr::store::PageStore;
+use deltacr::{During, Engine, ProcessSummary, Rollback, Switched, TreeImage};
+use deltafs::{ChangeKind, Snapshot, Volume};
+
+use crate::error::{Error, Result};
+use crate::report::*;
+use crate::sessions::Shared;
+use crate::sessions_image::SessionsImage;
+
+use surroundings::Surroundings;
+use tree::{Checkpoints, Node};
+
+/// What one checkpoint holds. Cloning shares it.
+#[derive(Clone)]
+pub(crate) struct Content {
+    files: Snapshot,
+    processes: TreeImage,
+    sessions: SessionsImage,
+}
+
+/// What the checkpoints of all sandboxes of a host share.
+pub(crate) struct Common {
+    /// Their memory pages.
+    pub(crate) pages: Arc<PageStore>,
+    last_id: AtomicU64,
+}
+
+impl Default for Common {
+    fn default() -> Self {
+        Self {
+            pages: PageStore::new(),
+            last_id: AtomicU64::new(0),
+        }
+    }
+}
+
+impl Common {
+    fn next_id(&self) -> CheckpointId {
+        CheckpointId(self.last_id.fetch_add(1, Ordering::Relaxed) + 1)
+    }
+}
+
+/// The checkpoints of a sandbox, and the engine that makes them.
+pub(crate) struct DeltaState {
+    name: String,
+    common: Arc<Common>,
+    engine: Engine,
+    checkpoints: Checkpoints<Content>,
+}
+
+/// The sandbox that a state is taken from or given to.
+#[derive(Clone, Copy)]
+pub(crate) struct Subject<'a> {
+    pub(crate) shared: &'a Shared,
+    pub(crate) volume: &'a Volume,
+}
+
+impl<'a> Subject<'a> {
+    fn surroundings(self, restoring: Option<&'a SessionsImage>) -> Surroundings<'a> {
+        Surroundings {
+            shared: self.shared,
+            volume: self.volume,
+            restoring,
+        }
+    }
+
+    /// Has what processes wrote through shared mappings written into the files.
+    fn flush(self, inodes: &[u64]) -> io::Result<()> {
+        inodes
+            .iter()
+            .try_for_each(|inode| self.volume.flush_inode(*inode))
+    }
+
+    fn cut(self, mapped: &[u64]) -> deltacr::Result<(Snapshot, SessionsImage)> {
+        self.flush(mapped)
+            .during_tree("writing back the shared file mappings")?;
+        self.shared
+            .drain()
+            .during_tree("reading the sessions' output")?;
+        let sessions = self.shared.image().during_tree("capturing the sessions")?;
+        Ok((self.volume.checkpoint(), sessions))
+    }
+
+    /// Gives files and sessions the state of `target`.
+    fn switch(self, target: &Content, epoch: u64) -> deltacr::Result<Switched<()>> {
+        let done = self
+            .volume
+            .rollback(&target.files)
+            .map_err(io::Error::other);
+        let stats = done.during_tree("switching the files")?;
+        self.shared.begin_restore(&target.sessions, epoch);
+        Ok(Switched {
+            value: (),
+            stale: stats.reborn,
+        })
+    }
+}
+
+impl DeltaState {
+    pub(crate) fn new(name: &str, common: Arc<Common>) -> Result<Self> {
+        let engine = Engine::new(common.pages.clone())?;
+        Ok(Self {
+            name: name.to_owned(),
+            common,
+            engine,
+            checkpoints: Checkpoints::default(),
+        })
+    }
+
+    pub(crate) fn current(&self) -> Option<CheckpointId> {
+        self.checkpoints.current()
+    }
+
+    pub(crate) fn len(&self) -> usize {
+        self.checkpoints.len()
+    }
+
+    /// Bytes of memory pages that the checkpoints of the whole host hold.
+    pub(crate) fn page_bytes(&self) -> u64 {
+        self.common.pages.pages() * 4096
+    }
+
+    pub(crate) fn tree(&self) -> Tree {
+        self.checkpoints.describe()
+    }
+
+    fn node(&self, id: CheckpointId) -> Result<&Node<Content>> {
+        let sandbox = self.name.clone();
+        self.checkpoints
+            .get(id)
+            .ok_or(Error::NoCheckpoint { sandbox, id })
+    }
+
+    pub(crate) fn content(&self, id: CheckpointId) -> Result<Content> {
+        self.node(id).map(|node| node.content.clone())
+    }
+
+    pub(crate) fn checkpoint(
+        &mut self,
+        subject: Subject<'_>,
+        message: Option<String>,
+    ) -> Result<CheckpointReport> {
+        let begin = Instant::now();
+        let env = subject.surroundings(None);
+        let made = self.engine.checkpoint(&env, |mapped| subject.cut(mapped))?;
+        let id = self.common.next_id();
+        let (files, sessions) = made.cut;
+        let processes = made.image.len();
+        let content = Content {
+            files,
+            processes: made.image,
+            sessions,
+        };
+        self.checkpoints
+            .add(id, Node::new(message, processes, content));
+        Ok(CheckpointReport {
+            id,
+            stop: made.stop,
+            total: begin.elapsed(),
+            phases: named(made.phases),
+            pages: made.pages,
+            processes,
+        })
+    }
+
+    /// Rolls back. `alive` tells whether there are processes that can be undone in place.
+    pub(crate) fn rollback(
+        &mut self,
+        subject: Subject<'_>,
+        id: CheckpointId,
+        alive: bool,
+    ) -> std::result::Result<RollbackReport, Failure> {
+        let begin = Instant::now();
+        let target = self.content(id).map_err(Failure::Untouched)?;
+        let epoch = subject.shared.epoch.load(Ordering::Acquire) + 1;
+        let switched = AtomicBool::new(false);
+        let switch = |mapped: &[u64]| {
+            // What cannot be written back now belongs to the state that is given up.
+            let _ = subject.flush(mapped);
+            switched.store(true, Ordering::Relaxed);
+            subject.switch(&target, epoch)
+        };
+        let env = subject.surroundings(Some(&target.sessions));
+        let done = if alive {
+            self.engine.rollback(&env, &target.processes, switch)
+        } else {
+            switch(&[]).and_then(|_| self.engine.rebuild(&env, &target.processes))
+        };
+        match done {
+            Ok(done) => {
+                self.checkpoints.move_to(id);
+                Ok(report(id, epoch, begin.elapsed(), done))
+            }
+            Err(e) if switched.into_inner() => Err(Failure::Dead(e.into())),
+            Err(e) => Err(Failure::Untouched(e.into())),
+        }
+    }
+
+    /// Kills all processes.
+    pub(crate) fn kill_all(&mut self, subject: Subject<'_>) -> Result<()> {
+        Ok(self.engine.kill_all(&subject.surroundings(None))?)
+    }
+
+    /// Makes the processes of a new sandbox, whose files show `content` already, those of `content`.
+    pub(crate) fn populate(&mut self, subject: Subject<'_>, content: &Content) -> Result<()> {
+        let env = subject.surroundings(Some(&content.sessions));
+        self.engine.rebuild(&env, &content.processes)?;
+        Ok(())
+    }
+
+    pub(crate) fn diff(&self, a: CheckpointId, b: CheckpointId) -> Result<Difference> {
+        let (a, b) = (&self.node(a)?.content, &self.node(b)?.content);
+        let mut files: Vec<FileChange> = deltafs::diff(&a.files, &b.files)
+            .into_iter()
+            .map(file_change)
+            .collect();
+        files.sort_by(|x, y| path(x).cmp(path(y)));
+        Ok(Difference {
+            files,
+            came: only_in(&b.processes, &a.processes),
+            went: only_in(&a.processes, &b.processes),
+        })
+    }
+
+    pub(crate) fn delete(&mut self, id: CheckpointId) -> Result<()> {
+        let sandbox = self.name.clone();
+        let removed = self.checkpoints.remove(id);
+        removed.map(drop).ok_or(Error::NoCheckpoint { sandbox, id })
+    }
+}
+
+impl Content {
+    /// The files, for a volume that is to show them.
+    pub(crate) fn files(&self) -> &Snapshot {
+        &self.files
+    }
+
+    /// The sessions, for a sandbox that is to have them.
+    pub(crate) fn sessions(&self) -> &SessionsImage {
+        &self.sessions
+    }
+}
+
+/// How a rollback failed.
+pub(crate) enum Failure {
+    /// Nothing was changed.
+    Untouched(Error),
+    /// The sandbox has no processes any more.
+    Dead(Error),
+}
+
+fn report(id: CheckpointId, epoch: u64, total: Duration, done: Rollback<()>) -> RollbackReport {
+    RollbackReport {
+        id,
+        epoch,
+        total,
+        phases: named(done.phases),
+        pages: done.pages,
+        kept: done.kept,
+        rebuilt: done.rebuilt,
+        killed: done.killed,
+        fallback: done.fallback,
+        notes: done.notes,
+    }
+}
+
+fn named(phases: deltacr::Phases) -> Phases {
+    Phases(
+        phases
+            .into_iter()
+            .map(|(name, time)| (name.to_owned(), time))
+            .collect(),
+    )
+}
+
+fn file_change(change: deltafs::Change) -> FileChange {
+    let path = change.path;
+    match change.kind {
+        ChangeKind::Added => FileChange::Added { path },
+        ChangeKind::Modified => FileChange::Modified { path },
+        ChangeKind::Deleted => FileChange::Deleted { path },
+        ChangeKind::Renamed { from } => FileChange::Renamed { from, to: path },
+    }
+}
+
+fn path(change: &FileChange) -> &std::path::Path {
+    match change {
+        FileChange::Added { path }
+        | FileChange::Modified { path }
+        | FileChange::Deleted { path }
+        | FileChange::Renamed { to: path, .. } => path,
+    }
+}
+
+fn only_in(these: &TreeImage, those: &TreeImage) -> Vec<ProcessName> {
+    let identity = |p: &ProcessSummary| (p.pid, p.start);
+    let there: BTreeSet<_> = those.processes().map(|p| identity(&p)).collect();
+    let new = these.processes().filter(|p| !there.contains(&identity(p)));
+    new.map(|p| ProcessName {
+        pid: p.pid.0,
+        command: p.command,
+    })
+    .collect()
+}

@@ -1,0 +1,70 @@
+//! The sandbox around its processes, as the process engine sees it.
+
+use std::io;
+use std::os::fd::{BorrowedFd, OwnedFd};
+use std::path::Path;
+
+use deltacr::env::{Environment, ExternalId, Namespace};
+use deltacr::ids::{HostPid, InnerPid};
+use deltafs::Volume;
+
+use crate::sessions::Shared;
+use crate::sessions_image::SessionsImage;
+
+/// See the module's description.
+pub(crate) struct Surroundings<'a> {
+    pub(crate) shared: &'a Shared,
+    pub(crate) volume: &'a Volume,
+    /// The sessions of the state that is being given back, if one is.
+    pub(crate) restoring: Option<&'a SessionsImage>,
+}
+
+impl Environment for Surroundings<'_> {
+    fn cgroup(&self) -> &Path {
+        self.shared.container.payload()
+    }
+
+    fn init_pid(&self) -> HostPid {
+        HostPid(self.shared.container.init())
+    }
+
+    fn root(&self) -> BorrowedFd<'_> {
+        self.shared.container.root()
+    }
+
+    fn fs_device(&self) -> u64 {
+        self.volume.device()
+    }
+
+    fn open_inode(&self, ino: u64, flags: i32) -> io::Result<OwnedFd> {
+        self.volume.open_inode_in(self.root(), ino, flags)
+    }
+
+    fn external_pipe(&self, ino: u64) -> Option<ExternalId> {
+        self.shared.external_pipe(ino)
+    }
+
+    fn open_external(&self, id: ExternalId, write: bool) -> io::Result<OwnedFd> {
+        self.shared.open_external(id, write)
+    }
+
+    fn set_next_pid(&self, pid: InnerPid) -> io::Result<()> {
+        self.shared.container.set_next_pid(pid.0)
+    }
+
+    fn birth(&self, pid: InnerPid) -> io::Result<HostPid> {
+        self.shared.container.birth(pid.0).map(HostPid)
+    }
+
+    fn before_resume(&self) -> io::Result<()> {
+        self.restoring
+            .map_or(Ok(()), |image| self.shared.finish_restore(image))
+    }
+
+    fn namespace(&self, kind: Namespace) -> io::Result<OwnedFd> {
+        self.shared.container.namespace(match kind {
+            Namespace::Net => "net",
+            Namespace::Mount => "mnt",
+        })
+    }
+}

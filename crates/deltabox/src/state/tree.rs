@@ -1,0 +1,161 @@
+//! The tree of checkpoints of one sandbox.
+
+use std::collections::BTreeMap;
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use crate::report::{CheckpointId, CheckpointInfo, Tree};
+
+/// One checkpoint: where it stands in the tree, and what it holds.
+pub(crate) struct Node<T> {
+    pub(crate) parent: Option<CheckpointId>,
+    pub(crate) message: Option<String>,
+    /// Seconds since 1970.
+    pub(crate) created: u64,
+    pub(crate) processes: usize,
+    pub(crate) content: T,
+}
+
+impl<T> Node<T> {
+    /// A node made now, whose parent the tree will set.
+    pub(crate) fn new(message: Option<String>, processes: usize, content: T) -> Self {
+        let created = SystemTime::now()
+            .duration_since(UNIX_EPOCH)
+            .map_or(0, |d| d.as_secs());
+        Self {
+            parent: None,
+            message,
+            created,
+            processes,
+            content,
+        }
+    }
+}
+
+/// Checkpoints by id, and the one that the present state comes from.
+pub(crate) struct Checkpoints<T> {
+    nodes: BTreeMap<CheckpointId, Node<T>>,
+    current: Option<CheckpointId>,
+}
+
+impl<T> Default for Checkpoints<T> {
+    fn default() -> Self {
+        Self {
+            nodes: BTreeMap::new(),
+            current: None,
+        }
+    }
+}
+
+impl<T> Checkpoints<T> {
+    pub(crate) fn current(&self) -> Option<CheckpointId> {
+        self.current
+    }
+
+    pub(crate) fn len(&self) -> usize {
+        self.nodes.len()
+    }
+
+    pub(crate) fn get(&self, id: CheckpointId) -> Option<&Node<T>> {
+        self.nodes.get(&id)
+    }
+
+    /// Adds a checkpoint of the present state.
+    pub(crate) fn add(&mut self, id: CheckpointId, node: Node<T>) {
+        self.nodes.insert(
+            id,
+            Node {
+                parent: self.current,
+                ..node
+            },
+        );
+        self.current = Some(id);
+    }
+
+    /// The present state comes from this checkpoint now.
+    pub(crate) fn move_to(&mut self, id: CheckpointId) {
+        self.current = Some(id);
+    }
+
+    /// Takes a checkpoint out. Its children, and the present state, become its parent's.
+    pub(crate) fn remove(&mut self, id: CheckpointId) -> Option<Node<T>> {
+        let node = self.nodes.remove(&id)?;
+        for child in self
+            .nodes
+            .values_mut()
+            .filter(|child| child.parent == Some(id))
+        {
+            child.parent = node.parent;
+        }
+        if self.current == Some(id) {
+            self.current = node.parent;
+        }
+        Some(node)
+    }
+
+    /// The tree for people, parents before children.
+    pub(crate) fn describe(&self) -> Tree {
+        // Ids only grow, so a parent's is below its children's.
+        let nodes = self.nodes.iter().map(|(id, node)| CheckpointInfo {
+            id: *id,
+            parent: node.parent,
+            message: node.message.clone(),
+            created: node.created,
+            processes: node.processes,
+            current: self.current == Some(*id),
+        });
+        Tree {
+            nodes: nodes.collect(),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn id(n: u64) -> CheckpointId {
+        CheckpointId(n)
+    }
+
+    fn tree() -> Checkpoints<()> {
+        let mut tree = Checkpoints::default();
+        tree.add(id(1), Node::new(None, 0, ()));
+        tree.add(id(2), Node::new(None, 0, ()));
+        tree.add(id(3), Node::new(None, 0, ()));
+        tree.move_to(id(2));
+        tree.add(id(4), Node::new(None, 0, ()));
+        tree
+    }
+
+    fn parent(tree: &Checkpoints<()>, n: u64) -> Option<u64> {
+        tree.get(id(n)).unwrap().parent.map(|p| p.0)
+    }
+
+    #[test]
+    fn a_checkpoint_is_a_child_of_what_the_state_came_from() {
+        let tree = tree();
+        let parents: Vec<_> = (1..=4).map(|n| parent(&tree, n)).collect();
+        assert_eq!(parents, [None, Some(1), Some(2), Some(2)]);
+        assert_eq!(tree.current(), Some(id(4)));
+    }
+
+    #[test]
+    fn children_of_a_deleted_checkpoint_go_to_its_parent() {
+        let mut tree = tree();
+        assert!(tree.remove(id(2)).is_some());
+        assert_eq!((parent(&tree, 3), parent(&tree, 4)), (Some(1), Some(1)));
+        assert!(tree.remove(id(4)).is_some());
+        assert_eq!(tree.current(), Some(id(1)));
+        assert!(tree.remove(id(4)).is_none());
+    }
+
+    #[test]
+    fn the_root_can_be_deleted() {
+        let mut tree = tree();
+        assert!(tree.remove(id(1)).is_some());
+        assert_eq!(parent(&tree, 2), None);
+        let described = tree.describe();
+        assert_eq!(described.nodes.len(), 3);
+        assert_eq!(described.nodes.iter().filter(|n| n.current).count(), 1);
+    }
+}

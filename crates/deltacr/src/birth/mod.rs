@@ -1,0 +1,443 @@
+//! Births: processes of an image that are no longer there are made again, each under its true
+//! parent, with its number, session and process group.
+//!
+//! A process is in the session of its parent, unless it made one of its own; but its parent may have made
+//! a session since, or be gone (then it is init's child, in a session it did not get from init). So the order of births matters, and where the
+//! member that a session or group is named after is dead, a stand-in lives for as long as it takes.
+
+pub(crate) mod spawn;
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::io;
+use std::os::fd::AsFd;
+
+use rustix::fs::OFlags;
+
+use crate::env::Environment;
+use crate::error::{During, Error, Result};
+use crate::hold::{Held, HeldProcess};
+use crate::ids::InnerPid;
+use crate::image::{ProcessImage, TreeImage};
+use crate::procfs::Stat;
+use crate::remote::{Batch, Remote};
+use crate::stop::{Stopped, hold_thread};
+use crate::sys::ptrace;
+
+const INIT: InnerPid = InnerPid(1);
+
+/// Makes what `target` has and `held` lacks. Returns the processes that it made: each is a fresh image
+/// of its program.
+pub(crate) fn deliver(
+    env: &dyn Environment,
+    held: &mut Held,
+    target: &TreeImage,
+) -> Result<BTreeSet<InnerPid>> {
+    let sessions = held
+        .processes
+        .iter()
+        .map(|(pid, p)| (*pid, p.stat.session))
+        .collect();
+    let mut delivery = Delivery {
+        env,
+        held,
+        target,
+        sessions,
+        born: BTreeSet::new(),
+    };
+    delivery.families()?;
+    delivery.groups()?;
+    delivery.terminals()?;
+    delivery.zombies()?;
+    Ok(delivery.born)
+}
+
+struct Delivery<'a> {
+    env: &'a dyn Environment,
+    held: &'a mut Held,
+    target: &'a TreeImage,
+    /// The session that each process is in by now.
+    sessions: BTreeMap<InnerPid, InnerPid>,
+    born: BTreeSet<InnerPid>,
+}
+
+impl<'a> Delivery<'a> {
+    fn families(&mut self) -> Result<()> {
+        let present: Vec<InnerPid> = self.held.processes.keys().copied().collect();
+        for pid in present {
+            self.family(pid)?;
+        }
+        for child in self.unborn_children(INIT) {
+            if !self.is_orphan(child) {
+                self.child_of_init(child)?;
+                self.family(child)?;
+            }
+        }
+        // An orphan's session may be led by another orphan's descendant.
+        loop {
+            let orphans = self.unborn_children(INIT);
+            if orphans.is_empty() {
+                return Ok(());
+            }
+            let ready = |d: &Self, orphan: InnerPid| {
+                let session = d.image(orphan).stat.session;
+                d.held.processes.contains_key(&session)
+                    || !d.target.processes.contains_key(&session)
+            };
+            let Some(orphan) = orphans.iter().copied().find(|o| ready(self, *o)) else {
+                return Err(self.lost(orphans[0], "its session's leader cannot be made before it"));
+            };
+            self.orphan(orphan)?;
+            self.family(orphan)?;
+        }
+    }
+
+    fn image(&self, pid: InnerPid) -> &'a ProcessImage {
+        &self.target.processes[&pid]
+    }
+
+    fn lost(&self, pid: InnerPid, why: &str) -> Error {
+        let name = String::from_utf8_lossy(&self.image(pid).stat.name).into_owned();
+        Error::Unsupported {
+            pid,
+            name,
+            what: format!("it cannot be made again: {why}"),
+        }
+    }
+
+    fn unborn_children(&self, parent: InnerPid) -> Vec<InnerPid> {
+        let unborn = |(pid, p): (&InnerPid, &std::sync::Arc<ProcessImage>)| {
+            (p.stat.parent == parent && !self.held.processes.contains_key(pid)).then_some(*pid)
+        };
+        self.target.processes.iter().filter_map(unborn).collect()
+    }
+
+    /// Makes the descendants of a process that is there, and its session if it is to lead one.
+    fn family(&mut self, pid: InnerPid) -> Result<()> {
+        let Some(image) = self.target.processes.get(&pid) else {
+            return Ok(());
+        };
+        if image.stat.session == pid && self.sessions[&pid] != pid {
+            let inherited = self.sessions[&pid];
+            for child in self.unborn_children(pid) {
+                if self.image(child).stat.session == inherited {
+                    self.child(pid, child)?;
+                }
+            }
+            self.lead_session(pid)?;
+        }
+        for child in self.unborn_children(pid) {
+            let session = self.image(child).stat.session;
+            if session != child && session != self.sessions[&pid] {
+                return Err(self.lost(child, "its parent has made a session of its own since"));
+            }
+            self.child(pid, child)?;
+        }
+        let children: Vec<InnerPid> = self.born.iter().copied().collect();
+        for child in children {
+            if self.image(child).stat.parent == pid && child != pid {
+                self.family(child)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn lead_session(&mut self, pid: InnerPid) -> Result<()> {
+        self.call(pid, libc::SYS_setsid, &[])?;
+        self.sessions.insert(pid, pid);
+        Ok(())
+    }
+
+    fn call(&mut self, pid: InnerPid, nr: i64, args: &[crate::remote::Arg]) -> Result<u64> {
+        let remote = self
+            .held
+            .remote(pid)
+            .ok_or(io::ErrorKind::NotFound)
+            .during(pid, "finding it")?;
+        call(remote, nr, args).during(pid, "restoring session and group")
+    }
+
+    fn child(&mut self, parent: InnerPid, pid: InnerPid) -> Result<()> {
+        let image = self.image(pid);
+        let exe = image
+            .exe
+            .open(self.env, OFlags::RDONLY)
+            .during(pid, "opening the program")?;
+        self.env
+            .set_next_pid(pid)
+            .during(pid, "choosing the number")?;
+        let mother = self
+            .held
+            .remote(parent)
+            .ok_or(io::ErrorKind::NotFound)
+            .during(parent, "finding it")?;
+        let remote = spawn::child(mother, pid, image.stat.exit_signal, exe.as_fd())
+            .during(pid, "making the process again")?;
+        let session = self.sessions[&parent];
+        self.admit(pid, remote, session)
+    }
+
+    fn child_of_init(&mut self, pid: InnerPid) -> Result<()> {
+        let image = self.image(pid);
+        let exe = image
+            .exe
+            .open(self.env, OFlags::RDONLY)
+            .during(pid, "opening the program")?;
+        let host = self
+            .env
+            .birth(pid)
+            .during(pid, "making the process again")?;
+        let remote =
+            spawn::adopt(pid, host, Some(exe.as_fd())).during(pid, "making the process again")?;
+        self.admit(pid, remote, INIT)
+    }
+
+    /// A process of init's that is in a session which it neither leads nor got from init.
+    fn is_orphan(&self, pid: InnerPid) -> bool {
+        let session = self.image(pid).stat.session;
+        session != pid && session.0 > 1
+    }
+
+    fn orphan(&mut self, pid: InnerPid) -> Result<()> {
+        let leader = self.image(pid).stat.session;
+        if self.held.processes.contains_key(&leader) {
+            let spare = self.spare();
+            self.env
+                .set_next_pid(spare)
+                .during(pid, "choosing a number")?;
+            let mother = self.held.remote(leader).expect("it was just found");
+            let stand_in =
+                spawn::copy(mother, spare, libc::SIGCHLD).during(pid, "making its parent")?;
+            self.orphan_of(stand_in, leader, pid)?;
+            let mother = self.held.remote(leader).expect("it was just found");
+            spawn::reap(mother, &[spare]).during(leader, "taking a dead child off its hands")
+        } else {
+            let host = self.env.birth(leader).during(pid, "making its session")?;
+            let mut stand_in =
+                spawn::adopt(leader, host, None).during(pid, "making its session")?;
+            call(&mut stand_in, libc::SYS_setsid, &[]).during(pid, "making its session")?;
+            self.orphan_of(stand_in, leader, pid)
+        }
+    }
+
+    /// Makes a child of the stand-in, whose end then makes init its parent.
+    fn orphan_of(&mut self, mut stand_in: Remote, session: InnerPid, pid: InnerPid) -> Result<()> {
+        let image = self.image(pid);
+        let born = image.exe.open(self.env, OFlags::RDONLY).and_then(|exe| {
+            self.env.set_next_pid(pid)?;
+            spawn::child(&mut stand_in, pid, image.stat.exit_signal, exe.as_fd())
+        });
+        let ended = spawn::kill(&stand_in, &[stand_in.host()]);
+        let remote = born.during(pid, "making the process again")?;
+        ended.during(pid, "ending its stand-in parent")?;
+        self.admit(pid, remote, session)
+    }
+
+    /// A number that nothing in the image has.
+    fn spare(&self) -> InnerPid {
+        let mut taken = BTreeSet::from([0, 1]);
+        for (pid, p) in &self.target.processes {
+            taken.extend([pid.0, p.stat.group.0, p.stat.session.0]);
+            taken.extend(p.threads.iter().map(|t| t.tid.0));
+        }
+        taken.extend(self.target.zombies.keys().map(|pid| pid.0));
+        taken.extend(
+            self.held
+                .processes
+                .values()
+                .flat_map(|p| p.stopped.threads.iter().map(|t| t.tid.0)),
+        );
+        let free = (2..).find(|n| !taken.contains(n));
+        InnerPid(free.expect("numbers do not run out"))
+    }
+
+    fn admit(&mut self, pid: InnerPid, remote: Remote, session: InnerPid) -> Result<()> {
+        let process = admit(self.held, remote, self.image(pid).birth)?;
+        self.held.processes.insert(pid, process);
+        self.sessions.insert(pid, session);
+        self.born.insert(pid);
+        Ok(())
+    }
+
+    fn groups(&mut self) -> Result<()> {
+        let mut astray: Vec<(InnerPid, InnerPid)> = Vec::new();
+        for (pid, image) in &self.target.processes {
+            let stat = self
+                .held
+                .procfs
+                .stat(*pid)
+                .during(*pid, "reading its group")?;
+            if stat.group != image.stat.group {
+                astray.push((*pid, image.stat.group));
+            }
+        }
+        // Those that groups are named after come first.
+        astray.sort_by_key(|(pid, group)| (pid != group, *group));
+        let mut stand_ins: BTreeMap<InnerPid, (InnerPid, Remote)> = BTreeMap::new();
+        let mut result = Ok(());
+        for (pid, group) in astray {
+            result = self.join(pid, group, &mut stand_ins);
+            if result.is_err() {
+                break;
+            }
+        }
+        for (group, (mother, stand_in)) in stand_ins {
+            spawn::kill(&stand_in, &[stand_in.host()]).during(group, "ending a stand-in")?;
+            if let Some(mother) = self.held.remote(mother) {
+                spawn::reap(mother, &[group]).during(group, "taking a dead child off its hands")?;
+            }
+        }
+        result
+    }
+
+    fn join(
+        &mut self,
+        pid: InnerPid,
+        group: InnerPid,
+        stand_ins: &mut BTreeMap<InnerPid, (InnerPid, Remote)>,
+    ) -> Result<()> {
+        let args = [0.into(), group.0.into()];
+        let joined = self.call(pid, libc::SYS_setpgid, &args);
+        if joined.is_ok() || pid == group || stand_ins.contains_key(&group) {
+            return joined.map(drop);
+        }
+        // Nobody is in the group any more: it needs a leader to come into being.
+        self.env
+            .set_next_pid(group)
+            .during(pid, "choosing a number")?;
+        let mother = self
+            .held
+            .remote(pid)
+            .ok_or(io::ErrorKind::NotFound)
+            .during(pid, "finding it")?;
+        let mut leader =
+            spawn::copy(mother, group, libc::SIGCHLD).during(pid, "making its group")?;
+        let made = call(&mut leader, libc::SYS_setpgid, &[0.into(), 0.into()]);
+        stand_ins.insert(group, (pid, leader));
+        made.during(pid, "making its group")?;
+        self.call(pid, libc::SYS_setpgid, &args).map(drop)
+    }
+
+    /// Gives session leaders their controlling terminals, and those their foreground groups.
+    fn terminals(&mut self) -> Result<()> {
+        for (pid, image) in &self.target.processes {
+            if image.stat.session != *pid || image.stat.tty == 0 {
+                continue;
+            }
+            let stat = self
+                .held
+                .procfs
+                .stat(*pid)
+                .during(*pid, "reading its terminal")?;
+            if (stat.tty, stat.foreground) != (image.stat.tty, image.stat.foreground) {
+                let take = stat.tty != image.stat.tty;
+                self.terminal(*pid, &image.stat, take)
+                    .during(*pid, "restoring its terminal")?;
+            }
+        }
+        Ok(())
+    }
+
+    fn terminal(&mut self, pid: InnerPid, wanted: &Stat, take: bool) -> io::Result<()> {
+        let number = pty_number(wanted.tty)
+            .ok_or_else(|| io::Error::other("its terminal is no pseudo-terminal"))?;
+        let flags = OFlags::RDWR | OFlags::NOCTTY | OFlags::CLOEXEC;
+        let path = format!("dev/pts/{number}");
+        let resolve = rustix::fs::ResolveFlags::IN_ROOT | rustix::fs::ResolveFlags::NO_SYMLINKS;
+        let tty = rustix::fs::openat2(
+            self.env.root(),
+            path,
+            flags,
+            rustix::fs::Mode::empty(),
+            resolve,
+        )?;
+        let remote = self.held.remote(pid).ok_or(io::ErrorKind::NotFound)?;
+        let fd = remote.give_fds(&[tty.as_fd()])?[0];
+        let mut batch = Batch::new();
+        let took = take.then(|| {
+            batch.call(
+                libc::SYS_ioctl,
+                &[fd.into(), libc::TIOCSCTTY.into(), 0.into()],
+            )
+        });
+        let group = batch.input(&wanted.foreground.to_le_bytes());
+        if wanted.foreground > 0 {
+            // A group that has ended meanwhile cannot be put there; nothing is lost by that.
+            batch.call(
+                libc::SYS_ioctl,
+                &[fd.into(), libc::TIOCSPGRP.into(), group.into()],
+            );
+        }
+        batch.call(libc::SYS_close, &[fd.into()]);
+        let outcome = remote.run(&batch)?;
+        took.map_or(Ok(()), |call| outcome.result(call).map(drop))
+    }
+
+    /// Makes children that have ended and were not waited for.
+    fn zombies(&mut self) -> Result<()> {
+        for (pid, stat) in &self.target.zombies {
+            if !self.held.zombies.contains_key(pid)
+                && self.held.processes.contains_key(&stat.parent)
+            {
+                self.zombie(*pid, stat)
+                    .during(*pid, "making a dead child again")?;
+            }
+        }
+        Ok(())
+    }
+
+    fn zombie(&mut self, pid: InnerPid, stat: &Stat) -> io::Result<()> {
+        self.env.set_next_pid(pid)?;
+        let mother = self
+            .held
+            .remote(stat.parent)
+            .ok_or(io::ErrorKind::NotFound)?;
+        let mut child = spawn::copy(mother, pid, stat.exit_signal & 0xff)?;
+        let mut batch = Batch::new();
+        let mut name = stat.name.clone();
+        name.push(0);
+        let name = batch.input(&name);
+        batch.call(libc::SYS_prctl, &[libc::PR_SET_NAME.into(), name.into()]);
+        if stat.group != InnerPid(0) {
+            batch.call(libc::SYS_setpgid, &[0.into(), stat.group.0.into()]);
+        }
+        let signal = stat.exit_status & 0x7f;
+        if signal != 0 {
+            let default = batch.input(&[0; 32]);
+            let args = [signal.into(), default.into(), 0.into(), 8.into()];
+            batch.call(libc::SYS_rt_sigaction, &args);
+            child.run(&batch)?;
+            ptrace::set_signal_mask(child.host(), 0)?;
+            return spawn::die(&child, signal);
+        }
+        batch.call(libc::SYS_exit_group, &[(stat.exit_status >> 8).into()]);
+        child.start(child.host(), &batch)?;
+        spawn::await_end(child.host())
+    }
+}
+
+fn admit(held: &Held, remote: Remote, birth: u64) -> Result<HeldProcess> {
+    let (pid, host) = (remote.pid(), remote.host());
+    let thread = hold_thread(pid, host).during(pid, "holding it")?;
+    let stat = held.procfs.stat(pid).during(pid, "reading what it is")?;
+    let stopped = Stopped::take(remote, vec![thread]);
+    Ok(HeldProcess {
+        stopped,
+        stat,
+        birth,
+        user_stop: None,
+    })
+}
+
+fn call(remote: &mut Remote, nr: i64, args: &[crate::remote::Arg]) -> io::Result<u64> {
+    let mut batch = Batch::new();
+    let call = batch.call(nr, args);
+    remote.run(&batch)?.result(call)
+}
+
+/// The number of a Unix 98 pseudo-terminal (majors 136 to 143) in a `tty_nr` of `/proc/PID/stat`.
+fn pty_number(tty: i32) -> Option<u32> {
+    let (major, minor) = ((tty >> 8) & 0xfff, (tty & 0xff) | ((tty >> 12) & 0xf_ff00));
+    (136..144)
+        .contains(&major)
+        .then(|| ((major - 136) << 20 | minor) as u32)
+}

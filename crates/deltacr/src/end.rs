@@ -1,0 +1,144 @@
+//! Deaths: processes that are not in the state to come are killed, and taken off their parents' hands.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs;
+use std::io;
+use std::os::fd::AsFd;
+use std::time::{Duration, Instant};
+
+use crate::birth::spawn;
+use crate::env::Environment;
+use crate::error::{During, Result};
+use crate::freeze::Freezer;
+use crate::hold::Held;
+use crate::ids::{HostPid, InnerPid};
+use crate::image::TreeImage;
+use crate::procfs::Procfs;
+use crate::sys::process;
+use crate::sys::ptrace;
+
+/// How long dead processes may take to be gone.
+const TIMEOUT: Duration = Duration::from_secs(10);
+const PAUSE: Duration = Duration::from_micros(50);
+
+/// Kills every held process that is not to be kept, and does away with the zombies that `target` does not have.
+/// Returns how many were killed.
+pub(crate) fn others(
+    held: &mut Held,
+    keep: &BTreeSet<InnerPid>,
+    target: &TreeImage,
+) -> Result<usize> {
+    let doomed: Vec<InnerPid> = held
+        .processes
+        .keys()
+        .filter(|pid| !keep.contains(pid))
+        .copied()
+        .collect();
+    for pid in &doomed {
+        let remote = &held.processes[pid].stopped.remote;
+        process::pidfd_signal(remote.pidfd(), libc::SIGKILL).during(*pid, "killing it")?;
+    }
+    for pid in &doomed {
+        let process = held.processes.remove(pid).expect("it was just found");
+        let threads: Vec<HostPid> = process.stopped.threads.iter().map(|t| t.host).collect();
+        spawn::kill(&process.stopped.remote, &threads).during(*pid, "killing it")?;
+    }
+    let gone = |pid: &InnerPid| !keep.contains(pid) && !target.zombies.contains_key(pid);
+    if !doomed.is_empty() || held.zombies.keys().any(gone) {
+        bury(held, keep, target)?;
+    }
+    Ok(doomed.len())
+}
+
+/// Makes the parents wait for their dead children; init does by itself.
+fn bury(held: &mut Held, keep: &BTreeSet<InnerPid>, target: &TreeImage) -> Result<()> {
+    let end = Instant::now() + TIMEOUT;
+    loop {
+        let mut of_parent: BTreeMap<InnerPid, Vec<InnerPid>> = BTreeMap::new();
+        let mut left = Vec::new();
+        for pid in held
+            .procfs
+            .processes()
+            .during_tree("listing the processes")?
+        {
+            if pid.0 == 1 || keep.contains(&pid) {
+                continue;
+            }
+            let Ok(stat) = held.procfs.stat(pid) else {
+                continue;
+            };
+            let stays = target
+                .zombies
+                .get(&pid)
+                .is_some_and(|z| z.start == stat.start);
+            if !stays {
+                left.push(pid);
+                of_parent.entry(stat.parent).or_default().push(pid);
+            }
+        }
+        for (parent, children) in &of_parent {
+            if let Some(remote) = held.remote(*parent) {
+                spawn::reap(remote, children)
+                    .during(*parent, "taking dead children off its hands")?;
+            }
+        }
+        if left.is_empty() {
+            held.zombies
+                .retain(|pid, _| target.zombies.contains_key(pid));
+            return Ok(());
+        }
+        if Instant::now() > end {
+            return Err(io::Error::from(io::ErrorKind::TimedOut))
+                .during(left[0], "waiting for the end");
+        }
+        std::thread::sleep(PAUSE);
+    }
+}
+
+/// Kills everything in the sandbox's cgroup, and waits until it is gone. The calling thread may trace any of it.
+///
+/// Not by `cgroup.kill`: Linux 6.18 afterwards kills every process that init makes right in that cgroup
+/// (`CLONE_INTO_CGROUP`), since it compares the count of kills of the parent's cgroup with that of the child's.
+pub(crate) fn all(env: &dyn Environment) -> Result<()> {
+    let procfs = Procfs::open(env).during_tree("opening /proc of the sandbox")?;
+    let mut freezer = Freezer::open(env.cgroup()).during_tree("opening the freezer")?;
+    let end = Instant::now() + TIMEOUT;
+    loop {
+        kill_listed(env, &mut freezer).during_tree("killing the processes")?;
+        ptrace::reap_tracees().during_tree("waiting for the processes' end")?;
+        // The dead stay listed until init has waited for them.
+        let left = procfs.processes().during_tree("listing the processes")?;
+        if left.iter().all(|pid| pid.0 == 1) {
+            return Ok(());
+        }
+        if Instant::now() > end {
+            let pid = left.into_iter().find(|pid| pid.0 != 1).unwrap_or_default();
+            return Err(io::Error::from(io::ErrorKind::TimedOut))
+                .during(pid, "waiting for the end");
+        }
+        std::thread::sleep(PAUSE);
+    }
+}
+
+/// Kills what the cgroup lists, frozen meanwhile so that nothing is born unseen; the frozen die, too.
+fn kill_listed(env: &dyn Environment, freezer: &mut Freezer) -> io::Result<()> {
+    let list = || fs::read_to_string(env.cgroup().join("cgroup.procs"));
+    if list()?.is_empty() {
+        return Ok(());
+    }
+    // Not waiting until everything is frozen: what is not is killed in the next round.
+    freezer.begin()?;
+    let killed = list().map(|list| {
+        for host in list
+            .lines()
+            .filter_map(|l| l.parse().ok())
+            .filter(|host| *host > 0)
+        {
+            // It may be gone already.
+            let _ = process::pidfd_open(HostPid(host))
+                .and_then(|pidfd| process::pidfd_signal(pidfd.as_fd(), libc::SIGKILL));
+        }
+    });
+    freezer.thaw()?;
+    killed
+}

@@ -1,0 +1,576 @@
+//! Checkpoint and rollback of a whole tree.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use crate::attributes;
+use crate::birth;
+use crate::end;
+use crate::env::Environment;
+use crate::error::{During, Error, Result};
+use crate::fd::{self, Descriptors};
+use crate::files::Place;
+use crate::hold::{Acquaintances, Held, HeldProcess};
+use crate::ids::{HostPid, InnerPid};
+use crate::image::{ProcessImage, TreeImage};
+use crate::mem::{self, Memory, SharedObjects, Tracker};
+use crate::procfs::Procfs;
+use crate::reconcile::{self, Now, Reconcile};
+use crate::resume::Wait;
+use crate::signals::{Queue, Scope};
+use crate::store::PageStore;
+use crate::threads;
+
+/// How long the processes may take to stand still. A process in an uninterruptible sleep takes
+/// as long as what it waits for.
+const FREEZE_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// How long the parts of an operation took, in order.
+pub type Phases = Vec<(&'static str, Duration)>;
+
+/// Measures one part after another.
+pub(crate) struct Stopwatch {
+    last: Instant,
+    phases: Phases,
+}
+
+impl Stopwatch {
+    fn start() -> Self {
+        Self {
+            last: Instant::now(),
+            phases: Vec::new(),
+        }
+    }
+
+    fn lap(&mut self, name: &'static str) {
+        let now = Instant::now();
+        self.phases.push((name, now - self.last));
+        self.last = now;
+    }
+}
+
+/// A checkpoint of the processes, with what the caller captured at the same moment.
+pub struct Checkpoint<T> {
+    /// The processes.
+    pub image: TreeImage,
+    /// What the caller's closure returned.
+    pub cut: T,
+    /// How long the processes stood still.
+    pub stop: Duration,
+    /// The parts of that.
+    pub phases: Phases,
+    /// Memory pages that were copied.
+    pub pages: u64,
+}
+
+/// What the caller's switch of the files' state brought.
+pub struct Switched<T> {
+    /// For the caller.
+    pub value: T,
+    /// Inodes that open descriptors and working directories no longer lead to, so that they are to be opened
+    /// again (directories that were removed since).
+    pub stale: Vec<u64>,
+}
+
+/// What a rollback did.
+#[derive(Debug)]
+pub struct Rollback<T> {
+    /// What the caller's closure returned.
+    pub switched: T,
+    /// The parts, in order.
+    pub phases: Phases,
+    /// Memory pages that were written back.
+    pub pages: u64,
+    /// Processes undone in place.
+    pub kept: usize,
+    /// Processes made again.
+    pub rebuilt: usize,
+    /// Processes that were killed because they were born since.
+    pub killed: usize,
+    /// Why undoing in place failed, if it did; then the whole tree was made again.
+    pub fallback: Option<String>,
+    /// What could not be given back (connections to the outside), in sentences.
+    pub notes: Vec<String>,
+}
+
+/// The engine of one sandbox: remembers what it has seen of the processes, so that each visit costs what
+/// changed since the last.
+pub struct Engine {
+    store: Arc<PageStore>,
+    known: Acquaintances,
+    trackers: HashMap<HostPid, Option<Tracker>>,
+    waits: HashMap<HostPid, Option<Wait>>,
+    shared: SharedObjects,
+}
+
+impl Engine {
+    /// An engine that has not met any process yet. Pages go to `store`.
+    ///
+    /// # Errors
+    /// The kernel has no shared memory objects (`memfd_create(2)`).
+    pub fn new(store: Arc<PageStore>) -> Result<Self> {
+        let shared = SharedObjects::new(store.clone()).during_tree("looking for shared memory")?;
+        Ok(Self {
+            store,
+            known: HashMap::new(),
+            trackers: HashMap::new(),
+            waits: HashMap::new(),
+            shared,
+        })
+    }
+
+    /// Stops all processes, captures them, calls `cut` while they stand still, and lets them run on.
+    /// `cut` is given the inodes that processes may have written to through shared mappings.
+    ///
+    /// # Errors
+    /// Something cannot be carried or captured, or `cut` failed. The processes run on in any case.
+    pub fn checkpoint<T: Send>(
+        &mut self,
+        env: &dyn Environment,
+        cut: impl FnOnce(&[u64]) -> Result<T> + Send,
+    ) -> Result<Checkpoint<T>> {
+        on_own_thread(|| {
+            let mut watch = Stopwatch::start();
+            let mut held = Held::tree(env, &mut self.known, FREEZE_TIMEOUT)?;
+            let begin = Instant::now();
+            watch.lap("stop");
+            let captured = self.capture(env, &mut held, &mut watch);
+            held.remember(&mut self.known);
+            let (image, pages) = captured?;
+            let cut = cut(&image.mapped_files(env))?;
+            watch.lap("files");
+            held.release()?;
+            watch.lap("resume");
+            Ok(Checkpoint {
+                image,
+                cut,
+                stop: begin.elapsed(),
+                phases: watch.phases,
+                pages,
+            })
+        })
+    }
+
+    fn capture(
+        &mut self,
+        env: &dyn Environment,
+        held: &mut Held,
+        watch: &mut Stopwatch,
+    ) -> Result<(TreeImage, u64)> {
+        self.forget_the_dead(held);
+        let descriptors = fd::capture(&remotes(held), env)?;
+        watch.lap("descriptors");
+        let mut described = BTreeMap::new();
+        for (pid, process) in &mut held.processes {
+            let state = describe(env, &held.procfs, process, &mut self.waits)?;
+            described.insert(*pid, state);
+        }
+        watch.lap("processes");
+        let memory = Memory {
+            store: &self.store,
+            shared: &self.shared,
+            env,
+        };
+        let mut pages = 0;
+        let mut processes: BTreeMap<InnerPid, Arc<ProcessImage>> = BTreeMap::new();
+        for (pid, (mut state, brk)) in described {
+            let process = held.processes.get_mut(&pid).expect("it was just described");
+            let remote = &mut process.stopped.remote;
+            let tracker = self.trackers.entry(remote.host()).or_default();
+            let scan = memory.scan(remote, tracker.as_ref(), brk)?;
+            pages += scan.changed_pages();
+            // A new process is like its parent, of which it is a fork.
+            let parent = processes
+                .get(&state.stat.parent)
+                .filter(|_| tracker.is_none());
+            let like = parent.map(|p| p.memory.clone());
+            state.memory = memory.capture(remote, tracker, scan, like.as_deref())?;
+            processes.insert(pid, Arc::new(state));
+        }
+        watch.lap("memory");
+        let image = TreeImage {
+            processes,
+            zombies: held.zombies.clone(),
+            descriptors: Arc::new(descriptors),
+            shared: Arc::new(self.shared.take()),
+        };
+        Ok((image, pages))
+    }
+
+    fn forget_the_dead(&mut self, held: &Held) {
+        let alive: HashSet<HostPid> = held.threads().map(|thread| thread.host).collect();
+        self.trackers.retain(|host, _| alive.contains(host));
+        self.waits.retain(|host, _| alive.contains(host));
+    }
+
+    /// Gives the processes the state of `target` back. `switch` is called when they stand still and it is known
+    /// that nothing speaks against it; it gives the files their state back, and is given the inodes that processes may
+    /// have written to through shared mappings. If undoing in place fails after that, all
+    /// processes are killed and made again from the image.
+    ///
+    /// # Errors
+    /// Before `switch`: nothing has changed. After it: the tree is dead, and the error says why.
+    pub fn rollback<T: Send>(
+        &mut self,
+        env: &dyn Environment,
+        target: &TreeImage,
+        switch: impl FnOnce(&[u64]) -> Result<Switched<T>> + Send,
+    ) -> Result<Rollback<T>> {
+        on_own_thread(|| {
+            let mut watch = Stopwatch::start();
+            let mut held = Held::tree(env, &mut self.known, FREEZE_TIMEOUT)?;
+            watch.lap("stop");
+            let survey = self.survey(env, &mut held, target);
+            let mapped = survey
+                .as_ref()
+                .map_or_else(|_| Vec::new(), |s| s.mapped_files(env));
+            watch.lap("survey");
+            let Switched { value, stale } = switch(&mapped)?;
+            watch.lap("files");
+            let undone = survey.and_then(|mut now| {
+                now.forget(&stale);
+                self.undo(env, &mut held, now, target, &mut watch)
+            });
+            let done = match undone {
+                Ok(done) => done,
+                Err(e) => {
+                    tracing::warn!(error = %e, "undoing in place failed; making the tree again");
+                    held.abandon();
+                    let mut done = self.make_all(env, target, &mut watch)?;
+                    done.fallback = Some(e.to_string());
+                    done
+                }
+            };
+            Ok(done.with(value, watch.phases))
+        })
+    }
+
+    /// Kills what is left of a tree, and makes all processes of `target`.
+    ///
+    /// # Errors
+    /// No process is left of those that were made.
+    pub fn rebuild(&mut self, env: &dyn Environment, target: &TreeImage) -> Result<Rollback<()>> {
+        on_own_thread(|| {
+            let mut watch = Stopwatch::start();
+            let done = self.make_all(env, target, &mut watch)?;
+            Ok(done.with((), watch.phases))
+        })
+    }
+
+    /// Kills all processes.
+    ///
+    /// # Errors
+    /// They do not end.
+    pub fn kill_all(&mut self, env: &dyn Environment) -> Result<()> {
+        self.known.clear();
+        self.trackers.clear();
+        self.waits.clear();
+        on_own_thread(|| end::all(env))
+    }
+
+    fn make_all(
+        &mut self,
+        env: &dyn Environment,
+        target: &TreeImage,
+        watch: &mut Stopwatch,
+    ) -> Result<Done> {
+        end::all(env)?;
+        self.known.clear();
+        self.trackers.clear();
+        self.waits.clear();
+        watch.lap("kill");
+        let mut held = Held::empty(env)?;
+        let nothing = Survey::default();
+        let made = self.undo(env, &mut held, nothing, target, watch);
+        if made.is_err() {
+            held.abandon();
+            end::all(env)?;
+        }
+        made
+    }
+
+    /// Looks at what there is, as far as it may stay. Changes nothing.
+    fn survey(
+        &mut self,
+        env: &dyn Environment,
+        held: &mut Held,
+        target: &TreeImage,
+    ) -> Result<Survey> {
+        self.forget_the_dead(held);
+        let descriptors = fd::survey(&remotes(held), env)?;
+        fd::check(&descriptors, &target.descriptors)?;
+        let keep = reconcile::keepers(held, target);
+        let mut processes = BTreeMap::new();
+        let memory = Memory {
+            store: &self.store,
+            shared: &self.shared,
+            env,
+        };
+        for (pid, process) in held
+            .processes
+            .iter_mut()
+            .filter(|(pid, _)| keep.contains(pid))
+        {
+            let remote = &mut process.stopped.remote;
+            let (attributes, brk) = attributes::capture(remote)?;
+            if !attributes::reachable(&attributes, &target.processes[pid].attributes) {
+                let what = "it has given up rights that it cannot take back".to_owned();
+                return Err(Error::Unsupported {
+                    pid: *pid,
+                    name: String::new(),
+                    what,
+                });
+            }
+            let tracker = self.trackers.entry(remote.host()).or_default();
+            let scan = memory.scan(remote, tracker.as_ref(), brk)?;
+            let exe =
+                Place::of(env, &held.procfs, *pid, "exe").during(*pid, "reading its program")?;
+            let cwd =
+                Place::of(env, &held.procfs, *pid, "cwd").during(*pid, "reading its directory")?;
+            processes.insert(
+                *pid,
+                Now {
+                    attributes,
+                    scan: Some(scan),
+                    exe,
+                    cwd,
+                },
+            );
+        }
+        Ok(Survey {
+            processes,
+            descriptors,
+        })
+    }
+
+    /// Makes what is held the same as `target`.
+    fn undo(
+        &mut self,
+        env: &dyn Environment,
+        held: &mut Held,
+        survey: Survey,
+        target: &TreeImage,
+        watch: &mut Stopwatch,
+    ) -> Result<Done> {
+        let keep = survey.processes.keys().copied().collect();
+        let killed = end::others(held, &keep, target)?;
+        watch.lap("kill");
+        let born = birth::deliver(env, held, target)?;
+        watch.lap("births");
+        let mut descriptors = survey.descriptors;
+        descriptors.retain(|pid| keep.contains(&pid));
+        self.shared
+            .restore(&target.shared)
+            .during_tree("restoring the shared memory")?;
+        let memory = Memory {
+            store: &self.store,
+            shared: &self.shared,
+            env,
+        };
+        let mut pages = 0;
+        let mut before = survey.processes;
+        for (pid, image) in &target.processes {
+            let process = held
+                .processes
+                .get_mut(pid)
+                .expect("all of the image are there");
+            let tracker = self
+                .trackers
+                .entry(process.stopped.remote.host())
+                .or_default();
+            let mut work = Reconcile {
+                env,
+                memory,
+                procfs: &held.procfs,
+                process,
+                tracker,
+                image,
+            };
+            pages += work.memory(before.get_mut(pid))?;
+        }
+        watch.lap("memory");
+        let notes = fd::restore(&descriptors, &target.descriptors, &mut remotes(held), env)?;
+        watch.lap("descriptors");
+        let mut attributes = BTreeMap::new();
+        for (pid, image) in &target.processes {
+            let process = held
+                .processes
+                .get_mut(pid)
+                .expect("all of the image are there");
+            let tracker = self
+                .trackers
+                .entry(process.stopped.remote.host())
+                .or_default();
+            let mut work = Reconcile {
+                env,
+                memory,
+                procfs: &held.procfs,
+                process,
+                tracker,
+                image,
+            };
+            attributes.insert(*pid, work.state(before.remove(pid))?);
+        }
+        for (pid, image) in &target.processes {
+            let process = held
+                .processes
+                .get_mut(pid)
+                .expect("all of the image are there");
+            let now = &attributes[pid];
+            attributes::restore_credentials(&mut process.stopped.remote, now, &image.attributes)?;
+            process.user_stop = image.user_stop;
+        }
+        watch.lap("processes");
+        env.before_resume().during_tree("restoring the sessions")?;
+        held.remember(&mut self.known);
+        held.release()?;
+        watch.lap("resume");
+        Ok(Done {
+            pages,
+            kept: keep.len(),
+            rebuilt: born.len(),
+            killed,
+            notes,
+            fallback: None,
+        })
+    }
+}
+
+/// What there is before a rollback, of the processes that may stay.
+#[derive(Default)]
+struct Survey {
+    processes: BTreeMap<InnerPid, Now>,
+    descriptors: Descriptors,
+}
+
+impl Survey {
+    /// What leads to these inodes is to be opened again.
+    fn forget(&mut self, stale: &[u64]) {
+        if stale.is_empty() {
+            return;
+        }
+        self.descriptors.forget(stale);
+        for now in self.processes.values_mut() {
+            now.cwd.forget(stale);
+        }
+    }
+
+    fn mapped_files(&self, env: &dyn Environment) -> Vec<u64> {
+        let device = env.fs_device();
+        sorted(
+            self.processes
+                .values()
+                .filter_map(|now| now.scan.as_ref())
+                .flat_map(|s| mem::shared_file_inodes(&s.vmas, device)),
+        )
+    }
+}
+
+impl TreeImage {
+    fn mapped_files(&self, env: &dyn Environment) -> Vec<u64> {
+        let device = env.fs_device();
+        sorted(
+            self.processes
+                .values()
+                .flat_map(|p| p.memory.shared_file_inodes(device)),
+        )
+    }
+}
+
+fn sorted(inodes: impl Iterator<Item = u64>) -> Vec<u64> {
+    let inodes: BTreeSet<u64> = inodes.collect();
+    inodes.into_iter().collect()
+}
+
+/// What a rollback did with the processes.
+struct Done {
+    pages: u64,
+    kept: usize,
+    rebuilt: usize,
+    killed: usize,
+    notes: Vec<String>,
+    fallback: Option<String>,
+}
+
+impl Done {
+    fn with<T>(self, switched: T, phases: Phases) -> Rollback<T> {
+        let Self {
+            pages,
+            kept,
+            rebuilt,
+            killed,
+            notes,
+            fallback,
+        } = self;
+        Rollback {
+            switched,
+            phases,
+            pages,
+            kept,
+            rebuilt,
+            killed,
+            fallback,
+            notes,
+        }
+    }
+}
+
+fn remotes(held: &mut Held) -> fd::Procs<'_> {
+    held.processes
+        .iter_mut()
+        .map(|(pid, p)| (*pid, &mut p.stopped.remote))
+        .collect()
+}
+
+/// Everything of a process but its memory, and its program break.
+fn describe(
+    env: &dyn Environment,
+    procfs: &Procfs,
+    process: &mut HeldProcess,
+    waits: &mut HashMap<HostPid, Option<Wait>>,
+) -> Result<(ProcessImage, u64)> {
+    let remote = &mut process.stopped.remote;
+    let pid = remote.pid();
+    let (attributes, brk) = attributes::capture(remote)?;
+    let pending =
+        Queue::capture(remote.host(), Scope::Process).during(pid, "reading the queued signals")?;
+    let mut threads = Vec::with_capacity(process.stopped.threads.len());
+    for thread in &mut process.stopped.threads {
+        let wait = waits.entry(thread.host).or_default();
+        threads.push(threads::capture(remote, thread, &pending, wait)?);
+    }
+    let root = Place::of(env, procfs, pid, "root").during(pid, "reading its root directory")?;
+    if !root.is_root() {
+        let name = String::from_utf8_lossy(&process.stat.name).into_owned();
+        let what = "it has a root directory of its own (chroot)".to_owned();
+        return Err(Error::Unsupported { pid, name, what });
+    }
+    let image = ProcessImage {
+        stat: process.stat.clone(),
+        birth: process.birth,
+        command: procfs.command(pid),
+        user_stop: process.user_stop,
+        exe: Place::of(env, procfs, pid, "exe").during(pid, "reading its program")?,
+        cwd: Place::of(env, procfs, pid, "cwd").during(pid, "reading its directory")?,
+        attributes,
+        pending,
+        threads,
+        memory: Arc::default(),
+    };
+    Ok((image, brk))
+}
+
+/// Traces from a thread of its own: whatever happens in there, when it ends the kernel lets go of all
+/// that it traced.
+fn on_own_thread<T: Send>(work: impl FnOnce() -> Result<T> + Send) -> Result<T> {
+    std::thread::scope(|scope| {
+        let worker = std::thread::Builder::new()
+            .name("deltacr".to_owned())
+            .spawn_scoped(scope, work)
+            .during_tree("starting a tracing thread")?;
+        worker
+            .join()
+            .unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+    })
+}

@@ -1,0 +1,75 @@
+//! The files that an image refers to: the program, the working directory.
+
+use std::io;
+use std::os::fd::OwnedFd;
+
+use rustix::fs::{Mode, OFlags, ResolveFlags, fstat, openat2};
+
+use crate::env::Environment;
+use crate::ids::InnerPid;
+use crate::procfs::Procfs;
+
+/// A file that a process refers to: what it is, and where it was found.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Place {
+    /// Its inode number, if it is on the versioned filesystem.
+    inode: Option<u64>,
+    /// As the kernel tells it; only a hint where there is an inode number.
+    path: Vec<u8>,
+}
+
+impl Place {
+    /// Where a process' `exe`, `cwd` or `root` points.
+    pub(crate) fn of(
+        env: &dyn Environment,
+        procfs: &Procfs,
+        pid: InnerPid,
+        link: &str,
+    ) -> io::Result<Self> {
+        let file = procfs.file(pid, link)?;
+        let inode = (file.device == env.fs_device()).then_some(file.inode);
+        Ok(Self {
+            inode,
+            path: procfs.link(pid, link)?,
+        })
+    }
+
+    /// Opens the file: by its path if that still leads to it, so that the kernel shows the path to
+    /// the program; else by its inode number.
+    pub(crate) fn open(&self, env: &dyn Environment, flags: OFlags) -> io::Result<OwnedFd> {
+        let resolve = ResolveFlags::IN_ROOT | ResolveFlags::NO_MAGICLINKS;
+        let flags = flags | OFlags::CLOEXEC;
+        let by_path = openat2(env.root(), &self.path[..], flags, Mode::empty(), resolve);
+        let Some(inode) = self.inode else {
+            return Ok(by_path?);
+        };
+        if let Ok(file) = by_path {
+            let stat = fstat(&file)?;
+            if (stat.st_dev, stat.st_ino) == (env.fs_device(), inode) {
+                return Ok(file);
+            }
+        }
+        env.open_inode(inode, flags.bits() as i32)
+    }
+
+    /// Whether it is called `/`, which is what the kernel calls the sandbox's root.
+    pub(crate) fn is_root(&self) -> bool {
+        self.path == b"/"
+    }
+
+    /// Makes it the same as no other if it is one of these.
+    pub(crate) fn forget(&mut self, stale: &[u64]) {
+        if self.inode.is_some_and(|inode| stale.contains(&inode)) {
+            (self.inode, self.path) = (None, Vec::new());
+        }
+    }
+
+    /// Whether it is the same file, whatever its name.
+    pub(crate) fn is(&self, other: &Self) -> bool {
+        match (self.inode, other.inode) {
+            (Some(a), Some(b)) => a == b,
+            (None, None) => self.path == other.path,
+            _ => false,
+        }
+    }
+}

@@ -1,0 +1,84 @@
+//! What a checkpoint holds of a process tree.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use crate::attributes::Attributes;
+use crate::fd::Descriptors;
+use crate::files::Place;
+use crate::ids::InnerPid;
+use crate::mem::{AddressSpace, SharedMemory};
+use crate::procfs::Stat;
+use crate::signals::Queue;
+use crate::threads::ThreadImage;
+
+/// A process tree at a checkpoint. Immutable; what did not change is shared with other images.
+#[derive(Clone)]
+pub struct TreeImage {
+    pub(crate) processes: BTreeMap<InnerPid, Arc<ProcessImage>>,
+    /// Ended, and not yet waited for by their parents.
+    pub(crate) zombies: BTreeMap<InnerPid, Stat>,
+    pub(crate) descriptors: Arc<Descriptors>,
+    pub(crate) shared: Arc<SharedMemory>,
+}
+
+/// One process at a checkpoint.
+pub(crate) struct ProcessImage {
+    pub(crate) stat: Stat,
+    /// When it was born, in clock ticks after boot; a process that is made again keeps it.
+    pub(crate) birth: u64,
+    pub(crate) command: String,
+    pub(crate) user_stop: Option<i32>,
+    pub(crate) exe: Place,
+    pub(crate) cwd: Place,
+    pub(crate) attributes: Attributes,
+    pub(crate) pending: Queue,
+    /// The first one is the process' first.
+    pub(crate) threads: Vec<ThreadImage>,
+    pub(crate) memory: Arc<AddressSpace>,
+}
+
+/// A process of an image, for people.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ProcessSummary {
+    /// Its number inside.
+    pub pid: InnerPid,
+    /// Its parent's.
+    pub parent: InnerPid,
+    /// Its command line, or its name where that is empty.
+    pub command: String,
+    /// Tells a process from another that had the same number: when it was started, in clock ticks after boot.
+    pub start: u64,
+}
+
+impl TreeImage {
+    /// A tree without processes.
+    pub fn empty() -> Self {
+        Self {
+            processes: BTreeMap::new(),
+            zombies: BTreeMap::new(),
+            descriptors: Arc::new(Descriptors::default()),
+            shared: Arc::new(SharedMemory::default()),
+        }
+    }
+
+    /// How many processes are alive in it.
+    pub fn len(&self) -> usize {
+        self.processes.len()
+    }
+
+    /// Whether no process is alive in it.
+    pub fn is_empty(&self) -> bool {
+        self.processes.is_empty()
+    }
+
+    /// The living processes, by number.
+    pub fn processes(&self) -> impl Iterator<Item = ProcessSummary> {
+        self.processes.iter().map(|(pid, p)| ProcessSummary {
+            pid: *pid,
+            parent: p.stat.parent,
+            command: p.command.clone(),
+            start: p.birth,
+        })
+    }
+}

@@ -1,0 +1,224 @@
+//! Reconcile: makes one process what it was, changing only what differs.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::os::fd::AsFd;
+use std::sync::Arc;
+
+use rustix::fs::OFlags;
+
+use crate::attributes::{self, Attributes};
+use crate::birth::spawn;
+use crate::env::Environment;
+use crate::error::{During, Result};
+use crate::files::Place;
+use crate::hold::{Held, HeldProcess};
+use crate::ids::InnerPid;
+use crate::image::{ProcessImage, TreeImage};
+use crate::mem::{self, Memory, Scan, Tracker};
+use crate::procfs::Procfs;
+use crate::remote::Batch;
+use crate::signals::{Queue, Scope};
+use crate::threads;
+
+/// What a process is before it is reconciled.
+pub(crate) struct Now {
+    pub(crate) attributes: Attributes,
+    /// Taken when it is used.
+    pub(crate) scan: Option<Scan>,
+    pub(crate) exe: Place,
+    pub(crate) cwd: Place,
+}
+
+/// The processes that can be undone in place: those of the image that are still there, at their place in the family.
+/// The rest is killed or made anew, and with a process all its descendants, for nobody can
+/// be given to a new parent.
+pub(crate) fn keepers(held: &Held, target: &TreeImage) -> BTreeSet<InnerPid> {
+    let mut keep = BTreeSet::new();
+    loop {
+        let before = keep.len();
+        for (pid, image) in &target.processes {
+            let parent = image.stat.parent;
+            if keep.contains(pid) || !(parent.0 <= 1 || keep.contains(&parent)) {
+                continue;
+            }
+            let same = held.processes.get(pid).is_some_and(|p| {
+                p.birth == image.birth
+                    && p.stat.parent == parent
+                    && p.stat.session == image.stat.session
+            });
+            if same {
+                keep.insert(*pid);
+            }
+        }
+        if keep.len() == before {
+            return keep;
+        }
+    }
+}
+
+/// One process on its way back.
+pub(crate) struct Reconcile<'a> {
+    pub(crate) env: &'a dyn Environment,
+    pub(crate) memory: Memory<'a>,
+    pub(crate) procfs: &'a Procfs,
+    pub(crate) process: &'a mut HeldProcess,
+    pub(crate) tracker: &'a mut Option<Tracker>,
+    pub(crate) image: &'a Arc<ProcessImage>,
+}
+
+impl Reconcile<'_> {
+    /// Program, threads that are too many, and memory. `now` is what the process is, if it is not newly made.
+    /// Returns how many pages had changed.
+    pub(crate) fn memory(&mut self, now: Option<&mut Now>) -> Result<u64> {
+        self.end_extra_threads()?;
+        let scan = match now {
+            Some(now) if now.exe.is(&self.image.exe) => now.scan.take(),
+            Some(_) => {
+                self.start_program()?;
+                None
+            }
+            None => None,
+        };
+        let remote = &mut self.process.stopped.remote;
+        let scan = match scan {
+            Some(scan) => scan,
+            None => {
+                let brk = mem::program_break(remote)?;
+                self.memory.scan(remote, self.tracker.as_ref(), brk)?
+            }
+        };
+        let pages = scan.changed_pages();
+        self.memory
+            .restore(remote, self.tracker, scan, &self.image.memory)?;
+        Ok(pages)
+    }
+
+    /// The process has run another program since; makes it run this one again.
+    fn start_program(&mut self) -> Result<()> {
+        let remote = &mut self.process.stopped.remote;
+        let pid = remote.pid();
+        let exe = self
+            .image
+            .exe
+            .open(self.env, OFlags::RDONLY)
+            .during(pid, "opening the program")?;
+        spawn::execute(remote, exe.as_fd()).during(pid, "starting the program again")?;
+        *self.tracker = None;
+        Ok(())
+    }
+
+    fn end_extra_threads(&mut self) -> Result<()> {
+        let wanted: BTreeSet<InnerPid> = self.image.threads.iter().map(|t| t.tid).collect();
+        let stopped = &mut self.process.stopped;
+        let pid = stopped.remote.pid();
+        let (stay, go) = std::mem::take(&mut stopped.threads)
+            .into_iter()
+            .partition(|t| wanted.contains(&t.tid));
+        stopped.threads = stay;
+        for thread in go {
+            spawn::end_thread(&mut stopped.remote, thread.host).during(pid, "ending a thread")?;
+        }
+        Ok(())
+    }
+
+    /// Everything else but credentials; the descriptors are in place. Returns the attributes that the process had.
+    pub(crate) fn state(&mut self, now: Option<Now>) -> Result<Attributes> {
+        let pid = self.process.stopped.remote.pid();
+        let remote = &mut self.process.stopped.remote;
+        let (attributes, cwd) = match now {
+            // A new program has reset some of them.
+            Some(now) if now.exe.is(&self.image.exe) => (now.attributes, now.cwd),
+            _ => {
+                let cwd = Place::of(self.env, self.procfs, pid, "cwd");
+                (
+                    attributes::capture(remote)?.0,
+                    cwd.during(pid, "reading its directory")?,
+                )
+            }
+        };
+        if !cwd.is(&self.image.cwd) {
+            self.change_directory()?;
+        }
+        let remote = &mut self.process.stopped.remote;
+        attributes::restore(remote, &attributes, &self.image.attributes)?;
+        self.threads()?;
+        let remote = &mut self.process.stopped.remote;
+        let host = remote.host();
+        let queue =
+            Queue::capture(host, Scope::Process).during(pid, "reading the queued signals")?;
+        queue
+            .restore(&self.image.pending, remote, (pid, host), Scope::Process)
+            .during(pid, "restoring the queued signals")?;
+        self.wake()?;
+        Ok(attributes)
+    }
+
+    fn change_directory(&mut self) -> Result<()> {
+        let remote = &mut self.process.stopped.remote;
+        let pid = remote.pid();
+        let flags = OFlags::PATH | OFlags::DIRECTORY;
+        let directory = self
+            .image
+            .cwd
+            .open(self.env, flags)
+            .during(pid, "opening its directory")?;
+        let fd = remote
+            .give_fds(&[directory.as_fd()])
+            .during(pid, "handing it its directory")?[0];
+        let mut batch = Batch::new();
+        let change = batch.call(libc::SYS_fchdir, &[fd.into()]);
+        batch.call(libc::SYS_close, &[fd.into()]);
+        let outcome = remote.run(&batch).during(pid, "changing its directory")?;
+        outcome
+            .result(change)
+            .during(pid, "changing its directory")
+            .map(drop)
+    }
+
+    fn threads(&mut self) -> Result<()> {
+        let stopped = &mut self.process.stopped;
+        let remote = &mut stopped.remote;
+        let pid = remote.pid();
+        let present: BTreeSet<InnerPid> = stopped.threads.iter().map(|t| t.tid).collect();
+        for image in self
+            .image
+            .threads
+            .iter()
+            .filter(|t| !present.contains(&t.tid))
+        {
+            self.env
+                .set_next_pid(image.tid)
+                .during(pid, "choosing a thread's number")?;
+            let thread = spawn::thread(remote, image.tid).during(pid, "making a thread again")?;
+            stopped.threads.push(thread);
+        }
+        let wanted: BTreeMap<InnerPid, _> = self.image.threads.iter().map(|t| (t.tid, t)).collect();
+        let shared = Queue::default();
+        for thread in &mut stopped.threads {
+            let current = threads::capture(remote, thread, &shared, &mut None)?;
+            threads::restore(remote, thread, &current, wanted[&thread.tid])?;
+        }
+        Ok(())
+    }
+
+    /// Takes back a stop by job control that has come since.
+    fn wake(&mut self) -> Result<()> {
+        let remote = &mut self.process.stopped.remote;
+        let pid = remote.pid();
+        if self.process.user_stop.is_none() || self.image.user_stop.is_some() {
+            return Ok(());
+        }
+        crate::sys::process::pidfd_signal(remote.pidfd(), libc::SIGCONT)
+            .during(pid, "continuing it")?;
+        let queue = Queue::capture(remote.host(), Scope::Process)
+            .during(pid, "reading the queued signals")?;
+        queue
+            .restore(
+                &self.image.pending,
+                remote,
+                (pid, remote.host()),
+                Scope::Process,
+            )
+            .during(pid, "restoring the queued signals")
+    }
+}
