@@ -124,6 +124,9 @@ pub(crate) fn furnish(
     ] {
         directory(path, mode).at(Step::Setup, &format!("making /{path}"))?;
     }
+    // Bases have it as a mere mount point.
+    rustix::fs::chmod("dev/shm", Mode::from_raw_mode(0o1777))
+        .at(Step::Setup, "opening /dev/shm to all")?;
     for (name, target) in LINKS {
         link(name, target).at(Step::Setup, &format!("making /{name}"))?;
     }

@@ -137,6 +137,7 @@ fn map_ids(host_proc: &OwnedFd, pid: i32, setup: &Setup) -> Result<(), Failure> 
 fn become_init(control: &OwnedFd, setup: &Setup, fds: Descriptors) -> Result<(), Failure> {
     // Not to be traced or looked into by anything inside, whatever its user id.
     sys::set_dumpable(false).at(Step::Setup, "protecting init")?;
+    rustix::thread::set_name(c"deltabox-init").at(Step::Setup, "naming init")?;
     sys::become_user(0, 0, &[]).at(Step::Setup, "becoming root of the sandbox")?;
     rustix::process::setsid().at(Step::Setup, "making init's session")?;
     rustix::system::sethostname(&setup.hostname).at(Step::Setup, "setting the host name")?;
