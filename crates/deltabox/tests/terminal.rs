@@ -16,7 +16,7 @@ const SIZE: WindowSize = WindowSize {
 fn bash(sandbox: &Sandbox) -> (Arc<Session>, Events) {
     let session = sandbox
         .spawn(CommandSpec {
-            argv: ["bash", "--norc", "--noprofile", "-i"]
+            argv: ["bash", "--norc", "--noprofile", "--noediting", "-i"]
                 .map(String::from)
                 .to_vec(),
             env: [("PS1".to_owned(), "ready> ".to_owned())].into(),
@@ -60,8 +60,8 @@ fn the_terminal_has_its_size_name_and_owner() {
         "{got}"
     );
     session.resize(WindowSize { rows: 5, cols: 6 }).unwrap();
-    let got = type_line(&session, &mut events, "stty size");
-    assert!(got.contains("5 6"), "{got}");
+    session.write(b"stty size\n").unwrap();
+    read_until(&mut events, "5 6");
 }
 
 #[test]
@@ -72,18 +72,19 @@ fn job_control_works() {
     type_line(&session, &mut events, "sleep 1000 &");
     let got = type_line(&session, &mut events, "jobs");
     assert!(got.contains("Running"), "{got}");
-    // Into the foreground, stopped by Ctrl-Z, killed.
-    session.write(b"fg\n").unwrap();
-    read_until(&mut events, "sleep 1000");
+    // Another one in the foreground, stopped by Ctrl-Z.
+    session
+        .write(b"sh -c 'echo be''gun; exec sleep 1001'\n")
+        .unwrap();
+    read_until(&mut events, "begun");
     session.write(&[26]).unwrap();
     let got = read_until(&mut events, "ready>");
     assert!(got.contains("Stopped"), "{got}");
-    type_line(&session, &mut events, "kill %1; wait %1");
-    let got = type_line(&session, &mut events, "jobs; echo left=$(jobs | wc -l)");
-    assert!(
-        got.contains("left=0") || got.contains("Terminated"),
-        "{got}"
-    );
+    let got = type_line(&session, &mut events, "bg; jobs");
+    assert!(got.matches("Running").count() == 2, "{got}");
+    type_line(&session, &mut events, "kill %1 %2; wait");
+    let got = type_line(&session, &mut events, "echo left=$(jobs -r | wc -l)");
+    assert!(got.contains("left=0"), "{got}");
 }
 
 #[test]
@@ -91,8 +92,10 @@ fn control_c_interrupts_the_foreground_command_only() {
     let f = Fixture::new();
     let sandbox = f.sandbox();
     let (session, mut events) = bash(&sandbox);
-    session.write(b"echo begun; sleep 1000\n").unwrap();
-    read_until(&mut events, "\nbegun");
+    session
+        .write(b"sh -c 'echo be''gun; exec sleep 1000'\n")
+        .unwrap();
+    read_until(&mut events, "begun");
     session.write(&[3]).unwrap();
     read_until(&mut events, "ready>");
     let got = type_line(&session, &mut events, "echo status $?");
