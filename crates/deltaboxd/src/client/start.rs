@@ -131,7 +131,7 @@ async fn wait_ready(client: &Client, mut child: Child, log: &mut File) -> Result
             Ok(None) => {}
             Ok(Some(status)) => {
                 let told = tail(log, log_begin).unwrap_or_default();
-                return Err(Error::Start(match told.trim() {
+                return Err(Error::Start(match last_words(&told) {
                     "" => format!("it ended with {status}"),
                     told => told.to_owned(),
                 }));
@@ -153,6 +153,12 @@ fn tail(log: &mut File, begin: u64) -> io::Result<String> {
     let mut told = Vec::new();
     log.take(LOG_SHOWN).read_to_end(&mut told)?;
     Ok(String::from_utf8_lossy(&told).into_owned())
+}
+
+/// The error that ended the service, which it tells last; all of the text if it did not come to that.
+fn last_words(log: &str) -> &str {
+    let error = log.rsplit_once("deltabox: ");
+    error.map_or(log, |(_, error)| error).trim()
 }
 
 /// Stops the service and waits until its process is gone. `false` when none runs.
@@ -188,5 +194,18 @@ pub async fn stop(state_dir: &Path) -> Result<bool> {
         ))),
         Ok(_) => Ok(true),
         Err(why) => Err(Error::broken(why)),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn of_a_log_the_error_that_ended_the_service_is_told() {
+        let log = "2026 INFO opening\ndeltabox: the state directory is in use\n";
+        assert_eq!(last_words(log), "the state directory is in use");
+        assert_eq!(last_words("Segmentation fault\n"), "Segmentation fault");
+        assert_eq!(last_words("\n"), "");
     }
 }

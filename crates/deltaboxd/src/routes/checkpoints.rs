@@ -1,19 +1,20 @@
 //! Checkpoints: made, listed, compared, returned to, forgotten.
 
 use axum::Json;
-use axum::extract::{Path, Query, State};
+use axum::extract::State;
 use axum::http::{HeaderMap, StatusCode};
 use deltabox::{CheckpointReport, Difference, RollbackReport, Tree};
 use serde::Deserialize;
 
-use super::{Body, checkpoint_id};
+use super::checkpoint_id;
+use super::extract::{At, Body, Params};
 use crate::api::{CheckpointRequest, RollbackRequest};
 use crate::app::App;
 use crate::failure::Answer;
 
 pub(super) async fn tree(
     State(app): State<App>,
-    Path(name): Path<String>,
+    At(name): At<String>,
     headers: HeaderMap,
 ) -> Answer<Json<Tree>> {
     app.call_on("tree", name, &headers, |sandbox| Ok(sandbox.tree()))
@@ -23,7 +24,7 @@ pub(super) async fn tree(
 
 pub(super) async fn create(
     State(app): State<App>,
-    Path(name): Path<String>,
+    At(name): At<String>,
     headers: HeaderMap,
     Body(request): Body<CheckpointRequest>,
 ) -> Answer<(StatusCode, Json<CheckpointReport>)> {
@@ -38,7 +39,7 @@ pub(super) async fn create(
 
 pub(super) async fn remove(
     State(app): State<App>,
-    Path((name, id)): Path<(String, String)>,
+    At((name, id)): At<(String, String)>,
     headers: HeaderMap,
 ) -> Answer<StatusCode> {
     let id = checkpoint_id(&id)?;
@@ -49,7 +50,7 @@ pub(super) async fn remove(
 
 pub(super) async fn rollback(
     State(app): State<App>,
-    Path(name): Path<String>,
+    At(name): At<String>,
     headers: HeaderMap,
     Body(request): Body<RollbackRequest>,
 ) -> Answer<Json<RollbackReport>> {
@@ -68,9 +69,9 @@ pub(super) struct Between {
 
 pub(super) async fn diff(
     State(app): State<App>,
-    Path(name): Path<String>,
+    At(name): At<String>,
     headers: HeaderMap,
-    Query(between): Query<Between>,
+    Params(between): Params<Between>,
 ) -> Answer<Json<Difference>> {
     let (from, to) = (checkpoint_id(&between.from)?, checkpoint_id(&between.to)?);
     app.call_on("diff", name, &headers, move |sandbox| {

@@ -1,19 +1,18 @@
 //! The routes. Each module holds the handlers of one kind of resource.
 
 mod checkpoints;
+mod extract;
 mod sandboxes;
 mod service;
 mod sessions;
 
-use axum::extract::rejection::JsonRejection;
-use axum::extract::{DefaultBodyLimit, FromRequest, Request, State};
+use axum::Router;
+use axum::extract::{DefaultBodyLimit, Request, State};
 use axum::http::StatusCode;
 use axum::middleware::{self, Next};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{delete, get, post};
-use axum::{Json, Router};
 use deltabox::{CheckpointId, SessionId};
-use serde::de::DeserializeOwned;
 
 use crate::app::App;
 use crate::failure::{Answer, Failure};
@@ -89,23 +88,6 @@ async fn no_method() -> Failure {
         "no_method",
         "this path does not take that method; /v1/openapi.json lists them",
     )
-}
-
-/// A JSON body whose errors are answered like all others. An empty body stands for `{}`.
-struct Body<T>(T);
-
-impl<T: DeserializeOwned, S: Send + Sync> FromRequest<S> for Body<T> {
-    type Rejection = Failure;
-
-    async fn from_request(request: Request, state: &S) -> Answer<Self> {
-        let bytes = bytes::Bytes::from_request(request, state)
-            .await
-            .map_err(|e| Failure::new(e.status(), "body", e.body_text()))?;
-        let text: &[u8] = if bytes.is_empty() { b"{}" } else { &bytes };
-        Json::from_bytes(text)
-            .map(|Json(value)| Self(value))
-            .map_err(|e: JsonRejection| Failure::invalid(e.body_text()))
-    }
 }
 
 fn checkpoint_id(text: &str) -> Answer<CheckpointId> {

@@ -1,11 +1,11 @@
 //! Sandboxes.
 
 use axum::Json;
-use axum::extract::{Path, State};
+use axum::extract::State;
 use axum::http::{HeaderMap, StatusCode};
 use deltabox::{Sandbox, SandboxInfo, SandboxSpec};
 
-use super::Body;
+use super::extract::{At, Body};
 use crate::api::ForkRequest;
 use crate::app::{App, check_epoch, expected_epoch};
 use crate::failure::Answer;
@@ -29,7 +29,7 @@ pub(super) async fn create(
 
 pub(super) async fn get(
     State(app): State<App>,
-    Path(name): Path<String>,
+    At(name): At<String>,
     headers: HeaderMap,
 ) -> Answer<Json<SandboxInfo>> {
     app.call_on("inspect", name, &headers, |sandbox| Ok(sandbox.info()))
@@ -39,7 +39,7 @@ pub(super) async fn get(
 
 pub(super) async fn remove(
     State(app): State<App>,
-    Path(name): Path<String>,
+    At(name): At<String>,
     headers: HeaderMap,
 ) -> Answer<StatusCode> {
     let expected = expected_epoch(&headers)?;
@@ -53,7 +53,7 @@ pub(super) async fn remove(
 
 pub(super) async fn stop(
     State(app): State<App>,
-    Path(name): Path<String>,
+    At(name): At<String>,
     headers: HeaderMap,
 ) -> Answer<Json<SandboxInfo>> {
     app.call_on("stop", name, &headers, |sandbox: &Sandbox| {
@@ -66,7 +66,7 @@ pub(super) async fn stop(
 
 pub(super) async fn fork(
     State(app): State<App>,
-    Path(name): Path<String>,
+    At(name): At<String>,
     headers: HeaderMap,
     Body(request): Body<ForkRequest>,
 ) -> Answer<(StatusCode, Json<Vec<SandboxInfo>>)> {

@@ -33,3 +33,27 @@ pub(super) async fn openapi() -> impl IntoResponse {
     let kind = [(header::CONTENT_TYPE, "application/json")];
     (kind, include_str!("../openapi.json"))
 }
+
+#[cfg(test)]
+mod tests {
+    use serde_json::Value;
+
+    #[test]
+    fn every_reference_in_the_openapi_document_leads_somewhere() {
+        let document: Value = serde_json::from_str(include_str!("../openapi.json")).unwrap();
+        let mut pending = vec![&document];
+        while let Some(value) = pending.pop() {
+            match value {
+                Value::Object(map) => {
+                    if let Some(Value::String(reference)) = map.get("$ref") {
+                        let pointer = reference.strip_prefix('#').unwrap();
+                        assert!(document.pointer(pointer).is_some(), "{reference}");
+                    }
+                    pending.extend(map.values());
+                }
+                Value::Array(items) => pending.extend(items),
+                _ => {}
+            }
+        }
+    }
+}

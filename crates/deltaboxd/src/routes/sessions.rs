@@ -3,15 +3,15 @@
 use std::sync::Arc;
 
 use axum::Json;
-use axum::extract::ws::WebSocketUpgrade;
-use axum::extract::{Path, Query, State};
-use axum::http::{HeaderMap, StatusCode};
-use axum::response::Response;
-use bytes::Bytes;
+use axum::extract::State;
+use axum::extract::ws::{WebSocketUpgrade, rejection::WebSocketUpgradeRejection};
+use axum::http::{HeaderMap, StatusCode, header};
+use axum::response::{IntoResponse, Response};
 use deltabox::{CommandSpec, Session, SessionInfo, WindowSize};
 use serde::Deserialize;
 
-use super::{Body, session_id};
+use super::extract::{At, Body, Params, Raw};
+use super::session_id;
 use crate::api::{SignalRequest, StartedSession};
 use crate::app::{App, check_epoch, expected_epoch};
 use crate::attach;
@@ -20,7 +20,7 @@ use crate::frame::MAX_PAYLOAD;
 
 pub(super) async fn list(
     State(app): State<App>,
-    Path(name): Path<String>,
+    At(name): At<String>,
     headers: HeaderMap,
 ) -> Answer<Json<Vec<SessionInfo>>> {
     app.call_on("sessions", name, &headers, |sandbox| Ok(sandbox.sessions()))
@@ -30,7 +30,7 @@ pub(super) async fn list(
 
 pub(super) async fn create(
     State(app): State<App>,
-    Path(name): Path<String>,
+    At(name): At<String>,
     headers: HeaderMap,
     Body(command): Body<CommandSpec>,
 ) -> Answer<(StatusCode, Json<StartedSession>)> {
@@ -47,7 +47,7 @@ pub(super) async fn create(
 
 pub(super) async fn get(
     State(app): State<App>,
-    Path(path): Path<(String, String)>,
+    At(path): At<(String, String)>,
     headers: HeaderMap,
 ) -> Answer<Json<SessionInfo>> {
     let session = find(&app, path, &headers).await?;
@@ -58,7 +58,7 @@ pub(super) async fn get(
 
 pub(super) async fn signal(
     State(app): State<App>,
-    Path(path): Path<(String, String)>,
+    At(path): At<(String, String)>,
     headers: HeaderMap,
     Body(request): Body<SignalRequest>,
 ) -> Answer<StatusCode> {
@@ -70,7 +70,7 @@ pub(super) async fn signal(
 
 pub(super) async fn resize(
     State(app): State<App>,
-    Path(path): Path<(String, String)>,
+    At(path): At<(String, String)>,
     headers: HeaderMap,
     Body(size): Body<WindowSize>,
 ) -> Answer<StatusCode> {
@@ -82,7 +82,7 @@ pub(super) async fn resize(
 
 pub(super) async fn kill(
     State(app): State<App>,
-    Path(path): Path<(String, String)>,
+    At(path): At<(String, String)>,
     headers: HeaderMap,
 ) -> Answer<StatusCode> {
     act(&app, "kill", path, &headers, |session| session.kill()).await
@@ -90,9 +90,9 @@ pub(super) async fn kill(
 
 pub(super) async fn stdin(
     State(app): State<App>,
-    Path(path): Path<(String, String)>,
+    At(path): At<(String, String)>,
     headers: HeaderMap,
-    input: Bytes,
+    Raw(input): Raw,
 ) -> Answer<StatusCode> {
     act(&app, "stdin", path, &headers, move |session| {
         session.write(&input)
@@ -102,7 +102,7 @@ pub(super) async fn stdin(
 
 pub(super) async fn close_stdin(
     State(app): State<App>,
-    Path(path): Path<(String, String)>,
+    At(path): At<(String, String)>,
     headers: HeaderMap,
 ) -> Answer<StatusCode> {
     act(&app, "stdin", path, &headers, |session| {
@@ -130,22 +130,24 @@ impl Default for From {
 
 pub(super) async fn output(
     State(app): State<App>,
-    Path(path): Path<(String, String)>,
+    At(path): At<(String, String)>,
     headers: HeaderMap,
-    Query(from): Query<From>,
+    Params(from): Params<From>,
 ) -> Answer<Response> {
     let session = find(&app, path, &headers).await?;
     let frames = attach::follow(session, from.offset, from.follow).map_err(no_thread)?;
-    Ok(Response::new(attach::body(frames)))
+    let kind = [(header::CONTENT_TYPE, "application/octet-stream")];
+    Ok((kind, attach::body(frames)).into_response())
 }
 
 pub(super) async fn attach(
     State(app): State<App>,
-    Path(path): Path<(String, String)>,
+    At(path): At<(String, String)>,
     headers: HeaderMap,
-    Query(from): Query<From>,
-    upgrade: WebSocketUpgrade,
+    Params(from): Params<From>,
+    upgrade: Result<WebSocketUpgrade, WebSocketUpgradeRejection>,
 ) -> Answer<Response> {
+    let upgrade = upgrade.map_err(|e| Failure::invalid(e.body_text()))?;
     let session = find(&app, path, &headers).await?;
     let frames = attach::follow(session.clone(), from.offset, true).map_err(no_thread)?;
     let attached = app.attached.clone();

@@ -1,0 +1,8 @@
+//! The `deltabox` program as a user meets it. Every test has a state directory of its own, and so a service.
+
+mod faults;
+mod harness;
+mod state;
+mod streams;
+mod terminal;
+mod usage;
