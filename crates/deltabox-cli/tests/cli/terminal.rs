@@ -5,12 +5,13 @@ use std::io::{Read, Write};
 use std::os::fd::OwnedFd;
 use std::process::{Child, Stdio};
 
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::{Mode, OFlags, open};
 use rustix::process::Signal;
 use rustix::pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt};
 use rustix::termios::{LocalModes, Winsize, tcgetattr, tcsetwinsize};
 
-use crate::harness::{Home, kill, wait_for};
+use crate::harness::{Home, PATIENCE, kill, wait_for};
 
 /// A terminal: our side and the program's.
 struct Terminal {
@@ -67,6 +68,13 @@ impl Terminal {
 
     fn read_until(&mut self, wanted: &str) {
         while !self.seen.contains(wanted) {
+            let mut ready = [PollFd::new(&self.ours, PollFlags::IN)];
+            let patience = Timespec {
+                tv_sec: PATIENCE.as_secs() as i64,
+                tv_nsec: 0,
+            };
+            let n = poll(&mut ready, Some(&patience)).unwrap();
+            assert!(n > 0, "{wanted:?} was never written: {:?}", self.seen);
             let mut buffer = [0; 4096];
             let n = self.ours.read(&mut buffer).expect(&self.seen);
             self.seen.push_str(&String::from_utf8_lossy(&buffer[..n]));
