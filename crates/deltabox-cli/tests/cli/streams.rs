@@ -70,8 +70,9 @@ fn a_detached_command_runs_on_and_can_be_read_followed_and_killed() {
     assert_eq!(output.stdout, b"begun\n");
     assert!(home.ok(&["inspect", "box"]).contains("exit 143"));
 
-    let sessions = home.json(&["exec", "-d", "box", "--", "sh", "-c", script]);
-    assert_eq!(sessions["argv"][2], script);
+    let text = home.ok(&["--json", "exec", "-d", "box", "--", "sh", "-c", script]);
+    let session: serde_json::Value = serde_json::from_str(&text).unwrap();
+    assert_eq!(session["argv"][2], script);
 }
 
 #[test]
