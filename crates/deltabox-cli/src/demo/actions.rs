@@ -7,11 +7,11 @@ use super::uct::Search;
 use super::world::{World, sh};
 
 /// Defects that are put into the target module.
-const DEFECTS: usize = 6;
+const DEFECTS: usize = 5;
+/// Places that are tried until the tests notice as many.
+const TRIES: usize = 40;
 /// How many recorded commands an action may go forward.
 const REACH: usize = 3;
-/// Seeds tried until the tests notice the defects.
-const PLANTINGS: u64 = 10;
 
 /// One action.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -37,11 +37,12 @@ impl Action {
     }
 }
 
-/// The task: what can be done, and what the tests say of it.
+/// The task: what was broken, what can be done, and what the tests say of it.
 pub(super) struct Task<'a> {
     pub(super) project: &'a Project,
     /// Tests that run when nothing is broken.
     total: u32,
+    defects: Vec<Action>,
     edits: Vec<Action>,
 }
 
@@ -51,19 +52,15 @@ impl<'a> Task<'a> {
         let mut task = Self {
             project,
             total: 0,
+            defects: Vec::new(),
             edits: Vec::new(),
         };
-        match &project.instance {
-            Some(instance) => {
-                let undo = "cd $0 && patch -s -p1 -R";
-                let mut patch = instance.golden_patch.as_bytes();
-                sh(&world.sandbox, &[undo, &world.place.work], Some(&mut patch))?;
-                let commit = "cd $0 && if command -v git > /dev/null; then git init -q . && git add -A && \
-                    git -c user.name=demo -c user.email=demo@localhost commit -q -m base; fi";
-                sh(&world.sandbox, &[commit, &world.place.work], None)?;
-                task.total = task.test(world)?.ran;
-            }
-            None => task.plant(world, seed)?,
+        if project.instance.is_none() {
+            task.find_defects(world, seed)?;
+        }
+        task.spoil(world)?;
+        if project.instance.is_some() {
+            task.total = task.test(world)?.ran;
         }
         match task.total {
             0 => bail!("no test ran; they said: {}", world.test(project)?),
@@ -71,29 +68,69 @@ impl<'a> Task<'a> {
         }
     }
 
-    fn plant(&mut self, world: &World, seed: u64) -> Result<()> {
+    /// Breaks a freshly unpacked project as [`Task::prepare`] did.
+    pub(super) fn spoil(&self, world: &World) -> Result<()> {
+        if let Some(instance) = &self.project.instance {
+            let undo = "cd $0 && patch -s -p1 -R";
+            let mut patch = instance.golden_patch.as_bytes();
+            sh(&world.sandbox, &[undo, &world.place.work], Some(&mut patch))?;
+            let commit = "cd $0 && if command -v git > /dev/null; then git init -q . && \
+                git config gc.auto 0 && git config maintenance.auto false && git add -A && \
+                git -c user.name=demo -c user.email=demo@localhost commit -q -m base; fi";
+            // git's own housekeeping would go on in the background while the state is written down.
+            sh(&world.sandbox, &[commit, &world.place.work], None)?;
+        }
+        let mut defects = self.defects.iter();
+        defects.try_for_each(|defect| self.edit(world, defect))
+    }
+
+    /// Tries possible defects one by one and keeps those that some tests notice, but not most.
+    fn find_defects(&mut self, world: &World, seed: u64) -> Result<()> {
         let whole = self.test(world)?;
         if whole.failed > 0 {
             bail!("the project's tests fail before anything was changed: {whole:?}");
         }
         self.total = whole.ran;
-        let file = format!("{}/{}", world.place.work, self.project.target);
+        let file = self.target(world);
+        let told = world.tool("edit.py", &["sites", &file, &seed.to_string()])?;
         sh(&world.sandbox, &["cp -p $0 /tmp/whole", &file], None)?;
-        for seed in seed..seed + PLANTINGS {
-            let (seed, count) = (seed.to_string(), DEFECTS.to_string());
-            let told = world.tool("edit.py", &["plant", &file, &seed, &count])?;
-            self.edits = told
-                .lines()
-                .map(options)
-                .collect::<Result<Vec<_>>>()?
-                .concat();
+        for text in told.lines().take(TRIES) {
+            let site = Site::read(text)?;
+            self.edit(world, &site.defect)?;
             let score = self.score(world)?;
-            if score > 0.0 && score < 1.0 {
-                return Ok(());
-            }
             sh(&world.sandbox, &["cp -p /tmp/whole $0", &file], None)?;
+            if (0.5..1.0).contains(&score) {
+                self.defects.push(site.defect);
+                self.edits.extend(site.repairs);
+            }
+            if self.defects.len() == DEFECTS {
+                break;
+            }
         }
-        bail!("no defect that the tests notice was found in {file}")
+        match self.defects.len() {
+            0 => bail!("no defect that the tests notice was found in {file}"),
+            _ => Ok(()),
+        }
+    }
+
+    fn target(&self, world: &World) -> String {
+        format!("{}/{}", world.place.work, self.project.target)
+    }
+
+    /// Replaces a token of the target module; other actions do nothing here.
+    fn edit(&self, world: &World, action: &Action) -> Result<()> {
+        let Action::Edit {
+            line,
+            column,
+            old,
+            new,
+        } = action
+        else {
+            return Ok(());
+        };
+        let (line, column) = (line.to_string(), column.to_string());
+        let args = ["apply", &self.target(world), &line, &column, old, new];
+        world.tool("edit.py", &args).map(|_| ())
     }
 
     /// What can be tried after the actions on the way to a node.
@@ -135,15 +172,8 @@ impl<'a> Task<'a> {
     pub(super) fn act(&self, world: &World, action: &Action, step: u64) -> Result<()> {
         let work = &world.place.work;
         match action {
-            Action::Edit {
-                line,
-                column,
-                old,
-                new,
-            } => {
-                let file = format!("{work}/{}", self.project.target);
-                let (line, column) = (line.to_string(), column.to_string());
-                world.tool("edit.py", &["apply", &file, &line, &column, old, new])?;
+            Action::Edit { .. } => {
+                self.edit(world, action)?;
                 let spare = format!("{work}/{}", self.project.spare);
                 world.tool("edit.py", &["churn", &spare, &step.to_string()])?;
             }
@@ -177,20 +207,31 @@ fn line(action: &Action) -> Option<u32> {
     }
 }
 
-/// Reads what `edit.py plant` prints of one defect.
-fn options(text: &str) -> Result<Vec<Action>> {
-    let words: Vec<_> = text.split(' ').collect();
-    let [line, column, old, new] = words[..] else {
-        bail!("edit.py printed {text:?}")
-    };
-    let (line, column) = (line.parse()?, column.parse()?);
-    let edit = |new: &str| Action::Edit {
-        line,
-        column,
-        old: old.to_owned(),
-        new: new.to_owned(),
-    };
-    Ok(new.split(',').map(edit).collect())
+/// A place where a defect can be put.
+struct Site {
+    defect: Action,
+    repairs: Vec<Action>,
+}
+
+impl Site {
+    /// Reads a line that `edit.py sites` prints.
+    fn read(text: &str) -> Result<Self> {
+        let words: Vec<_> = text.split(' ').collect();
+        let [line, column, right, wrong, options] = words[..] else {
+            bail!("edit.py printed {text:?}")
+        };
+        let (line, column) = (line.parse()?, column.parse()?);
+        let edit = |old: &str, new: &str| Action::Edit {
+            line,
+            column,
+            old: old.to_owned(),
+            new: new.to_owned(),
+        };
+        Ok(Self {
+            defect: edit(right, wrong),
+            repairs: options.split(',').map(|new| edit(wrong, new)).collect(),
+        })
+    }
 }
 
 /// unittest's summary. Nothing ran if there is none: the module could not be loaded, or did not end.
@@ -237,10 +278,10 @@ mod tests {
     }
 
     #[test]
-    fn each_option_of_a_defect_is_an_action() {
-        let actions = options("12 4 <= <,>").unwrap();
-        assert_eq!(actions.len(), 2);
-        assert_eq!(actions[1].describe(), "line 12: <= becomes >");
-        assert!(options("12 4 <=").is_err());
+    fn each_repair_of_a_defect_is_an_action() {
+        let site = Site::read("12 4 < <= <,>").unwrap();
+        assert_eq!(site.defect.describe(), "line 12: < becomes <=");
+        assert_eq!(site.repairs[1].describe(), "line 12: <= becomes >");
+        assert!(Site::read("12 4 <=").is_err());
     }
 }

@@ -92,7 +92,7 @@ fn revive(
     search: &Search<Action>,
     node: usize,
 ) -> Result<World> {
-    let copy = "mkdir -p ${0%/*} && cp -a /copies/$1 $0";
+    let copy = "mkdir -p /forks && cp -a /copies/$1 $0";
     sh(sandbox, &[copy, &place.work, &node.to_string()], None)?;
     let world = World::start(sandbox, place)?;
     for step in search.path(node).into_iter().skip(1) {

@@ -13,12 +13,11 @@ mod world;
 
 use std::io::Write;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 use clap::Args;
-use deltabox::{Host, HostConfig, Sandbox, SandboxSpec};
+use deltabox::{Host, HostConfig, SandboxSpec};
 use indicatif::{ProgressBar, ProgressStyle};
 use serde::Serialize;
 
@@ -110,7 +109,9 @@ fn perform(state_dir: &Path, project: &Project, python: &Python, options: &Demo)
     let nodes = usize::from(options.nodes);
     let bar = progress(nodes + FORKS, options.no_copies);
     bar.set_message(format!("unpacking {}", project.title));
-    let (_, world, task) = stage.prepare("demo", project, python, options.seed)?;
+    let world = stage.furnish("demo", project, python)?;
+    bar.set_message("looking for defects that the tests notice");
+    let task = Task::prepare(&world, project, options.seed).context("breaking the project")?;
     let mut explored = explore::explore(&world, &task, nodes, options.seed, &bar)?;
     explored.fork_best(&stage.host, &world, &task, FORKS, &bar)?;
     stage.host.remove("demo")?;
@@ -118,7 +119,8 @@ fn perform(state_dir: &Path, project: &Project, python: &Python, options: &Demo)
         true => None,
         false => {
             bar.set_message("full copies: unpacking");
-            let (_, world, task) = stage.prepare("copies", project, python, options.seed)?;
+            let world = stage.furnish("copies", project, python)?;
+            task.spoil(&world)?;
             let mut copies = Copies::default();
             copies.repeat(world, &task, &explored.search, FORKS, &bar)?;
             Some(copies)
@@ -228,23 +230,15 @@ impl Stage {
         Ok(Self { host, dir })
     }
 
-    /// A sandbox with the project unpacked and broken, and its processes started.
-    fn prepare<'a>(
-        &self,
-        name: &str,
-        project: &'a Project,
-        python: &Python,
-        seed: u64,
-    ) -> Result<(Arc<Sandbox>, World, Task<'a>)> {
+    /// A sandbox with the project unpacked and its processes started.
+    fn furnish(&self, name: &str, project: &Project, python: &Python) -> Result<World> {
         let sandbox = self.host.create(SandboxSpec {
             name: Some(name.into()),
             ..SandboxSpec::default()
         })?;
         let place = Place::usual();
         world::furnish(&sandbox, &place, project, python).context("setting the sandbox up")?;
-        let world = World::start(&sandbox, &place).context("starting the processes")?;
-        let task = Task::prepare(&world, project, seed).context("preparing the project")?;
-        Ok((sandbox, world, task))
+        World::start(&sandbox, &place).context("starting the processes")
     }
 }
 

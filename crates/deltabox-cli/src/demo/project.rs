@@ -109,13 +109,13 @@ impl Project {
     }
 
     fn standard_library(python: &Python) -> Self {
-        let code = "import doctest, statistics, unittest; \
-            unittest.TextTestRunner().run(doctest.DocTestSuite(statistics))";
+        let code = "import difflib, doctest, unittest; \
+            unittest.TextTestRunner().run(doctest.DocTestSuite(difflib))";
         Self {
             title: "Python's standard library".into(),
             source: Source::Library(python.library.clone()),
             requirements: None,
-            target: "statistics.py",
+            target: "difflib.py",
             spare: "email",
             test: format!("timeout 100 python3 -c '{code}'"),
             instance: None,

@@ -1,6 +1,7 @@
 """Edits the work tree.
 
-usage: edit.py plant FILE SEED COUNT   puts COUNT defects into a Python file and prints the edits that could repair it
+usage: edit.py sites FILE SEED   prints, in an order that SEED determines, where a defect could be put into a Python file:
+                                line, column, token, defect, and what could be tried to repair it
        edit.py apply FILE LINE COLUMN OLD NEW   replaces one token
        edit.py churn DIR SEED          makes, changes, renames and deletes other files below DIR
 """
@@ -47,24 +48,19 @@ def write(path, text):
         file.write(text)
 
 
-def plant(path, seed, count):
-    text = read(path)
-    lines = text.splitlines(keepends=True)
-    tokens = [t for t in tokenize.generate_tokens(io.StringIO(text).readline) if mistakes(t)]
+def sites(path, seed):
+    tokens = [t for t in tokenize.generate_tokens(io.StringIO(read(path)).readline) if mistakes(t)]
     dice = random.Random(seed)
     dice.shuffle(tokens)
     used = set()
     for token in tokens:
         line, column = token.start
-        if line in used or len(used) == count:
+        if line in used:
             continue
         used.add(line)
         wrong = dice.choice(mistakes(token))
-        old = lines[line - 1]
-        lines[line - 1] = old[:column] + wrong + old[column + len(token.string) :]
         options = sorted({token.string, *mistakes(token)} - {wrong})
-        print(line, column, wrong, ",".join(options))
-    write(path, "".join(lines))
+        print(line, column, token.string, wrong, ",".join(options))
 
 
 def apply(path, line, column, old, new):
@@ -103,8 +99,8 @@ def churn(directory, seed):
 
 def main():
     command, path, *rest = sys.argv[1:]
-    if command == "plant":
-        plant(path, int(rest[0]), int(rest[1]))
+    if command == "sites":
+        sites(path, int(rest[0]))
     elif command == "apply":
         apply(path, int(rest[0]), int(rest[1]), rest[2], rest[3])
     elif command == "churn":
