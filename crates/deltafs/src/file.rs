@@ -22,6 +22,8 @@ pub(crate) struct FileBody {
     blocks: OrdMap<u64, Own>,
     /// How many of `blocks` hold data.
     data_blocks: u64,
+    /// How many of `blocks` lie over the part of the base that shows.
+    covering: u64,
 }
 
 /// A base file as far as it shows through.
@@ -105,18 +107,11 @@ impl FileBody {
 
     /// `st_blocks`.
     pub(crate) fn blocks_512(&self) -> u64 {
-        let own = self.data_blocks * (BLOCK / 512);
-        match &self.base {
-            None => own,
-            Some(base) => {
-                let shown = base
-                    .blocks_512
-                    .min(base.limit.div_ceil(BLOCK) * (BLOCK / 512));
-                (shown + own)
-                    .min(self.size.div_ceil(BLOCK) * (BLOCK / 512))
-                    .max(own)
-            }
-        }
+        let per_block = BLOCK / 512;
+        let own = self.data_blocks * per_block;
+        let Some(base) = &self.base else { return own };
+        let shown = base.blocks_512.min(base.limit.div_ceil(BLOCK) * per_block);
+        shown.saturating_sub(self.covering * per_block) + own
     }
 
     /// Finds where `len` bytes from `offset` on are, cut at the end of the file.
@@ -209,10 +204,7 @@ impl FileBody {
             for block in gone {
                 self.forget(block);
             }
-            if let Some(base) = &mut self.base {
-                base.limit = base.limit.min(size);
-            }
-            self.drop_hidden_base();
+            self.limit_base(size);
         }
         self.size = size;
         Ok(())
@@ -238,17 +230,17 @@ impl FileBody {
         for block in own {
             self.forget(block);
         }
-        if let Some(base) = &mut self.base {
-            let shown = base.limit.div_ceil(BLOCK);
-            if inner.end >= shown {
-                base.limit = base.limit.min(inner.start * BLOCK);
-            } else {
-                for block in inner {
-                    self.set(block, Own::Hole);
-                }
+        let shown = self
+            .base
+            .as_ref()
+            .map_or(0, |base| base.limit.div_ceil(BLOCK));
+        if inner.end >= shown {
+            self.limit_base(inner.start * BLOCK);
+        } else {
+            for block in inner {
+                self.set(block, Own::Hole);
             }
         }
-        self.drop_hidden_base();
         Ok(())
     }
 
@@ -356,16 +348,34 @@ impl FileBody {
     }
 
     fn set(&mut self, block: u64, own: Own) {
+        self.forget(block);
         self.data_blocks += u64::from(matches!(own, Own::Data(_)));
-        if let Some(Own::Data(_)) = self.blocks.insert(block, own) {
-            self.data_blocks -= 1;
-        }
+        self.covering += u64::from(self.covers(block));
+        self.blocks.insert(block, own);
     }
 
     fn forget(&mut self, block: u64) {
-        if let Some(Own::Data(_)) = self.blocks.remove(&block) {
-            self.data_blocks -= 1;
+        if let Some(own) = self.blocks.remove(&block) {
+            self.data_blocks -= u64::from(matches!(own, Own::Data(_)));
+            self.covering -= u64::from(self.covers(block));
         }
+    }
+
+    fn covers(&self, block: u64) -> bool {
+        self.base
+            .as_ref()
+            .is_some_and(|base| block * BLOCK < base.limit)
+    }
+
+    /// Hides the base from `limit` on.
+    fn limit_base(&mut self, limit: u64) {
+        if let Some(base) = &mut self.base
+            && limit < base.limit
+        {
+            base.limit = limit;
+            self.covering = self.blocks.range(..limit.div_ceil(BLOCK)).count() as u64;
+        }
+        self.drop_hidden_base();
     }
 
     /// Lets go of a base file of which nothing shows any more, and of the holes over it.

@@ -1,0 +1,514 @@
+//! What a program in a sandbox sees of the filesystem's finer rules.
+
+mod common;
+
+use std::ffi::OsStr;
+use std::fs::{self, File, OpenOptions};
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt, PermissionsExt};
+
+use common::{Mounted, fixture, fixture_with, names};
+use deltafs::{Change, ChangeKind, IdMap, diff};
+use rustix::fs::{CWD, FileType, Mode, OFlags, RenameFlags, XattrFlags};
+
+const SHIFTED: IdMap = IdMap {
+    outside_first: 1_000_000,
+    count: 65_536,
+};
+
+#[test]
+fn ids_are_shifted_and_ids_beyond_the_map_are_nobody() {
+    let fill = |base: &std::path::Path| {
+        for (name, id) in [("root", 0), ("user", 1000), ("far", 100_000)] {
+            fs::write(base.join(name), "x").unwrap();
+            std::os::unix::fs::chown(base.join(name), Some(id), Some(id)).unwrap();
+        }
+    };
+    let f = fixture_with(fill, SHIFTED, Vec::new());
+    let v = &f.volume;
+    let owner = |v: &Mounted, name: &str| fs::metadata(v.at(name)).unwrap().uid();
+    assert_eq!(
+        [owner(v, "root"), owner(v, "user"), owner(v, "far")],
+        [1_000_000, 1_001_000, 1_065_534]
+    );
+    std::os::unix::fs::chown(v.at("user"), Some(1_000_005), Some(1_000_006)).unwrap();
+    assert_eq!(fs::metadata(v.at("user")).unwrap().gid(), 1_000_006);
+    v.write("new", "x");
+    assert_eq!(
+        owner(v, "new"),
+        1_000_000,
+        "the host's root is the sandbox's"
+    );
+    let other = IdMap {
+        outside_first: 2_000_000,
+        ..SHIFTED
+    };
+    let fork = Mounted::new(v.fork(&v.checkpoint(), other).unwrap());
+    assert_eq!(
+        [owner(&fork, "user"), owner(&fork, "new")],
+        [2_000_005, 2_000_000]
+    );
+}
+
+#[test]
+fn hidden_paths_do_not_show_and_their_names_are_free() {
+    let fill = |base: &std::path::Path| {
+        fs::create_dir_all(base.join("var/lib/state/secret")).unwrap();
+        fs::write(base.join("var/lib/other"), "x").unwrap();
+    };
+    let f = fixture_with(
+        fill,
+        IdMap::IDENTITY,
+        vec!["/var/lib/state".into(), "/not/there".into()],
+    );
+    let v = &f.volume;
+    assert!(!v.at("var/lib/state").exists());
+    assert_eq!(names(v.at("var/lib")), ["other"]);
+    fs::create_dir(v.at("var/lib/state")).unwrap();
+    assert_eq!(names(v.at("var/lib/state")), [""; 0]);
+    fs::remove_dir(v.at("var/lib/state")).unwrap();
+    fs::remove_file(v.at("var/lib/other")).unwrap();
+    fs::remove_dir(v.at("var/lib")).unwrap();
+    assert!(f.base.path().join("var/lib/state/secret").exists());
+}
+
+#[test]
+fn symbolic_links_of_the_base_do_not_lead_out_of_it() {
+    let f = fixture(|base| {
+        std::os::unix::fs::symlink("/etc", base.join("absolute")).unwrap();
+        std::os::unix::fs::symlink("../../../../../../etc", base.join("up")).unwrap();
+    });
+    let root = rustix::fs::openat(
+        f.volume.mount(),
+        ".",
+        OFlags::RDONLY | OFlags::DIRECTORY,
+        Mode::empty(),
+    )
+    .unwrap();
+    for name in ["absolute/passwd", "up/passwd"] {
+        let resolve = rustix::fs::ResolveFlags::IN_ROOT;
+        let found = rustix::fs::openat2(&root, name, OFlags::RDONLY, Mode::empty(), resolve);
+        assert_eq!(found.unwrap_err(), rustix::io::Errno::NOENT, "{name}");
+    }
+}
+
+#[test]
+fn names_may_be_any_255_bytes() {
+    let f = fixture(|_| {});
+    let v = &f.volume;
+    let odd = OsStr::from_bytes(b"\xff\x01 \n\\");
+    let long = "n".repeat(255);
+    for name in [odd, OsStr::new(&long)] {
+        fs::write(v.at(name), "x").unwrap();
+        assert_eq!(fs::read(v.at(name)).unwrap(), b"x");
+    }
+    let too_long = fs::write(v.at("n".repeat(256)), "x").unwrap_err();
+    assert_eq!(too_long.raw_os_error(), Some(libc::ENAMETOOLONG));
+    let listed: Vec<_> = fs::read_dir(v.at(""))
+        .unwrap()
+        .map(|entry| entry.unwrap().file_name())
+        .collect();
+    assert!(listed.contains(&odd.to_owned()) && listed.len() == 2);
+}
+
+#[test]
+fn a_large_directory_is_listed_whole_while_it_changes() {
+    let f = fixture(|base| {
+        for index in 0..1000 {
+            fs::write(base.join(format!("base{index}")), "").unwrap();
+        }
+    });
+    let v = &f.volume;
+    for index in 0..1000 {
+        fs::write(v.at(format!("own{index}")), "").unwrap();
+    }
+    let mut seen = std::collections::HashSet::new();
+    for (index, entry) in fs::read_dir(v.at("")).unwrap().enumerate() {
+        assert!(
+            seen.insert(entry.unwrap().file_name()),
+            "an entry was listed twice"
+        );
+        if index % 10 == 0 {
+            fs::write(v.at(format!("later{index}")), "").unwrap();
+            let _ = fs::remove_file(v.at(format!("later{}", index.saturating_sub(50))));
+        }
+    }
+    for index in 0..1000 {
+        for kind in ["base", "own"] {
+            assert!(
+                seen.contains(OsStr::new(&format!("{kind}{index}"))),
+                "{kind}{index} was skipped"
+            );
+        }
+    }
+}
+
+#[test]
+fn special_files_and_whiteouts_are_kept() {
+    let f = fixture(|base| {
+        rustix::fs::mknodat(CWD, base.join("fifo"), FileType::Fifo, Mode::RUSR, 0).unwrap();
+    });
+    let v = &f.volume;
+    assert!(
+        fs::symlink_metadata(v.at("fifo"))
+            .unwrap()
+            .file_type()
+            .is_fifo()
+    );
+    rustix::fs::mknodat(
+        CWD,
+        v.at("whiteout"),
+        FileType::CharacterDevice,
+        Mode::empty(),
+        0,
+    )
+    .unwrap();
+    v.write("a", "a");
+    rustix::fs::renameat_with(CWD, v.at("a"), CWD, v.at("b"), RenameFlags::WHITEOUT).unwrap();
+    for name in ["whiteout", "a"] {
+        let meta = fs::symlink_metadata(v.at(name)).unwrap();
+        assert!(
+            meta.file_type().is_char_device() && meta.rdev() == 0,
+            "{name}"
+        );
+    }
+    assert_eq!(v.read("b"), "a");
+}
+
+#[test]
+fn exchange_swaps_a_directory_and_a_file() {
+    let f = fixture(|base| {
+        fs::create_dir_all(base.join("x/dir")).unwrap();
+        fs::create_dir(base.join("y")).unwrap();
+        fs::write(base.join("x/dir/inner"), "inner").unwrap();
+        fs::write(base.join("y/file"), "file").unwrap();
+    });
+    let v = &f.volume;
+    rustix::fs::renameat_with(
+        CWD,
+        v.at("x/dir"),
+        CWD,
+        v.at("y/file"),
+        RenameFlags::EXCHANGE,
+    )
+    .unwrap();
+    assert_eq!(
+        (v.read("x/dir"), v.read("y/file/inner")),
+        ("file".into(), "inner".into())
+    );
+    let links = |name: &str| fs::metadata(v.at(name)).unwrap().nlink();
+    assert_eq!([links("x"), links("y")], [2, 3]);
+    let into_itself = fs::rename(v.at("y"), v.at("y/file/y")).unwrap_err();
+    assert_eq!(into_itself.raw_os_error(), Some(libc::EINVAL));
+}
+
+#[test]
+fn group_and_mode_are_inherited_in_set_group_id_directories() {
+    let f = fixture(|_| {});
+    let v = &f.volume;
+    fs::create_dir(v.at("dir")).unwrap();
+    std::os::unix::fs::chown(v.at("dir"), None, Some(77)).unwrap();
+    fs::set_permissions(v.at("dir"), fs::Permissions::from_mode(0o2775)).unwrap();
+    v.write("dir/file", "x");
+    fs::create_dir(v.at("dir/sub")).unwrap();
+    assert_eq!(fs::metadata(v.at("dir/file")).unwrap().gid(), 77);
+    let sub = fs::metadata(v.at("dir/sub")).unwrap();
+    assert_eq!((sub.gid(), sub.mode() & 0o2000), (77, 0o2000));
+}
+
+#[test]
+fn changing_the_owner_clears_set_user_id_and_capabilities() {
+    let f = fixture(|_| {});
+    let v = &f.volume;
+    v.write("program", "x");
+    fs::set_permissions(v.at("program"), fs::Permissions::from_mode(0o6755)).unwrap();
+    let capability =
+        b"\x01\x00\x00\x02\x00\x04\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00";
+    let name = "security.capability";
+    rustix::fs::setxattr(v.at("program"), name, capability, XattrFlags::empty()).unwrap();
+    std::os::unix::fs::chown(v.at("program"), Some(5), None).unwrap();
+    assert_eq!(
+        fs::metadata(v.at("program")).unwrap().mode() & 0o7777,
+        0o755
+    );
+    let gone = rustix::fs::getxattr(v.at("program"), name, &mut [0; 64][..]);
+    assert_eq!(gone.unwrap_err(), rustix::io::Errno::NODATA);
+}
+
+#[test]
+fn access_lists_are_enforced_by_the_kernel_and_inherited() {
+    let entry = |tag: u16, perm: u16, id: u32| {
+        let mut line = tag.to_le_bytes().to_vec();
+        line.extend(perm.to_le_bytes());
+        line.extend(id.to_le_bytes());
+        line
+    };
+    let none = u32::MAX;
+    let lines = [
+        entry(1, 7, none),
+        entry(2, 7, 1_000_005),
+        entry(4, 0, none),
+        entry(16, 7, none),
+        entry(32, 0, none),
+    ];
+    let list = [2_u32.to_le_bytes().to_vec(), lines.concat()].concat();
+    let f = fixture_with(|_| {}, SHIFTED, Vec::new());
+    let v = &f.volume;
+    fs::create_dir(v.at("dir")).unwrap();
+    rustix::fs::setxattr(
+        v.at("dir"),
+        "system.posix_acl_default",
+        &list,
+        XattrFlags::empty(),
+    )
+    .unwrap();
+    v.write("dir/file", "x");
+    let mut found = [0; 256];
+    let len =
+        rustix::fs::getxattr(v.at("dir/file"), "system.posix_acl_access", &mut found[..]).unwrap();
+    assert_eq!(
+        found[12..20],
+        list[12..20],
+        "the user's line, with the id shifted back"
+    );
+    assert_eq!(len, list.len());
+    assert_eq!(
+        fs::metadata(v.at("dir/file")).unwrap().mode() & 0o777,
+        0o660
+    );
+    fs::set_permissions(v.at("dir/file"), fs::Permissions::from_mode(0o600)).unwrap();
+    rustix::fs::getxattr(v.at("dir/file"), "system.posix_acl_access", &mut found[..]).unwrap();
+    assert_eq!(found[30], 0, "chmod sets the mask");
+}
+
+#[test]
+fn holes_are_found_over_the_base_and_punched() {
+    let f = fixture(|base| {
+        let file = File::create(base.join("sparse")).unwrap();
+        file.write_all_at(&[1; 4096], 1 << 20).unwrap();
+        fs::write(base.join("full"), vec![1; 64 * 1024]).unwrap();
+    });
+    let v = &f.volume;
+    let open = |name: &str| {
+        OpenOptions::new()
+            .read(true)
+            .write(true)
+            .open(v.at(name))
+            .unwrap()
+    };
+    let seek = |file: &File, to| rustix::fs::seek(file, to).unwrap();
+    use rustix::fs::SeekFrom::{Data, Hole};
+    let sparse = open("sparse");
+    assert_eq!(seek(&sparse, Data(0)), 1 << 20);
+    sparse.write_all_at(b"x", 8192).unwrap();
+    assert_eq!(
+        (seek(&sparse, Data(0)), seek(&sparse, Hole(8192))),
+        (8192, 12_288)
+    );
+    let full = open("full");
+    let flags = rustix::fs::FallocateFlags::PUNCH_HOLE | rustix::fs::FallocateFlags::KEEP_SIZE;
+    rustix::fs::fallocate(&full, flags, 8192, 8192).unwrap();
+    assert_eq!(
+        (seek(&full, Hole(0)), seek(&full, Data(8192))),
+        (8192, 16_384)
+    );
+    let mut bytes = vec![9; 12_288];
+    full.read_exact_at(&mut bytes, 6144).unwrap();
+    assert!(
+        bytes[..2048].iter().all(|byte| *byte == 1)
+            && bytes[2048..10_240].iter().all(|byte| *byte == 0)
+    );
+    assert_eq!(
+        full.metadata().unwrap().blocks(),
+        112,
+        "a punched hole takes no space"
+    );
+}
+
+#[test]
+fn direct_io_sees_what_buffered_io_wrote_and_the_other_way_round() {
+    #[repr(align(4096))]
+    struct Aligned([u8; 4096]);
+    let f = fixture(|base| fs::write(base.join("a"), vec![b'a'; 8192]).unwrap());
+    let v = &f.volume;
+    let direct = OpenOptions::new()
+        .read(true)
+        .write(true)
+        .custom_flags(libc::O_DIRECT)
+        .open(v.at("a"))
+        .unwrap();
+    let buffered = OpenOptions::new()
+        .read(true)
+        .write(true)
+        .open(v.at("a"))
+        .unwrap();
+    let mut page = Box::new(Aligned([0; 4096]));
+    buffered.write_all_at(b"b", 0).unwrap();
+    direct.read_exact_at(&mut page.0, 0).unwrap();
+    assert_eq!((page.0[0], page.0[1]), (b'b', b'a'));
+    page.0.fill(b'd');
+    direct.write_all_at(&page.0, 4096).unwrap();
+    let mut byte = [0];
+    buffered.read_exact_at(&mut byte, 5000).unwrap();
+    assert_eq!(&byte, b"d");
+}
+
+#[test]
+fn record_locks_conflict_between_open_files() {
+    let f = fixture(|base| fs::write(base.join("a"), "x").unwrap());
+    let open = || {
+        OpenOptions::new()
+            .read(true)
+            .write(true)
+            .open(f.volume.at("a"))
+            .unwrap()
+    };
+    let (one, two) = (open(), open());
+    one.lock().unwrap();
+    assert!(two.try_lock().is_err());
+    one.unlock().unwrap();
+    two.try_lock().unwrap();
+}
+
+#[test]
+fn a_full_disk_is_told_to_the_writer_and_snapshots_stay_good() {
+    use rustix::mount::{
+        FsMountFlags, FsOpenFlags, MountAttrFlags, fsconfig_create, fsconfig_set_string, fsmount,
+        fsopen,
+    };
+    let context = fsopen("tmpfs", FsOpenFlags::FSOPEN_CLOEXEC).unwrap();
+    let fd = std::os::fd::AsFd::as_fd(&context);
+    fsconfig_set_string(fd, "size", "1m").unwrap();
+    fsconfig_create(fd).unwrap();
+    let small = fsmount(fd, FsMountFlags::FSMOUNT_CLOEXEC, MountAttrFlags::empty()).unwrap();
+    let base = tempfile::tempdir().unwrap();
+    let v = Mounted::new(
+        deltafs::Volume::create(deltafs::Options {
+            base: File::open(base.path()).unwrap().into(),
+            hidden: Vec::new(),
+            ids: IdMap::IDENTITY,
+            data_dir: format!("/proc/self/fd/{}", std::os::fd::AsRawFd::as_raw_fd(&small)).into(),
+            threads: 1,
+        })
+        .unwrap(),
+    );
+    v.write("good", vec![1; 300_000]);
+    let snapshot = v.checkpoint();
+    let full = fs::write(v.at("big"), vec![2; 2_000_000]).unwrap_err();
+    assert_eq!(full.raw_os_error(), Some(libc::ENOSPC));
+    fs::remove_file(v.at("big")).unwrap();
+    v.rollback(&snapshot).unwrap();
+    assert_eq!(fs::read(v.at("good")).unwrap(), vec![1; 300_000]);
+    v.write("again", vec![3; 300_000]);
+    assert_eq!(fs::read(v.at("again")).unwrap(), vec![3; 300_000]);
+}
+
+#[test]
+fn diff_names_what_came_went_changed_and_moved() {
+    let f = fixture(|base| {
+        fs::create_dir_all(base.join("tree/sub")).unwrap();
+        fs::create_dir_all(base.join("moving/sub")).unwrap();
+        for name in [
+            "tree/sub/x",
+            "tree/y",
+            "moving/sub/z",
+            "edited",
+            "touched",
+            "same",
+        ] {
+            fs::write(base.join(name), name).unwrap();
+        }
+    });
+    let v = &f.volume;
+    let a = v.checkpoint();
+    v.write("edited", "other");
+    fs::set_permissions(v.at("touched"), fs::Permissions::from_mode(0o600)).unwrap();
+    fs::rename(v.at("moving"), v.at("moved")).unwrap();
+    v.write("moved/sub/z", "edited in its new place");
+    fs::rename(v.at("tree/y"), v.at("y")).unwrap();
+    fs::remove_dir_all(v.at("tree")).unwrap();
+    fs::create_dir(v.at("new")).unwrap();
+    v.write("new/file", "x");
+    v.write("passing", "x");
+    fs::remove_file(v.at("passing")).unwrap();
+    let b = v.checkpoint();
+    let change = |path: &str, kind| Change {
+        path: path.into(),
+        kind,
+    };
+    let renamed = |from: &str| ChangeKind::Renamed { from: from.into() };
+    assert_eq!(
+        diff(&a, &b),
+        [
+            change("/edited", ChangeKind::Modified),
+            change("/moved", renamed("/moving")),
+            change("/moved/sub/z", ChangeKind::Modified),
+            change("/new", ChangeKind::Added),
+            change("/new/file", ChangeKind::Added),
+            change("/touched", ChangeKind::Modified),
+            change("/tree", ChangeKind::Deleted),
+            change("/tree/sub", ChangeKind::Deleted),
+            change("/tree/sub/x", ChangeKind::Deleted),
+            change("/y", renamed("/tree/y")),
+        ]
+    );
+    assert_eq!(diff(&b, &a).len(), 10);
+    assert!(diff(&b, &b).is_empty());
+}
+
+#[test]
+fn rollback_of_ten_thousand_changed_files_restores_each() {
+    const FILES: usize = 10_000;
+    let f = fixture(|base| {
+        fs::create_dir(base.join("dir")).unwrap();
+        fs::write(base.join("dir/kept"), "kept").unwrap();
+    });
+    let v = &f.volume;
+    for index in 0..FILES {
+        fs::write(v.at(format!("dir/{index}")), "before").unwrap();
+    }
+    let before = v.checkpoint();
+    for index in 0..FILES {
+        match index % 3 {
+            0 => fs::write(v.at(format!("dir/{index}")), "after, longer").unwrap(),
+            1 => fs::remove_file(v.at(format!("dir/{index}"))).unwrap(),
+            _ => fs::rename(
+                v.at(format!("dir/{index}")),
+                v.at(format!("dir/moved{index}")),
+            )
+            .unwrap(),
+        }
+    }
+    v.rollback(&before).unwrap();
+    assert_eq!(fs::read_dir(v.at("dir")).unwrap().count(), FILES + 1);
+    for index in 0..FILES {
+        assert_eq!(v.read(&format!("dir/{index}")), "before");
+    }
+    assert_eq!(v.read("dir/kept"), "kept");
+}
+
+#[test]
+fn space_of_dropped_snapshots_is_given_back() {
+    let f = fixture(|_| {});
+    let v = &f.volume;
+    v.write("a", vec![1; 4 << 20]);
+    let snapshot = v.checkpoint();
+    v.write("a", vec![2; 4 << 20]);
+    assert_eq!(v.stats().data_bytes, 8 << 20);
+    drop(snapshot);
+    assert_eq!(v.stats().data_bytes, 4 << 20);
+    let kept = v.checkpoint();
+    v.rollback(&kept).unwrap();
+    assert_eq!(fs::read(v.at("a")).unwrap(), vec![2; 4 << 20]);
+}
+
+#[test]
+fn what_still_uses_a_volume_that_ended_gets_an_error_and_does_not_hang() {
+    let f = fixture(|base| fs::write(base.join("a"), "x").unwrap());
+    let file = File::open(f.volume.at("a")).unwrap();
+    f.volume.shutdown();
+    let ended = file.read_at(&mut [0], 0).unwrap_err();
+    assert_eq!(ended.raw_os_error(), Some(libc::ENOTCONN));
+    let ended = fs::metadata(f.volume.at("never looked up")).unwrap_err();
+    assert_eq!(ended.raw_os_error(), Some(libc::ENOTCONN));
+}
