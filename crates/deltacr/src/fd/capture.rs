@@ -1,5 +1,6 @@
 //! Capture: what a stopped tree has open.
 
+use std::cmp::Ordering;
 use std::collections::{BTreeMap, HashMap};
 use std::os::fd::OwnedFd;
 
@@ -128,6 +129,7 @@ pub(crate) struct Capture<'a> {
     pub(crate) sockets: Vec<usize>,
     /// Indices of the pipes by inode.
     pub(crate) pipes: HashMap<u64, usize>,
+    /// Objects of the same likeness, in the order of `kcmp`.
     likely: HashMap<Likeness, Vec<usize>>,
     /// For each object a slot in which it is, as `kcmp` wants it.
     firsts: Vec<(HostPid, i32)>,
@@ -159,14 +161,14 @@ impl Capture<'_> {
         let likeness = ((dev, ino), holder.flags(), holder.raw.info.pos);
         let here = (holder.remote.host(), holder.raw.fd);
         let slot = (holder.remote.pid(), holder.raw.fd);
-        for &known in self.likely.get(&likeness).into_iter().flatten() {
-            let same = sys::fd::same_file(self.firsts[known], here);
-            if holder.during(same, "comparing the file")? {
+        let place = match self.place(holder, &likeness)? {
+            Ok(known) => {
                 self.image.objects[known].slots.push(slot);
                 self.locks(holder, known);
                 return Ok(known);
             }
-        }
+            Err(place) => place,
+        };
         let known = self
             .kind(holder)
             .and_then(|kind| Ok((kind, lock::owner(holder)?)));
@@ -181,9 +183,29 @@ impl Capture<'_> {
             slots: vec![slot],
         });
         self.firsts.push(here);
-        self.likely.entry(likeness).or_default().push(object);
+        self.likely
+            .entry(likeness)
+            .or_default()
+            .insert(place, object);
         self.locks(holder, object);
         Ok(object)
+    }
+
+    /// The object of a slot, or where among its likes it is to be sorted in.
+    fn place(&self, holder: &Holder<'_>, likeness: &Likeness) -> Result<Result<usize, usize>> {
+        let likes = self.likely.get(likeness).map_or(&[][..], Vec::as_slice);
+        let here = (holder.remote.host(), holder.raw.fd);
+        let (mut low, mut high) = (0, likes.len());
+        while low < high {
+            let middle = usize::midpoint(low, high);
+            let order = sys::fd::compare_files(self.firsts[likes[middle]], here);
+            match holder.during(order, "comparing the file")? {
+                Ordering::Equal => return Ok(Ok(likes[middle])),
+                Ordering::Less => low = middle + 1,
+                Ordering::Greater => high = middle,
+            }
+        }
+        Ok(Err(low))
     }
 
     fn kind(&mut self, holder: &Holder<'_>) -> Result<Kind> {

@@ -6,6 +6,7 @@ use serde::{Deserialize, Serialize};
 
 use super::socket::Socket;
 use crate::env::ExternalId;
+use crate::error::{Error, Result};
 use crate::ids::InnerPid;
 
 /// The open files of a whole process tree at one moment: every open file object once, with the
@@ -232,13 +233,67 @@ impl Descriptors {
             slot.object = renumbered[slot.object].expect("a slot's object has that slot");
         }
         for object in &mut self.objects {
-            if let Kind::Epoll { interests } = &mut object.kind {
-                interests.retain_mut(|interest| {
-                    let object = renumbered[interest.object];
-                    interest.object = object.unwrap_or_default();
-                    object.is_some()
-                });
+            match &mut object.kind {
+                Kind::Epoll { interests } => {
+                    interests.retain_mut(|interest| renumber(&renumbered, &mut interest.object))
+                }
+                Kind::Socket(socket) => socket.renumber(|index| renumber(&renumbered, index)),
+                _ => {}
             }
+        }
+    }
+
+    /// Whether the image is sound: what it points at is there.
+    ///
+    /// # Errors
+    /// [`Error::Corrupt`] with the descriptor that is not.
+    pub(crate) fn validate(&self) -> Result<()> {
+        for (&pid, table) in &self.tables {
+            for (&fd, slot) in table {
+                let object = self.objects.get(slot.object);
+                if !object.is_some_and(|object| object.slots.contains(&(pid, fd))) {
+                    let what = format!("the image of descriptor {fd} names no open file");
+                    return Err(Error::Corrupt { pid, what });
+                }
+            }
+        }
+        for object in &self.objects {
+            let Some(&(pid, fd)) = object.slots.first() else {
+                let what = "the image has an open file without a descriptor".to_owned();
+                return Err(Error::Corrupt {
+                    pid: InnerPid(0),
+                    what,
+                });
+            };
+            let placed = object
+                .slots
+                .iter()
+                .all(|&(pid, fd)| self.slot(pid, fd).is_some());
+            if !placed || !self.points_right(&object.kind) {
+                let what = format!(
+                    "the image of descriptor {fd} ({}) points at what is not there",
+                    object.kind.describe()
+                );
+                return Err(Error::Corrupt { pid, what });
+            }
+        }
+        Ok(())
+    }
+
+    fn points_right(&self, kind: &Kind) -> bool {
+        let is_socket = |&index: &usize| {
+            let object = self.objects.get(index);
+            object.is_some_and(|object| matches!(object.kind, Kind::Socket(_)))
+        };
+        match kind {
+            Kind::Pipe { pipe } => *pipe < self.pipes.len(),
+            Kind::Epoll { interests } => interests
+                .iter()
+                .all(|interest| interest.object < self.objects.len()),
+            Kind::Process { pid } => self.tables.contains_key(pid),
+            Kind::Socket(socket) => socket.related().iter().all(is_socket),
+            Kind::Refused { .. } => false,
+            _ => true,
         }
     }
 
@@ -255,4 +310,11 @@ impl Descriptors {
     pub(crate) fn slot(&self, pid: InnerPid, fd: i32) -> Option<Slot> {
         self.tables.get(&pid)?.get(&fd).copied()
     }
+}
+
+/// Gives an object its new number; false if it is gone.
+fn renumber(numbers: &[Option<usize>], object: &mut usize) -> bool {
+    let number = numbers[*object];
+    *object = number.unwrap_or_default();
+    number.is_some()
 }

@@ -20,31 +20,14 @@ const SETTABLE: i32 = libc::O_APPEND | libc::O_DIRECT | libc::O_NOATIME | libc::
 /// Finds out whether [`restore`] can succeed, as far as that can be known without changing anything.
 ///
 /// # Errors
-/// The image contradicts itself.
-pub fn check(_current: &Descriptors, target: &Descriptors) -> Result<()> {
-    for (&pid, table) in &target.tables {
-        for (fd, slot) in table {
-            let object = target.objects.get(slot.object);
-            if !object.is_some_and(|object| object.slots.contains(&(pid, *fd))) {
-                let what = format!("the image of descriptor {fd} names no open file");
-                return Err(Error::Corrupt { pid, what });
-            }
-        }
-    }
-    for object in &target.objects {
-        if let Kind::Pipe { pipe } = object.kind
-            && pipe >= target.pipes.len()
-        {
-            let (pid, fd) = object.slots[0];
-            let what = format!("the image of descriptor {fd} names no pipe");
-            return Err(Error::Corrupt { pid, what });
-        }
-    }
-    Ok(())
+/// An image contradicts itself.
+pub fn check(target: &Descriptors) -> Result<()> {
+    target.validate()
 }
 
 /// Makes the processes have open what `target` says, where `current` is what they have open now.
-/// A process that `current` does not know has nothing open. Sessions and controlling terminals must be right already.
+/// A process that was built anew has nothing open and must not be in `current` ([`Descriptors::retain`]); what
+/// `current` says of processes that are not among `procs` is ignored. Sessions and controlling terminals must be right already.
 /// Returns notes for the user: what could not be kept.
 ///
 /// # Errors
@@ -55,6 +38,15 @@ pub fn restore(
     procs: &mut Procs<'_>,
     env: &dyn Environment,
 ) -> Result<Vec<String>> {
+    let living;
+    let current = if current.tables.keys().all(|pid| procs.contains_key(pid)) {
+        current
+    } else {
+        let mut those = current.clone();
+        those.retain(|pid| procs.contains_key(&pid));
+        living = those;
+        &living
+    };
     let plan = Plan::new(current, target);
     let changes = target
         .tables

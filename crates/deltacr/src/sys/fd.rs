@@ -1,5 +1,6 @@
 //! System calls on open files that have no safe wrapper elsewhere.
 
+use std::cmp::Ordering;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 
@@ -18,9 +19,10 @@ fn check(result: libc::c_long) -> io::Result<libc::c_long> {
     }
 }
 
-/// Whether two slots hold the same open file (`kcmp(2)`).
-pub(crate) fn same_file(a: (HostPid, i32), b: (HostPid, i32)) -> io::Result<bool> {
-    // SAFETY: kcmp takes integers only and changes nothing.
+/// The order of two slots' open files by `kcmp(2)`: equal if it is the same one, else arbitrary but
+/// the same for as long as both are open.
+pub(crate) fn compare_files(a: (HostPid, i32), b: (HostPid, i32)) -> io::Result<Ordering> {
+    // SAFETY: kcmp with KCMP_FILE takes integers only and changes nothing.
     let order = check(unsafe {
         libc::syscall(
             libc::SYS_kcmp,
@@ -31,7 +33,12 @@ pub(crate) fn same_file(a: (HostPid, i32), b: (HostPid, i32)) -> io::Result<bool
             libc::c_long::from(b.1),
         )
     })?;
-    Ok(order == 0)
+    match order {
+        0 => Ok(Ordering::Equal),
+        1 => Ok(Ordering::Less),
+        2 => Ok(Ordering::Greater),
+        _ => Err(io::ErrorKind::Unsupported.into()),
+    }
 }
 
 /// Whether what an epoll watches under the number `fd` is the file that the process has there now

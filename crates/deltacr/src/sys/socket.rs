@@ -102,7 +102,7 @@ pub(crate) fn remote_address(fd: BorrowedFd<'_>) -> io::Result<Option<Vec<u8>>> 
 }
 
 /// A new socket, close-on-exec and non-blocking.
-pub(crate) fn socket(domain: i32, kind: i32, protocol: i32) -> io::Result<OwnedFd> {
+fn socket(domain: i32, kind: i32, protocol: i32) -> io::Result<OwnedFd> {
     let kind = kind | libc::SOCK_CLOEXEC | libc::SOCK_NONBLOCK;
     // SAFETY: socket takes integers only.
     let fd = check(unsafe { libc::socket(domain, kind, protocol) })?;
@@ -238,27 +238,47 @@ pub(crate) fn send(fd: BorrowedFd<'_>, bytes: &[u8], to: &[u8]) -> io::Result<us
     })
 }
 
-/// Runs `act` on a thread of its own in another network namespace, and, where a root directory is
-/// given, with that root and working directory.
-pub(crate) fn elsewhere<T: Send>(
+/// Makes a socket in another network namespace.
+///
+/// The calling thread visits the namespace for one call: a thread of its own would cost a hundred times as much.
+pub(crate) fn socket_in(
     net: &OwnedFd,
-    place: Option<(BorrowedFd<'_>, &Path)>,
+    domain: i32,
+    kind: i32,
+    protocol: i32,
+) -> io::Result<OwnedFd> {
+    let home = std::fs::File::open("/proc/thread-self/ns/net")?;
+    enter(net.as_raw_fd())?;
+    let made = socket(domain, kind, protocol);
+    if let Err(e) = enter(home.as_raw_fd()) {
+        // The thread would go on to act for the host with the sandbox's network.
+        tracing::error!("the way back from a sandbox's network namespace is barred: {e}");
+        std::process::abort();
+    }
+    made
+}
+
+fn enter(net: i32) -> io::Result<()> {
+    // SAFETY: setns takes integers only and has no bearing on memory.
+    check(unsafe { libc::setns(net, libc::CLONE_NEWNET) }).map(drop)
+}
+
+/// Runs `act` on a thread of its own that has another root directory and working directory.
+pub(crate) fn elsewhere<T: Send>(
+    root: BorrowedFd<'_>,
+    directory: &Path,
     act: impl FnOnce() -> io::Result<T> + Send,
 ) -> io::Result<T> {
     std::thread::scope(|scope| {
         let thread = scope.spawn(move || {
-            // SAFETY: setns takes integers only and changes this thread alone, which ends with the closure.
-            check(unsafe { libc::setns(net.as_raw_fd(), libc::CLONE_NEWNET) })?;
-            if let Some((root, directory)) = place {
-                // SAFETY: unshare with CLONE_FS gives this thread its own root and working
-                // directory; it has no bearing on memory.
-                check(unsafe { libc::unshare(libc::CLONE_FS) })?;
-                // Looked up from here, before the root changes.
-                let directory = std::fs::File::open(directory)?;
-                rustix::process::fchdir(root)?;
-                rustix::process::chroot(".")?;
-                rustix::process::fchdir(directory)?;
-            }
+            // SAFETY: unshare with CLONE_FS gives this thread, which ends with the closure, its
+            // own root and working directory; it has no bearing on memory.
+            check(unsafe { libc::unshare(libc::CLONE_FS) })?;
+            // Looked up from here, before the root changes.
+            let directory = std::fs::File::open(directory)?;
+            rustix::process::fchdir(root)?;
+            rustix::process::chroot(".")?;
+            rustix::process::fchdir(directory)?;
             act()
         });
         match thread.join() {

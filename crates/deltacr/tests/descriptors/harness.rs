@@ -227,7 +227,7 @@ impl Python {
     pub(crate) fn restore(&self, world: &World, target: &Descriptors) -> Vec<String> {
         self.stopped(|procs| {
             let current = fd::survey(procs, world).unwrap();
-            fd::check(&current, target).unwrap();
+            fd::check(target).unwrap();
             fd::restore(&current, target, procs, world).unwrap()
         })
     }
@@ -261,15 +261,45 @@ fn procs(stopped: &mut [Stopped]) -> Procs<'_> {
     remotes.map(|remote| (remote.pid(), remote)).collect()
 }
 
+/// Puts a process without descriptors in the place of one that has ended, rolls the tree back,
+/// and looks whether it is as it was.
+#[track_caller]
+pub(crate) fn assert_rolls_back_with_a_new(
+    world: &World,
+    image: &Descriptors,
+    python: &Python,
+    dead: InnerPid,
+) {
+    let current = python.stopped(|procs| fd::survey(procs, world).unwrap());
+    let blank = Blank::start(world);
+    let mut stopped: Vec<_> = python.tree().into_iter().map(seize).collect();
+    stopped.push(Stopped::seize(dead, blank.host()).unwrap());
+    let mut procs = procs(&mut stopped);
+    close_all(procs.get_mut(&dead).unwrap());
+    fd::check(image).unwrap();
+    fd::restore(&current, image, &mut procs, world).unwrap();
+    let now = fd::capture(&procs, world).unwrap();
+    drop(procs);
+    for process in stopped {
+        process.release().unwrap();
+    }
+    assert_alike(&now, image);
+}
+
+#[track_caller]
+fn assert_alike(now: &Descriptors, image: &Descriptors) {
+    let (now, image) = (shape(now), shape(image));
+    let differing = image.lines().zip(now.lines()).find(|(a, b)| a != b);
+    assert_eq!(differing, None, "{image}\n{now}");
+}
+
 /// Ends the process, and builds its descriptors anew in another one, which has none.
 #[track_caller]
 pub(crate) fn assert_rebuilds(world: &World, image: &Descriptors, of: &mut Python) {
     let pid = of.host();
     of.kill();
-    let child = Command::new("sleep").arg("1000").spawn().unwrap();
-    let blank = Blank(child);
-    std::thread::sleep(std::time::Duration::from_millis(50));
-    let host = HostPid(blank.0.id() as i32);
+    let blank = Blank::start(world);
+    let host = blank.host();
     let mut stopped = Stopped::seize(InnerPid(pid.0), host).unwrap();
     let remote = &mut stopped.remote;
     close_all(remote);
@@ -277,9 +307,7 @@ pub(crate) fn assert_rebuilds(world: &World, image: &Descriptors, of: &mut Pytho
     fd::restore(&Descriptors::default(), image, &mut procs, world).unwrap();
     let rebuilt = fd::capture(&procs, world).unwrap();
     stopped.release().unwrap();
-    let (rebuilt, image) = (shape(&rebuilt), shape(image));
-    let differing = image.lines().zip(rebuilt.lines()).find(|(a, b)| a != b);
-    assert_eq!(differing, None, "{image}\n{rebuilt}");
+    assert_alike(&rebuilt, image);
 }
 
 /// The image as text, but for the inode numbers that the kernel gives pipes and sockets.
@@ -301,6 +329,21 @@ fn close_all(remote: &mut Remote) {
 }
 
 struct Blank(Child);
+
+impl Blank {
+    fn start(world: &World) -> Self {
+        let mut command = Command::new("sleep");
+        let child = command.arg("1000").current_dir(world.dir.path());
+        let child = child.spawn().unwrap();
+        // Until it is in its sleep and its table does not change any more.
+        std::thread::sleep(std::time::Duration::from_millis(50));
+        Self(child)
+    }
+
+    fn host(&self) -> HostPid {
+        HostPid(self.0.id() as i32)
+    }
+}
 
 impl Drop for Blank {
     fn drop(&mut self) {

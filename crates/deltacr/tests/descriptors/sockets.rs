@@ -2,7 +2,9 @@
 
 use std::os::unix::net::UnixListener;
 
-use crate::harness::{Python, World, assert_rebuilds};
+use deltacr::ids::InnerPid;
+
+use crate::harness::{Python, World, assert_rebuilds, assert_rolls_back_with_a_new};
 
 const CALLS: &str = r#"
 def tried(f, *a):
@@ -375,5 +377,31 @@ fn a_route_socket_can_be_asked_again() {
     python.expect(
         "n.getsockname() == name, len(n.recv(9999)) > 16",
         "(True, True)",
+    );
+}
+
+#[test]
+fn what_a_process_shared_is_shared_again_when_it_is_built_anew() {
+    let world = World::new();
+    std::fs::write(world.path("file"), b"0123456789").unwrap();
+    let mut python = python(&world);
+    python.run(
+        "f = os.open('file', os.O_RDWR); r, w = os.pipe(); os.write(w, b'piped')\n\
+         a, b = socket.socketpair(); a.send(b'sent'); e = os.eventfd(3)\n\
+         l = listening(INET, ('127.0.0.1', 0)); c, s = connected(l); c.send(b'ask')\n\
+         u = listening(UNIX, 'u'); v, x = connected(u); x.send(b'answer')\n\
+         p = select.epoll(); p.register(r, select.EPOLLIN); p.register(b, select.EPOLLIN)\n\
+         child = os.fork()\n\
+         if not child: signal.pause()\n\
+         kept = [n.fileno() for n in (b, s, c)]\n\
+         [os.close(n.fileno()) for n in (a, s, x, u)]; os.close(w)",
+    );
+    let image = python.capture(&world);
+    let child = python.eval("child").parse().unwrap();
+    python.run("os.kill(child, 9); os.waitpid(child, 0); b.recv(9); os.read(f, 5); os.read(r, 9)");
+    assert_rolls_back_with_a_new(&world, &image, &python, InnerPid(child));
+    python.expect(
+        "os.read(r, 9), b.recv(9), v.recv(9)",
+        "(b'piped', b'sent', b'answer')",
     );
 }

@@ -6,6 +6,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use super::diag::{self, UnixLine};
 use super::model::{Socket, State};
+use super::plan::socket;
 use super::queue::{self, Peeked};
 use super::{inet, options};
 use crate::env::{Environment, Namespace};
@@ -35,7 +36,7 @@ pub(crate) fn capture(capture: &mut Capture<'_>, holder: &Holder<'_>) -> Result<
             )));
         }
     }
-    let mut socket = Socket {
+    let mut image = Socket {
         inode: holder.raw.file.ino,
         domain,
         kind,
@@ -49,9 +50,9 @@ pub(crate) fn capture(capture: &mut Capture<'_>, holder: &Holder<'_>) -> Result<
         shutdown: 0,
         queue: Vec::new(),
     };
-    holder.during(read(handle.as_fd(), &mut socket), "reading the socket")?;
+    holder.during(read(handle.as_fd(), &mut image), "reading the socket")?;
     capture.sockets.push(capture.image.objects.len());
-    Ok(Kind::Socket(Box::new(socket)))
+    Ok(Kind::Socket(Box::new(image)))
 }
 
 fn read(handle: BorrowedFd<'_>, socket: &mut Socket) -> io::Result<()> {
@@ -87,6 +88,10 @@ pub(crate) fn relate(capture: &mut Capture<'_>, procs: &Procs<'_>) -> Result<()>
         by_inode: found
             .iter()
             .map(|&i| (inode(&capture.image, i), i))
+            .collect(),
+        by_ends: found
+            .iter()
+            .filter_map(|&i| Some((inet::ends(socket(&capture.image, i)?)?, i)))
             .collect(),
         unix: unix_lines(&capture.image, &found, capture.env)?,
         handles: found
@@ -144,6 +149,8 @@ impl From<io::Error> for Relation {
 pub(crate) struct Sockets {
     by_inode: HashMap<u64, usize>,
     unix: HashMap<u64, UnixLine>,
+    /// TCP sockets by their own and their peer's address.
+    pub(super) by_ends: HashMap<inet::Ends, usize>,
     /// Duplicates, by object; closed when the capture is done.
     pub(crate) handles: HashMap<usize, OwnedFd>,
 }

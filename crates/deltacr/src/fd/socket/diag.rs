@@ -115,9 +115,7 @@ fn tcp_request(family: i32, destroy: Option<[u8; TCP_ID]>) -> Vec<u8> {
 }
 
 fn diag_socket(net: &OwnedFd) -> io::Result<OwnedFd> {
-    sys::socket::elsewhere(net, None, || {
-        sys::socket::socket(libc::AF_NETLINK, libc::SOCK_DGRAM, NETLINK_SOCK_DIAG)
-    })
+    sys::socket::socket_in(net, libc::AF_NETLINK, libc::SOCK_DGRAM, NETLINK_SOCK_DIAG)
 }
 
 fn request() -> Vec<u8> {

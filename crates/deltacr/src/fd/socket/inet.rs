@@ -80,7 +80,7 @@ impl Info {
 }
 
 /// Port and address of a socket address, an IPv4 one in its IPv6 form.
-fn endpoint(address: &[u8]) -> Option<(u16, [u8; 16])> {
+fn endpoint(address: &[u8]) -> Option<Endpoint> {
     let family = i32::from(u16::from_ne_bytes(address.get(..2)?.try_into().ok()?));
     let port = u16::from_be_bytes(address.get(2..4)?.try_into().ok()?);
     let mut ip = [0; 16];
@@ -185,16 +185,20 @@ fn connected(
     }
 }
 
+/// A socket's own and its peer's address.
+pub(super) type Ends = (Endpoint, Endpoint);
+type Endpoint = (u16, [u8; 16]);
+
+/// The addresses of a TCP connection.
+pub(super) fn ends(socket: &Socket) -> Option<Ends> {
+    let ends = (endpoint(&socket.local)?, endpoint(&socket.remote)?);
+    socket.is_tcp().then_some(ends)
+}
+
 /// The other end of a connection, among the sockets of the tree.
 fn other_end(sockets: &Sockets, image: &Descriptors, index: usize) -> Option<usize> {
-    let socket = sockets.socket(image, index);
-    let (here, there) = (endpoint(&socket.local)?, endpoint(&socket.remote)?);
-    sockets.all().find(|&other| {
-        let other = sockets.socket(image, other);
-        other.is_tcp()
-            && endpoint(&other.local) == Some(there)
-            && endpoint(&other.remote) == Some(here)
-    })
+    let (here, there) = ends(sockets.socket(image, index))?;
+    sockets.by_ends.get(&(there, here)).copied()
 }
 
 /// The listening socket that a connection without another end waits at.

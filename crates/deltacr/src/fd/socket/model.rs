@@ -77,4 +77,26 @@ impl Socket {
             _ => None,
         }
     }
+
+    /// The objects that this one names.
+    pub(crate) fn related(&self) -> Vec<usize> {
+        match &self.state {
+            State::Connected { peer } => vec![*peer],
+            State::Listening { pending, .. } => pending.clone(),
+            _ => Vec::new(),
+        }
+    }
+
+    /// Gives the objects that it names new numbers; `number` says false of those that are gone.
+    pub(crate) fn renumber(&mut self, number: impl Fn(&mut usize) -> bool) {
+        match &mut self.state {
+            State::Connected { peer } => {
+                if !number(peer) {
+                    self.state = State::Orphaned;
+                }
+            }
+            State::Listening { pending, .. } => pending.retain_mut(number),
+            _ => {}
+        }
+    }
 }

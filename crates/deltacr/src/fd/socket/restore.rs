@@ -60,9 +60,7 @@ impl Restore<'_, '_> {
     }
 
     fn fresh(&self, image: &Socket) -> io::Result<OwnedFd> {
-        sys::elsewhere(&self.net()?, None, || {
-            sys::socket(image.domain, image.kind, image.protocol)
-        })
+        sys::socket_in(&self.net()?, image.domain, image.kind, image.protocol)
     }
 
     fn host_of(&self, index: usize) -> io::Result<crate::ids::HostPid> {

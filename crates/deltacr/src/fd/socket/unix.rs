@@ -9,7 +9,7 @@ use std::path::PathBuf;
 use rustix::fs::{AtFlags, CWD, Gid, Mode, Uid};
 
 use super::model::Socket;
-use crate::env::{Environment, Namespace};
+use crate::env::Environment;
 use crate::ids::HostPid;
 use crate::remote::{Batch, Remote};
 use crate::sys::socket as sys;
@@ -20,9 +20,8 @@ fn inside<T: Send>(
     of: HostPid,
     act: impl FnOnce() -> io::Result<T> + Send,
 ) -> io::Result<T> {
-    let net = env.namespace(Namespace::Net)?;
     let directory = PathBuf::from(format!("/proc/{of}/cwd"));
-    sys::elsewhere(&net, Some((env.root(), &directory)), act)
+    sys::elsewhere(env.root(), &directory, act)
 }
 
 /// The path of an address, unless it is an abstract one.
