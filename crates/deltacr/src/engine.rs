@@ -299,7 +299,7 @@ impl Engine {
     ) -> Result<Survey> {
         self.forget_the_dead(held);
         let descriptors = fd::survey(&remotes(held), env)?;
-        fd::check(&descriptors, &target.descriptors)?;
+        fd::check(&target.descriptors)?;
         let keep = reconcile::keepers(held, target);
         let mut processes = BTreeMap::new();
         let memory = Memory {

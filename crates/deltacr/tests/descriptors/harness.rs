@@ -109,6 +109,9 @@ impl Environment for World {
     fn birth(&self, _pid: InnerPid) -> io::Result<HostPid> {
         Err(io::ErrorKind::Unsupported.into())
     }
+    fn before_resume(&self) -> io::Result<()> {
+        Ok(())
+    }
     fn namespace(&self, kind: Namespace) -> io::Result<OwnedFd> {
         let name = match kind {
             Namespace::Net => "net",

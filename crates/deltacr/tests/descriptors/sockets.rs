@@ -389,7 +389,7 @@ fn what_a_process_shared_is_shared_again_when_it_is_built_anew() {
         "f = os.open('file', os.O_RDWR); r, w = os.pipe(); os.write(w, b'piped')\n\
          a, b = socket.socketpair(); a.send(b'sent'); e = os.eventfd(3)\n\
          l = listening(INET, ('127.0.0.1', 0)); c, s = connected(l); c.send(b'ask')\n\
-         u = listening(UNIX, 'u'); v, x = connected(u); x.send(b'answer')\n\
+         u = listening(UNIX, '\\0deltacr-shared-%d' % os.getpid()); v, x = connected(u); x.send(b'answer')\n\
          p = select.epoll(); p.register(r, select.EPOLLIN); p.register(b, select.EPOLLIN)\n\
          child = os.fork()\n\
          if not child: signal.pause()\n\

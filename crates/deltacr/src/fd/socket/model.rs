@@ -89,14 +89,16 @@ impl Socket {
 
     /// Gives the objects that it names new numbers; `number` says false of those that are gone.
     pub(crate) fn renumber(&mut self, number: impl Fn(&mut usize) -> bool) {
-        match &mut self.state {
-            State::Connected { peer } => {
-                if !number(peer) {
-                    self.state = State::Orphaned;
-                }
+        let orphaned = match &mut self.state {
+            State::Connected { peer } => !number(peer),
+            State::Listening { pending, .. } => {
+                pending.retain_mut(number);
+                false
             }
-            State::Listening { pending, .. } => pending.retain_mut(number),
-            _ => {}
+            _ => false,
+        };
+        if orphaned {
+            self.state = State::Orphaned;
         }
     }
 }
