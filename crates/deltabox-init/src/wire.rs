@@ -81,7 +81,8 @@ fn send_all(
     Ok(())
 }
 
-/// Receives one message into `buffer`, which should have [`MAX_MESSAGE`] bytes, and tells about it. `None` when the other side has closed.
+/// Receives one message into `buffer`, which should have [`MAX_MESSAGE`] bytes, and tells about it. `None` when the
+/// other side has closed.
 ///
 /// # Errors
 /// As `recvmsg(2)`; `EMSGSIZE` for a message that was cut.

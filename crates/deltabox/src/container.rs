@@ -306,11 +306,6 @@ impl Container {
         )?)
     }
 
-    /// Kills every process but init; gone when this returns.
-    pub(crate) fn kill_all(&self) -> Result<()> {
-        cgroup::kill_all(&self.payload)
-    }
-
     /// How many processes there are beside init.
     pub(crate) fn processes(&self) -> usize {
         cgroup::processes(&self.payload).map_or(0, |p| p.len())
@@ -388,8 +383,16 @@ fn open_root(init: Pid) -> io::Result<OwnedFd> {
 }
 
 /// Waits for the end of a child of this process.
-fn reap(pid: i32) {
+pub(crate) fn reap(pid: i32) {
     while let Err(Errno::INTR) = waitpid(Pid::from_raw(pid), WaitOptions::empty()) {}
+}
+
+/// Starts the builder in a control group and leaves it waiting for its first message, for as long as the returned
+/// socket is open. Returns its pid.
+pub(crate) fn start_idle(cgroup: BorrowedFd<'_>) -> io::Result<(i32, OwnedFd)> {
+    let (control, inits) = socket_pair()?;
+    let pid = sys::start_program(init_program()?, INIT_NAME, inits.as_fd(), cgroup)?;
+    Ok((pid, control))
 }
 
 /// Reads a small regular file of the sandbox, following links inside it only.

@@ -14,6 +14,7 @@
 mod cgroup;
 mod container;
 mod descendants;
+mod doctor;
 mod error;
 mod host;
 mod log;

@@ -40,13 +40,6 @@ pub(crate) struct View {
     lowest: u64,
 }
 
-impl View {
-    /// Bytes of output so far.
-    pub(crate) fn end(&self) -> u64 {
-        self.end
-    }
-}
-
 /// What a reader gets.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) enum Piece {

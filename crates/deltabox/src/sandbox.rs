@@ -93,10 +93,6 @@ impl Sandbox {
         &self.sessions.shared
     }
 
-    pub(crate) fn volume(&self) -> &Volume {
-        &self.volume
-    }
-
     pub(crate) fn container(&self) -> &Container {
         &self.shared().container
     }

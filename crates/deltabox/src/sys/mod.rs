@@ -1,5 +1,6 @@
 //! The system calls that rustix does not offer, behind safe functions.
 
+pub(crate) mod probe;
 mod pty;
 mod start;
 
