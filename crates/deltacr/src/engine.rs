@@ -159,7 +159,7 @@ impl Engine {
         watch: &mut Stopwatch,
     ) -> Result<(TreeImage, u64)> {
         self.forget_the_dead(held);
-        let descriptors = fd::capture(&remotes(held), env)?;
+        let descriptors = fd::capture(&remotes(held), env, &self.shared)?;
         watch.lap("descriptors");
         let mut described = BTreeMap::new();
         for (pid, process) in &mut held.processes {
@@ -298,7 +298,7 @@ impl Engine {
         target: &TreeImage,
     ) -> Result<Survey> {
         self.forget_the_dead(held);
-        let descriptors = fd::survey(&remotes(held), env)?;
+        let descriptors = fd::survey(&remotes(held), env, &self.shared)?;
         fd::check(&target.descriptors)?;
         let keep = reconcile::keepers(held, target);
         let mut processes = BTreeMap::new();
@@ -390,7 +390,13 @@ impl Engine {
             pages += work.memory(before.get_mut(pid))?;
         }
         watch.lap("memory");
-        let notes = fd::restore(&descriptors, &target.descriptors, &mut remotes(held), env)?;
+        let notes = fd::restore(
+            &descriptors,
+            &target.descriptors,
+            &mut remotes(held),
+            env,
+            &self.shared,
+        )?;
         watch.lap("descriptors");
         let mut attributes = BTreeMap::new();
         for (pid, image) in &target.processes {

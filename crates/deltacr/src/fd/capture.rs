@@ -2,7 +2,7 @@
 
 use std::cmp::Ordering;
 use std::collections::{BTreeMap, HashMap};
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 
 use super::Procs;
 use super::fdinfo::EpollItem;
@@ -12,6 +12,7 @@ use super::{epoll, event, lock, pipe, socket, tty};
 use crate::env::Environment;
 use crate::error::{During, Error, Result};
 use crate::ids::{HostPid, InnerPid};
+use crate::mem::SharedObjects;
 use crate::remote::Remote;
 use crate::sys;
 
@@ -71,11 +72,17 @@ type FileIdKey = (u64, u64);
 
 /// Reads what the processes have open, for a checkpoint. Every process must be stopped, and stay so.
 ///
+/// The contents of memfds go to `shared`.
+///
 /// # Errors
 /// [`Error::Unsupported`] for what cannot be carried. Nothing is changed in any case, and no duplicate of a
 /// descriptor is left open. Rests on `/proc/PID/fdinfo`, `kcmp(2)` and `pidfd_getfd(2)`.
-pub fn capture(procs: &Procs<'_>, env: &dyn Environment) -> Result<Descriptors> {
-    let image = survey(procs, env)?;
+pub fn capture(
+    procs: &Procs<'_>,
+    env: &dyn Environment,
+    shared: &SharedObjects,
+) -> Result<Descriptors> {
+    let image = read(procs, env, shared, true)?;
     for object in &image.objects {
         if let Kind::Refused { what } = &object.kind {
             let (pid, fd) = object.slots[0];
@@ -94,9 +101,24 @@ pub fn capture(procs: &Procs<'_>, env: &dyn Environment) -> Result<Descriptors> 
 ///
 /// # Errors
 /// A process is gone or cannot be read.
-pub fn survey(procs: &Procs<'_>, env: &dyn Environment) -> Result<Descriptors> {
+pub fn survey(
+    procs: &Procs<'_>,
+    env: &dyn Environment,
+    shared: &SharedObjects,
+) -> Result<Descriptors> {
+    read(procs, env, shared, false)
+}
+
+fn read(
+    procs: &Procs<'_>,
+    env: &dyn Environment,
+    shared: &SharedObjects,
+    contents: bool,
+) -> Result<Descriptors> {
     let mut capture = Capture {
         env,
+        shared,
+        contents,
         image: Descriptors::default(),
         hosts: procs
             .values()
@@ -121,6 +143,9 @@ pub fn survey(procs: &Procs<'_>, env: &dyn Environment) -> Result<Descriptors> {
 /// A capture under way.
 pub(crate) struct Capture<'a> {
     pub(crate) env: &'a dyn Environment,
+    shared: &'a SharedObjects,
+    /// Whether the contents of memfds are wanted too.
+    contents: bool,
     pub(crate) image: Descriptors,
     hosts: HashMap<HostPid, InnerPid>,
     /// The epolls, by object, with what they watch.
@@ -218,6 +243,7 @@ impl Capture<'_> {
             libc::S_IFREG | libc::S_IFDIR | libc::S_IFLNK if on_fs => {
                 Ok(Kind::File { ino: file.ino })
             }
+            libc::S_IFREG if file.dev == self.shared.device() => self.memory(holder),
             _ if by_path => self.path(holder),
             libc::S_IFIFO => pipe::capture(self, holder, on_fs),
             libc::S_IFCHR => tty::capture(self, holder),
@@ -225,6 +251,20 @@ impl Capture<'_> {
             libc::S_IFREG | libc::S_IFDIR => self.path(holder),
             0 => event::capture(self, holder),
             _ => Err(holder.refuse("a file of an unknown type")),
+        }
+    }
+
+    fn memory(&self, holder: &Holder<'_>) -> Result<Kind> {
+        let FileId { dev, ino, .. } = holder.raw.file;
+        if self.contents {
+            let handle = holder.take()?;
+            let key = self.shared.capture_fd(handle.as_fd());
+            let key = holder.during(key, "reading the memfd")?;
+            return Ok(Kind::Memory { key });
+        }
+        match self.shared.find(dev, ino) {
+            Some(key) => Ok(Kind::Memory { key }),
+            None => Err(holder.refuse("a memfd that no checkpoint knows")),
         }
     }
 

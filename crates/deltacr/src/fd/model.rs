@@ -8,6 +8,7 @@ use super::socket::Socket;
 use crate::env::ExternalId;
 use crate::error::{Error, Result};
 use crate::ids::InnerPid;
+use crate::mem::ShmKey;
 
 /// The open files of a whole process tree at one moment: every open file object once, with the
 /// slots `(process, descriptor)` that share it, and what the objects hold (pipe contents, counters,
@@ -66,6 +67,8 @@ impl Object {
 pub(crate) enum Kind {
     /// A file or directory of the versioned filesystem, named or not.
     File { ino: u64 },
+    /// A memfd; its contents are the memory's.
+    Memory { key: ShmKey },
     /// Opened by path: device nodes, files of `/proc` and `/sys`, directories outside the versioned filesystem.
     Path { path: Vec<u8> },
     /// `/dev/tty`, whatever terminal that is for the process which opened it.
@@ -101,6 +104,7 @@ impl Kind {
     pub(crate) fn describe(&self) -> String {
         match self {
             Self::File { ino } => format!("file with inode {ino}"),
+            Self::Memory { .. } => "memfd".to_owned(),
             Self::Path { path } => String::from_utf8_lossy(path).into_owned(),
             Self::ControllingTerminal => "controlling terminal".to_owned(),
             Self::Pipe { .. } | Self::External(_) => "pipe".to_owned(),

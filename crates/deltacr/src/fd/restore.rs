@@ -11,6 +11,7 @@ use super::{Procs, epoll, event, lock, path, pipe, tty, watch};
 use crate::env::Environment;
 use crate::error::{During, Error, Result};
 use crate::ids::{HostPid, InnerPid};
+use crate::mem::SharedObjects;
 use crate::remote::Remote;
 use crate::sys;
 
@@ -28,6 +29,7 @@ pub fn check(target: &Descriptors) -> Result<()> {
 /// Makes the processes have open what `target` says, where `current` is what they have open now.
 /// A process that was built anew has nothing open and must not be in `current` ([`Descriptors::retain`]); what
 /// `current` says of processes that are not among `procs` is ignored. Sessions and controlling terminals must be right already.
+/// `shared` holds the memfds as they are to be.
 /// Returns notes for the user: what could not be kept.
 ///
 /// # Errors
@@ -37,6 +39,7 @@ pub fn restore(
     target: &Descriptors,
     procs: &mut Procs<'_>,
     env: &dyn Environment,
+    shared: &SharedObjects,
 ) -> Result<Vec<String>> {
     let living;
     let current = if current.tables.keys().all(|pid| procs.contains_key(pid)) {
@@ -62,6 +65,7 @@ pub fn restore(
         changes,
         procs,
         env,
+        shared,
         handles: BTreeMap::new(),
         notes: Vec::new(),
     };
@@ -90,6 +94,7 @@ pub(super) struct Restore<'a, 'p> {
     changes: BTreeMap<InnerPid, TableChange>,
     pub(super) procs: &'a mut Procs<'p>,
     pub(super) env: &'a dyn Environment,
+    shared: &'a SharedObjects,
     /// Duplicates of target objects, for as long as they are on their way.
     pub(super) handles: BTreeMap<usize, OwnedFd>,
     pub(super) notes: Vec<String>,
@@ -149,6 +154,7 @@ impl Restore<'_, '_> {
         let (pid, _) = object.slots[0];
         let made = match &object.kind {
             Kind::File { ino } => self.env.open_inode(*ino, flags),
+            Kind::Memory { key } => self.shared.open(*key, flags),
             Kind::Path { path } => path::open(self.env, path, object.flags),
             Kind::ControllingTerminal => return self.open_inside(object, b"/dev/tty\0"),
             Kind::Pipe { pipe } => return self.make_pipe_end(*pipe, object),
@@ -351,7 +357,7 @@ fn settle_object(
         sys::fd::set_status_flags(file, wanted.flags & SETTABLE)?;
     }
     match (&wanted.kind, now.map(|now| &now.kind)) {
-        (Kind::File { .. } | Kind::Path { .. }, _)
+        (Kind::File { .. } | Kind::Path { .. } | Kind::Memory { .. }, _)
             if now.map_or(0, |now| now.pos) != wanted.pos =>
         {
             rustix::fs::seek(file, rustix::fs::SeekFrom::Start(wanted.pos))?;

@@ -11,8 +11,10 @@ use std::sync::Mutex;
 use deltacr::env::{Environment, ExternalId, Namespace};
 use deltacr::fd::{self, Descriptors, Procs};
 use deltacr::ids::{HostPid, InnerPid};
+use deltacr::mem::SharedObjects;
 use deltacr::remote::{Batch, Remote};
 use deltacr::stop::Stopped;
+use deltacr::store::PageStore;
 use rustix::fs::{Mode, OFlags};
 
 const PROGRAM: &str = r#"
@@ -38,6 +40,8 @@ for line in sys.stdin.buffer:
 pub(crate) struct World {
     dir: tempfile::TempDir,
     root: OwnedFd,
+    /// The memfds.
+    pub(crate) shared: SharedObjects,
     device: u64,
     known: Mutex<BTreeMap<u64, OwnedFd>>,
     externals: Mutex<BTreeMap<u64, OwnedFd>>,
@@ -51,6 +55,7 @@ impl World {
         Self {
             dir,
             root,
+            shared: SharedObjects::new(PageStore::new()).unwrap(),
             device,
             known: Mutex::default(),
             externals: Mutex::default(),
@@ -217,21 +222,21 @@ impl Python {
 
     pub(crate) fn capture(&self, world: &World) -> Descriptors {
         world.remember();
-        self.stopped(|procs| fd::capture(procs, world).unwrap())
+        self.stopped(|procs| fd::capture(procs, world, &world.shared).unwrap())
     }
 
     /// The refusal of a capture.
     pub(crate) fn refusal(&self, world: &World) -> String {
-        let refused = self.stopped(|procs| fd::capture(procs, world));
+        let refused = self.stopped(|procs| fd::capture(procs, world, &world.shared));
         refused.expect_err("the capture is refused").to_string()
     }
 
     /// Rolls the descriptors back in place, and looks whether that is what came of it.
     pub(crate) fn restore(&self, world: &World, target: &Descriptors) -> Vec<String> {
         self.stopped(|procs| {
-            let current = fd::survey(procs, world).unwrap();
+            let current = fd::survey(procs, world, &world.shared).unwrap();
             fd::check(target).unwrap();
-            fd::restore(&current, target, procs, world).unwrap()
+            fd::restore(&current, target, procs, world, &world.shared).unwrap()
         })
     }
 }
@@ -273,15 +278,15 @@ pub(crate) fn assert_rolls_back_with_a_new(
     python: &Python,
     dead: InnerPid,
 ) {
-    let current = python.stopped(|procs| fd::survey(procs, world).unwrap());
+    let current = python.stopped(|procs| fd::survey(procs, world, &world.shared).unwrap());
     let blank = Blank::start(world);
     let mut stopped: Vec<_> = python.tree().into_iter().map(seize).collect();
     stopped.push(Stopped::seize(dead, blank.host()).unwrap());
     let mut procs = procs(&mut stopped);
     close_all(procs.get_mut(&dead).unwrap());
     fd::check(image).unwrap();
-    fd::restore(&current, image, &mut procs, world).unwrap();
-    let now = fd::capture(&procs, world).unwrap();
+    fd::restore(&current, image, &mut procs, world, &world.shared).unwrap();
+    let now = fd::capture(&procs, world, &world.shared).unwrap();
     drop(procs);
     for process in stopped {
         process.release().unwrap();
@@ -307,8 +312,15 @@ pub(crate) fn assert_rebuilds(world: &World, image: &Descriptors, of: &mut Pytho
     let remote = &mut stopped.remote;
     close_all(remote);
     let mut procs = Procs::from([(remote.pid(), remote)]);
-    fd::restore(&Descriptors::default(), image, &mut procs, world).unwrap();
-    let rebuilt = fd::capture(&procs, world).unwrap();
+    fd::restore(
+        &Descriptors::default(),
+        image,
+        &mut procs,
+        world,
+        &world.shared,
+    )
+    .unwrap();
+    let rebuilt = fd::capture(&procs, world, &world.shared).unwrap();
     stopped.release().unwrap();
     assert_alike(&rebuilt, image);
 }

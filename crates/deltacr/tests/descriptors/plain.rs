@@ -263,3 +263,33 @@ fn what_is_not_carried_is_named() {
         assert!(refusal.contains("io_uring"), "{refusal}");
     }
 }
+
+#[test]
+fn a_memfd_comes_back_with_contents_position_and_seals() {
+    let world = World::new();
+    let mut python = Python::start(&world);
+    python.run(
+        "m = os.memfd_create('name', os.MFD_ALLOW_SEALING); os.write(m, b'0123456789')\n\
+         os.lseek(m, 4, 0); fcntl.fcntl(m, fcntl.F_ADD_SEALS, fcntl.F_SEAL_GROW)",
+    );
+    let image = python.capture(&world);
+    let memory = world.shared.take();
+    python.run("os.read(m, 2); os.pwrite(m, b'changed', 0)");
+    world.shared.restore(&memory).unwrap();
+    python.restore(&world, &image);
+    python.expect(
+        "os.read(m, 2), os.pread(m, 99, 0)",
+        "(b'45', b'0123456789')",
+    );
+    python.run("os.close(m)");
+    python.restore(&world, &image);
+    python.expect(
+        "os.read(m, 2), os.pread(m, 99, 0)",
+        "(b'45', b'0123456789')",
+    );
+    python.expect("fcntl.fcntl(m, fcntl.F_GET_SEALS)", "4");
+    python.expect(
+        "os.readlink('/proc/self/fd/%d' % m)",
+        "'/memfd:name (deleted)'",
+    );
+}
