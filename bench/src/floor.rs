@@ -121,3 +121,35 @@ fn seize(programs: &Programs) -> Result<Vec<i32>> {
     }
     Ok(seized)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::Options;
+    use crate::stage::Stage;
+    use crate::workload::ALL;
+
+    #[test]
+    fn every_workload_goes_on_after_the_floor_was_measured() {
+        let options = Options {
+            quick: true,
+            case: None,
+            state_dir: None,
+        };
+        for workload in &ALL {
+            let stage = Stage::open(&options).unwrap();
+            let running = workload.start(&stage).unwrap();
+            let mut floor = Floor::default();
+            for step in 1..4 {
+                running.step(step).unwrap();
+                floor.measure(&Programs::find().unwrap()).unwrap();
+                running.expect(step).unwrap();
+            }
+            let programs = Programs::find().unwrap();
+            if workload.name == "16 processes" {
+                assert_eq!(programs.pids.len(), 16, "{:?}", programs.pids);
+            }
+            running.change_files(3, 7).unwrap();
+        }
+    }
+}
