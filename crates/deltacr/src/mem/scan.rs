@@ -1,6 +1,6 @@
 //! How the memory of a process differs from the last state that is known of it.
 
-use std::fs::File;
+use std::io;
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -8,13 +8,20 @@ use crate::error::{During, Result};
 use crate::ids::InnerPid;
 use crate::mem::tracker::Reset;
 use crate::mem::{
-    AddressSpace, Layout, Memory, Tracker, Vma, addresses_of, layout, overlap, pages_of, vmas,
+    AddressSpace, Layout, Memory, PAGE, Tracker, Vma, addresses_of, layout, merged, overlap,
+    pages_of, vmas,
 };
 use crate::remote::Remote;
 use crate::store::PageMap;
-use crate::sys::pagemap::{self, PageRun, category};
+use crate::sys::pagemap::{PageRun, Pagemap, category};
 
-const THERE: u64 = category::PRESENT | category::SWAPPED;
+/// Pages with any of these facts are told.
+const SOME: u64 = category::PRESENT | category::SWAPPED | category::GUARD;
+/// What is told of each.
+const TELL: u64 =
+    category::TRACKED | category::WRITTEN | category::SWAPPED | category::ZERO | category::GUARD;
+/// Parts of file mappings less than this far apart are looked at by one call.
+const NEAR: u64 = 4 * PAGE;
 
 /// What became of a run of pages since the last known state.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -61,15 +68,14 @@ impl Memory<'_> {
     /// # Errors
     /// It has something mapped that cannot be carried, or `/proc` could not be read.
     pub fn scan(&self, remote: &Remote, tracker: Option<&Tracker>, brk: u64) -> Result<Scan> {
-        let (pid, host) = (remote.pid(), remote.host());
+        let pid = remote.pid();
         let base = tracker.map(|t| Arc::clone(t.base()));
         let known = base.as_ref().map_or(&[][..], |b| &b.vmas);
         let vmas = vmas::read(self, remote, known)?;
         let (layout, auxv) = layout::read(remote, brk)?;
-        let pagemap =
-            File::open(format!("/proc/{host}/pagemap")).during(pid, "scanning the pages")?;
+        let doing = "scanning the pages";
         let mut scanner = Scanner {
-            pagemap,
+            pagemap: Pagemap::open(remote.host()).during(pid, doing)?,
             empty: PageMap::new(),
             scan: Scan {
                 pid,
@@ -82,7 +88,7 @@ impl Memory<'_> {
                 reset: Reset::default(),
             },
         };
-        scanner.run(&vmas).during(pid, "scanning the pages")?;
+        scanner.run(&vmas).during(pid, doing)?;
         let mut scan = scanner.scan;
         scan.vmas = vmas;
         Ok(scan)
@@ -90,62 +96,69 @@ impl Memory<'_> {
 }
 
 struct Scanner {
-    pagemap: File,
+    pagemap: Pagemap,
     empty: PageMap,
     scan: Scan,
 }
 
 impl Scanner {
-    fn run(&mut self, vmas: &[Vma]) -> std::io::Result<()> {
+    fn run(&mut self, vmas: &[Vma]) -> io::Result<()> {
         let Some(last) = vmas.last() else {
             return Ok(());
         };
         // Whether a page belongs to a file costs the kernel a cache miss each, so that is asked
         // only where it matters.
-        let tell = category::TRACKED
-            | category::WRITTEN
-            | category::SWAPPED
-            | category::ZERO
-            | category::GUARD;
-        let mut runs = Vec::new();
+        let mut coarse = Vec::new();
         let whole = vmas[0].start..last.end;
-        pagemap::scan(&self.pagemap, whole, THERE | category::GUARD, tell, |r| {
-            runs.push(r);
-        })?;
-        let mut first = 0;
-        for vma in vmas {
-            while runs.get(first).is_some_and(|r| r.end <= vma.start) {
-                first += 1;
-            }
-            if vma.is_private() {
-                let here = clip(&runs[first..], &vma.range());
-                self.vma(vma, here)?;
+        self.pagemap.scan(whole, SOME, TELL, &mut coarse)?;
+        let mut hulls = Vec::new();
+        let mut runs = &coarse[..];
+        for vma in vmas.iter().filter(|v| v.is_private()) {
+            hulls.push(self.survey(vma, clip(&mut runs, vma.range())));
+        }
+        let mut fine = Vec::new();
+        for hull in merged(hulls.iter().flatten().cloned().collect(), NEAR) {
+            self.pagemap
+                .scan(hull, SOME, TELL | category::FILE, &mut fine)?;
+        }
+        let (mut coarse, mut fine) = (&coarse[..], &fine[..]);
+        for (vma, hull) in vmas.iter().filter(|v| v.is_private()).zip(hulls) {
+            if vma.is_anonymous() {
+                self.judge(vma.range(), clip(&mut coarse, vma.range()));
+            } else if let Some(hull) = hull {
+                self.judge(hull.clone(), clip(&mut fine, hull));
             }
         }
         Ok(())
     }
 
-    fn vma(&mut self, vma: &Vma, runs: Vec<PageRun>) -> std::io::Result<()> {
-        if runs.iter().any(|r| r.facts & category::TRACKED == 0) {
+    /// Notes what is to be done for a mapping's tracking. If it is of a file, tells the part of it outside
+    /// of which it shows nothing but the file, before and now.
+    fn survey(&mut self, vma: &Vma, runs: impl Iterator<Item = PageRun>) -> Option<Range<u64>> {
+        let mut tracked = true;
+        let mut hull: Option<Range<u64>> = None;
+        let mut add = |part: Range<u64>| {
+            hull = Some(match &hull {
+                Some(h) => h.start.min(part.start)..h.end.max(part.end),
+                None => part,
+            });
+        };
+        for run in runs {
+            tracked &= run.facts & category::TRACKED != 0;
+            if self.is_written(&run) {
+                self.scan.reset.written.push(run.start..run.end);
+                add(run.start..run.end);
+            }
+        }
+        if !tracked {
             self.scan.reset.untracked.push(vma.range());
         }
-        let written = runs.iter().filter(|r| self.is_written(r));
-        let written: Vec<Range<u64>> = written.map(|r| r.start..r.end).collect();
         if vma.is_anonymous() {
-            self.judge(&vma.range(), &runs);
-        } else if let Some(hull) = self.hull(vma, &written) {
-            let mut runs = Vec::new();
-            let tell = category::TRACKED
-                | category::WRITTEN
-                | category::FILE
-                | category::SWAPPED
-                | category::GUARD;
-            let some = THERE | category::GUARD;
-            pagemap::scan(&self.pagemap, hull.clone(), some, tell, |r| runs.push(r))?;
-            self.judge(&hull, &runs);
+            return None;
         }
-        self.scan.reset.written.extend(written);
-        Ok(())
+        let known = self.base_pages().runs(pages_of(&vma.range()));
+        known.for_each(|pages| add(addresses_of(&pages)));
+        hull
     }
 
     fn is_written(&self, run: &PageRun) -> bool {
@@ -157,17 +170,8 @@ impl Scanner {
         self.scan.base.as_ref().map_or(&self.empty, |b| &b.pages)
     }
 
-    /// The part of a private file mapping outside of which it shows nothing but the file, before
-    /// and now.
-    fn hull(&self, vma: &Vma, written: &[Range<u64>]) -> Option<Range<u64>> {
-        let known = self.base_pages().runs(pages_of(&vma.range()));
-        let known = known.map(|pages| addresses_of(&pages));
-        let parts = known.chain(written.iter().cloned());
-        parts.reduce(|a, b| a.start.min(b.start)..a.end.max(b.end))
-    }
-
     /// Decides about each page of a range, of which the kernel told these runs.
-    fn judge(&mut self, range: &Range<u64>, runs: &[PageRun]) {
+    fn judge(&mut self, range: Range<u64>, runs: impl Iterator<Item = PageRun>) {
         let mut at = range.start;
         for run in runs {
             self.dropped(at..run.start);
@@ -178,7 +182,7 @@ impl Scanner {
                 self.scan.guards.push(here);
             } else if run.facts & (category::FILE | category::ZERO) != 0 {
                 self.dropped(here);
-            } else if self.is_written(run) {
+            } else if self.is_written(&run) {
                 self.scan.changes.push((here, Change::Written));
             } else if run.facts & category::SWAPPED != 0 {
                 // Swapped out, or the mark that a dropped page of a file mapping leaves behind.
@@ -206,17 +210,23 @@ impl Scanner {
     }
 }
 
-/// The parts of the first runs that lie in a range, which none ends before.
-fn clip(runs: &[PageRun], range: &Range<u64>) -> Vec<PageRun> {
+/// The parts of the runs that lie in a range. Runs that end before it are dropped: ranges are asked
+/// for in ascending order.
+fn clip<'r>(
+    runs: &mut &'r [PageRun],
+    range: Range<u64>,
+) -> impl Iterator<Item = PageRun> + use<'r> {
+    let before = runs.iter().take_while(|r| r.end <= range.start).count();
+    *runs = &runs[before..];
+    let (runs, end) = (*runs, range.end);
     runs.iter()
-        .take_while(|r| r.start < range.end)
-        .filter_map(|r| {
-            let part = overlap(&(r.start..r.end), range)?;
+        .take_while(move |r| r.start < end)
+        .filter_map(move |r| {
+            let part = overlap(&(r.start..r.end), &range)?;
             Some(PageRun {
                 start: part.start,
                 end: part.end,
                 facts: r.facts,
             })
         })
-        .collect()
 }

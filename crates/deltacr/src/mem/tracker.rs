@@ -1,6 +1,5 @@
 //! Knowing which pages a process wrote since a known state.
 
-use std::fs::File;
 use std::io;
 use std::ops::Range;
 use std::os::fd::{AsFd, OwnedFd};
@@ -9,7 +8,7 @@ use std::sync::Arc;
 use crate::error::{During, Result};
 use crate::mem::{AddressSpace, merged, overlap};
 use crate::remote::{Batch, Remote};
-use crate::sys::pagemap;
+use crate::sys::pagemap::{self, Pagemap};
 
 /// Written runs less than this far apart are write-protected by one call: the span of one
 /// page table.
@@ -106,11 +105,10 @@ pub(crate) fn reset(
             new
         }
     };
-    let host = remote.host();
     let doing = "forgetting the written pages";
-    let pagemap = File::open(format!("/proc/{host}/pagemap")).during(pid, doing)?;
+    let mut pagemap = Pagemap::open(remote.host()).during(pid, doing)?;
     for range in merged(reset.written, NEAR) {
-        pagemap::protect_written(&pagemap, range).during(pid, doing)?;
+        pagemap.protect_written(range).during(pid, doing)?;
     }
     *tracker = Some(new);
     Ok(())

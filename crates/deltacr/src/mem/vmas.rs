@@ -29,7 +29,7 @@ pub(crate) fn read(memory: &Memory<'_>, remote: &Remote, known: &[Vma]) -> Resul
     };
     let mut vmas = Vec::with_capacity(known.len() + 16);
     let mut address = 0;
-    while let Some(found) = pagemap::mapping(&reader.maps, address, None).during(pid, doing)? {
+    while let Some(found) = pagemap::mapping(&reader.maps, address).during(pid, doing)? {
         for part in without(&found, &remote.area()) {
             push(&mut vmas, reader.vma(&part)?);
         }
@@ -115,8 +115,7 @@ impl Reader<'_> {
     }
 
     fn identify(&self, found: &Mapping) -> Result<(Backing, bool)> {
-        let mut name = Vec::new();
-        pagemap::mapping(&self.maps, found.start, Some(&mut name))
+        let name = pagemap::mapping_name(&self.maps, found.start)
             .during(self.pid, "reading the mappings")?;
         let name = String::from_utf8_lossy(&name);
         let shared = self.memory.shared;

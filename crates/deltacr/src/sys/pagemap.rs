@@ -7,6 +7,8 @@ use std::io;
 use std::ops::Range;
 use std::os::fd::{AsRawFd, BorrowedFd};
 
+use crate::ids::HostPid;
+
 /// Facts of a page, as `PAGEMAP_SCAN` tells them.
 pub(crate) mod category {
     /// Writes to the page are tracked by a `userfaultfd`.
@@ -59,61 +61,79 @@ const WP_MATCHING: u64 = 1;
 /// Runs that one call can tell.
 const RUNS: usize = 1024;
 
-/// Tells every run of pages within `range` that has some of the facts `any_of`, with those of its
-/// facts that are in `tell`, ascending.
-pub(crate) fn scan(
-    pagemap: &File,
-    range: Range<u64>,
-    any_of: u64,
-    tell: u64,
-    mut found: impl FnMut(PageRun),
-) -> io::Result<()> {
-    walk(pagemap, range, 0, (0, any_of, tell), &mut found)
+/// The pages of a process, as `/proc/PID/pagemap` tells them.
+pub(crate) struct Pagemap {
+    file: File,
+    /// Where the kernel puts what it found.
+    runs: Box<[PageRun; RUNS]>,
 }
 
-/// Write-protects every page within `range` that is tracked, written and there, so that it counts
-/// as written only after the next write.
-pub(crate) fn protect_written(pagemap: &File, range: Range<u64>) -> io::Result<()> {
-    let there = category::PRESENT | category::SWAPPED;
-    let filter = (category::WRITTEN, there, category::WRITTEN);
-    walk(pagemap, range, WP_MATCHING, filter, &mut |_| {})
-}
-
-fn walk(
-    pagemap: &File,
-    range: Range<u64>,
-    flags: u64,
-    (all_of, any_of, tell): (u64, u64, u64),
-    found: &mut impl FnMut(PageRun),
-) -> io::Result<()> {
-    let mut runs = [PageRun::default(); RUNS];
-    let mut start = range.start;
-    while start < range.end {
-        let mut arg = ScanArg {
-            size: size_of::<ScanArg>() as u64,
-            flags,
-            start,
-            end: range.end,
-            vec: runs.as_mut_ptr() as u64,
-            vec_len: RUNS as u64,
-            all_of,
-            any_of,
-            tell,
-            ..ScanArg::default()
-        };
-        // SAFETY: the argument has the layout that the kernel defines, and `vec` points to
-        // `vec_len` regions that live through the call.
-        let n = unsafe { libc::ioctl(pagemap.as_raw_fd(), PAGEMAP_SCAN, &raw mut arg) };
-        if n < 0 {
-            return Err(io::Error::last_os_error());
-        }
-        runs.iter().take(n as usize).copied().for_each(&mut *found);
-        if arg.walk_end <= start {
-            return Err(io::Error::other("the kernel's page scan made no progress"));
-        }
-        start = arg.walk_end;
+impl Pagemap {
+    /// Opens the page map of a process.
+    pub(crate) fn open(pid: HostPid) -> io::Result<Self> {
+        Ok(Self {
+            file: File::open(format!("/proc/{pid}/pagemap"))?,
+            runs: Box::new([PageRun::default(); RUNS]),
+        })
     }
-    Ok(())
+
+    /// Adds every run of pages within `range` that has some of the facts `any_of` to `found`, with
+    /// those of its facts that are in `tell`, ascending.
+    pub(crate) fn scan(
+        &mut self,
+        range: Range<u64>,
+        any_of: u64,
+        tell: u64,
+        found: &mut Vec<PageRun>,
+    ) -> io::Result<()> {
+        self.walk(range, 0, (0, any_of, tell), |runs| {
+            found.extend_from_slice(runs);
+        })
+    }
+
+    /// Write-protects every page within `range` that is tracked, written and there, so that it
+    /// counts as written only after the next write.
+    pub(crate) fn protect_written(&mut self, range: Range<u64>) -> io::Result<()> {
+        let there = category::PRESENT | category::SWAPPED;
+        let filter = (category::WRITTEN, there, category::WRITTEN);
+        self.walk(range, WP_MATCHING, filter, |_| {})
+    }
+
+    fn walk(
+        &mut self,
+        range: Range<u64>,
+        flags: u64,
+        (all_of, any_of, tell): (u64, u64, u64),
+        mut found: impl FnMut(&[PageRun]),
+    ) -> io::Result<()> {
+        let mut start = range.start;
+        while start < range.end {
+            let mut arg = ScanArg {
+                size: size_of::<ScanArg>() as u64,
+                flags,
+                start,
+                end: range.end,
+                vec: self.runs.as_mut_ptr() as u64,
+                vec_len: RUNS as u64,
+                all_of,
+                any_of,
+                tell,
+                ..ScanArg::default()
+            };
+            // SAFETY: the argument has the layout that the kernel defines, and `vec` points to
+            // `vec_len` regions that live through the call.
+            let n = unsafe { libc::ioctl(self.file.as_raw_fd(), PAGEMAP_SCAN, &raw mut arg) };
+            if n < 0 {
+                return Err(io::Error::last_os_error());
+            }
+            found(&self.runs[..RUNS.min(n as usize)]);
+            if arg.walk_end <= start {
+                return Err(io::Error::other("the kernel's page scan made no progress"));
+            }
+            start = arg.walk_end;
+        }
+        Ok(())
+    }
 }
 
 /// A mapping, as `PROCMAP_QUERY` tells it.
@@ -159,23 +179,31 @@ const PROCMAP_QUERY: libc::Ioctl = 0xc068_6611_u32 as libc::Ioctl;
 const COVERING_OR_NEXT: u64 = 0x10;
 const SHARED: u64 = 8;
 
-/// The mapping that covers `address`, or the next one; `None` behind the last. With `name`, also
-/// its name as `/proc/PID/maps` shows it (empty if it has none).
-pub(crate) fn mapping(
-    maps: &File,
-    address: u64,
-    name: Option<&mut Vec<u8>>,
-) -> io::Result<Option<Mapping>> {
+/// The mapping that covers `address`, or the next one; `None` behind the last.
+pub(crate) fn mapping(maps: &File, address: u64) -> io::Result<Option<Mapping>> {
+    query(maps, address, &mut []).map(|found| found.map(|(mapping, _)| mapping))
+}
+
+/// The name of the mapping that covers `address`, as `/proc/PID/maps` shows it; empty without one.
+pub(crate) fn mapping_name(maps: &File, address: u64) -> io::Result<Vec<u8>> {
+    let mut room = [0; libc::PATH_MAX as usize];
+    let len = query(maps, address, &mut room)?.map_or(0, |(_, len)| len);
+    let told = &room[..room.len().min(len)];
+    // The kernel counts the terminating zero.
+    Ok(told.iter().copied().take_while(|b| *b != 0).collect())
+}
+
+/// A mapping and the length of its name, which is written to `name` if there is room.
+fn query(maps: &File, address: u64, name: &mut [u8]) -> io::Result<Option<(Mapping, usize)>> {
     let mut arg = QueryArg {
         size: size_of::<QueryArg>() as u64,
         flags: COVERING_OR_NEXT,
         address,
         ..QueryArg::default()
     };
-    let mut room = [0_u8; libc::PATH_MAX as usize];
-    if name.is_some() {
-        arg.name = room.as_mut_ptr() as u64;
-        arg.name_size = room.len() as u32;
+    if !name.is_empty() {
+        arg.name = name.as_mut_ptr() as u64;
+        arg.name_size = name.len() as u32;
     }
     // SAFETY: the argument has the layout that the kernel defines, and `name` points to
     // `name_size` bytes that live through the call.
@@ -186,13 +214,7 @@ pub(crate) fn mapping(
             _ => Err(e),
         };
     }
-    if let Some(name) = name {
-        let told = &room[..room.len().min(arg.name_size as usize)];
-        name.clear();
-        // The kernel counts the terminating zero.
-        name.extend(told.iter().take_while(|b| **b != 0));
-    }
-    Ok(Some(Mapping {
+    let mapping = Mapping {
         start: arg.start,
         end: arg.end,
         prot: (arg.vma_flags & 7) as i32,
@@ -200,7 +222,8 @@ pub(crate) fn mapping(
         offset: arg.offset,
         device: libc::makedev(arg.major, arg.minor),
         inode: arg.inode,
-    }))
+    };
+    Ok(Some((mapping, arg.name_size as usize)))
 }
 
 #[repr(C)]
@@ -267,8 +290,8 @@ mod tests {
     fn mappings_of_this_process_are_those_of_its_maps_file() {
         let maps = File::open("/proc/self/maps").unwrap();
         let here = mappings_of_this_process_are_those_of_its_maps_file as *const () as u64;
-        let mut name = Vec::new();
-        let found = mapping(&maps, here, Some(&mut name)).unwrap().unwrap();
+        let found = mapping(&maps, here).unwrap().unwrap();
+        let name = mapping_name(&maps, here).unwrap();
         assert!(found.start <= here && here < found.end);
         assert_eq!(found.prot, libc::PROT_READ | libc::PROT_EXEC);
         let exe = std::fs::metadata("/proc/self/exe").unwrap();
@@ -276,6 +299,6 @@ mod tests {
         assert_eq!((found.device, found.inode), (exe.dev(), exe.ino()));
         let path = std::fs::read_link("/proc/self/exe").unwrap();
         assert_eq!(String::from_utf8(name).unwrap(), path.to_str().unwrap());
-        assert_eq!(mapping(&maps, u64::MAX - 4096, None).unwrap(), None);
+        assert_eq!(mapping(&maps, u64::MAX - 4096).unwrap(), None);
     }
 }
