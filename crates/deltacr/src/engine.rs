@@ -138,7 +138,7 @@ impl Engine {
             let captured = self.capture(env, &mut held, &mut watch);
             held.remember(&mut self.known);
             let (image, pages) = captured?;
-            let cut = cut(&image.mapped_files(env))?;
+            let cut = cut(&image.mapped_files())?;
             watch.lap("files");
             held.release()?;
             watch.lap("resume");
@@ -224,7 +224,7 @@ impl Engine {
             let survey = self.survey(env, &mut held, target);
             let mapped = survey
                 .as_ref()
-                .map_or_else(|_| Vec::new(), |s| s.mapped_files(env));
+                .map_or_else(|_| Vec::new(), |s| s.mapped_files());
             watch.lap("survey");
             let Switched { value, stale } = switch(&mapped)?;
             watch.lap("files");
@@ -462,24 +462,22 @@ impl Survey {
         }
     }
 
-    fn mapped_files(&self, env: &dyn Environment) -> Vec<u64> {
-        let device = env.fs_device();
+    fn mapped_files(&self) -> Vec<u64> {
         sorted(
             self.processes
                 .values()
                 .filter_map(|now| now.scan.as_ref())
-                .flat_map(|s| mem::shared_file_inodes(&s.vmas, device)),
+                .flat_map(|s| mem::shared_file_inodes(&s.vmas)),
         )
     }
 }
 
 impl TreeImage {
-    fn mapped_files(&self, env: &dyn Environment) -> Vec<u64> {
-        let device = env.fs_device();
+    fn mapped_files(&self) -> Vec<u64> {
         sorted(
             self.processes
                 .values()
-                .flat_map(|p| p.memory.shared_file_inodes(device)),
+                .flat_map(|p| p.memory.shared_file_inodes()),
         )
     }
 }

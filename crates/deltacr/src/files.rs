@@ -34,22 +34,9 @@ impl Place {
         })
     }
 
-    /// Opens the file: by its path if that still leads to it, so that the kernel shows the path to
-    /// the program; else by its inode number.
+    /// Opens the file again; see [`open`].
     pub(crate) fn open(&self, env: &dyn Environment, flags: OFlags) -> io::Result<OwnedFd> {
-        let resolve = ResolveFlags::IN_ROOT | ResolveFlags::NO_MAGICLINKS;
-        let flags = flags | OFlags::CLOEXEC;
-        let by_path = openat2(env.root(), &self.path[..], flags, Mode::empty(), resolve);
-        let Some(inode) = self.inode else {
-            return Ok(by_path?);
-        };
-        if let Ok(file) = by_path {
-            let stat = fstat(&file)?;
-            if (stat.st_dev, stat.st_ino) == (env.fs_device(), inode) {
-                return Ok(file);
-            }
-        }
-        env.open_inode(inode, flags.bits() as i32)
+        open(env, &self.path, self.inode, flags)
     }
 
     /// Whether it is called `/`, which is what the kernel calls the sandbox's root.
@@ -72,4 +59,35 @@ impl Place {
             _ => false,
         }
     }
+}
+
+/// Opens a file again. One of the versioned filesystem, which has an inode number here, is opened by its path if that
+/// still leads to it, so that the kernel shows the path to the program; else by its number. Any other is opened by its path.
+pub(crate) fn open(
+    env: &dyn Environment,
+    path: &[u8],
+    inode: Option<u64>,
+    flags: OFlags,
+) -> io::Result<OwnedFd> {
+    let flags = flags | OFlags::CLOEXEC;
+    let resolve = ResolveFlags::IN_ROOT | ResolveFlags::NO_MAGICLINKS;
+    let by_path = || openat2(env.root(), path, flags, Mode::empty(), resolve);
+    let Some(inode) = inode else {
+        return Ok(by_path()?);
+    };
+    // Only looked at, for what has taken the path meanwhile may be a fifo or a device.
+    let at_path = openat2(
+        env.root(),
+        path,
+        OFlags::PATH | OFlags::CLOEXEC,
+        Mode::empty(),
+        resolve,
+    );
+    if let Ok(file) = at_path {
+        let stat = fstat(&file)?;
+        if (stat.st_dev, stat.st_ino) == (env.fs_device(), inode) {
+            return Ok(by_path()?);
+        }
+    }
+    env.open_inode(inode, flags.bits() as i32)
 }

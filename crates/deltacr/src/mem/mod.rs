@@ -32,13 +32,16 @@ use crate::error::Error;
 use crate::ids::InnerPid;
 use crate::store::{PageMap, PageStore};
 
+/// Stands for the device number of the sandbox's own filesystem.
+pub const VERSIONED: u64 = 0;
+
 /// Bytes of a page.
 pub(crate) const PAGE: u64 = 4096;
 
 /// A file, by its inode. Two are equal if they are the same inode, whatever the path.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct FileId {
-    /// `st_dev`.
+    /// `st_dev`; [`VERSIONED`] for the sandbox's filesystem, which has another in each fork.
     pub device: u64,
     /// Inode number.
     pub inode: u64,
@@ -147,8 +150,8 @@ pub struct AddressSpace {
 impl AddressSpace {
     /// The inodes of the versioned filesystem whose pages the process may have written through
     /// a shared mapping, and which are to be flushed before the filesystem is cut.
-    pub fn shared_file_inodes(&self, fs_device: u64) -> Vec<u64> {
-        shared_file_inodes(&self.vmas, fs_device)
+    pub fn shared_file_inodes(&self) -> Vec<u64> {
+        shared_file_inodes(&self.vmas)
     }
 
     /// The file that holds the program's code: the executable.
@@ -167,12 +170,12 @@ fn executable<'a>(vmas: &'a [Vma], layout: &Layout) -> Option<&'a FileId> {
 }
 
 /// See [`AddressSpace::shared_file_inodes`].
-pub(crate) fn shared_file_inodes(vmas: &[Vma], fs_device: u64) -> Vec<u64> {
+pub(crate) fn shared_file_inodes(vmas: &[Vma]) -> Vec<u64> {
     let mut inodes: Vec<u64> = vmas
         .iter()
         .filter(|v| v.shared && v.prot & libc::PROT_WRITE != 0)
         .filter_map(|v| match &v.backing {
-            Backing::File(file) if file.device == fs_device => Some(file.inode),
+            Backing::File(file) if file.device == VERSIONED => Some(file.inode),
             _ => None,
         })
         .collect();

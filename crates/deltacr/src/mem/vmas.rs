@@ -6,12 +6,13 @@ use std::ops::Range;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 
-use rustix::fs::{Mode, OFlags, ResolveFlags, fstat, openat2};
+use rustix::fs::{OFlags, fstat};
 
 use crate::env::Environment;
 use crate::error::{During, Error, Result};
+use crate::files;
 use crate::ids::{HostPid, InnerPid};
-use crate::mem::{Backing, FileId, Memory, Vma, overlap, unsupported};
+use crate::mem::{Backing, FileId, Memory, VERSIONED, Vma, overlap, unsupported};
 use crate::remote::Remote;
 use crate::sys::pagemap::{self, Mapping};
 
@@ -102,7 +103,7 @@ impl Reader<'_> {
             // The kernel neither splits nor resizes these.
             Backing::Special(_) => fileless && vma.range() == (found.start..found.end),
             Backing::File(file) => {
-                (file.device, file.inode) == (found.device, found.inode)
+                (file.device, file.inode) == (self.device_of(found), found.inode)
                     && vma.offset_at(found.start) == found.offset
             }
             Backing::Shm(key) => {
@@ -134,6 +135,13 @@ impl Reader<'_> {
         }
     }
 
+    fn device_of(&self, found: &Mapping) -> u64 {
+        match found.device == self.memory.env.fs_device() {
+            true => VERSIONED,
+            false => found.device,
+        }
+    }
+
     fn identify_fileless(&self, name: &str, found: &Mapping) -> Result<(Backing, bool)> {
         match name {
             "[vdso]" | "[vvar]" | "[vvar_vclock]" => Ok((Backing::Special(name.into()), false)),
@@ -153,11 +161,11 @@ impl Reader<'_> {
             ));
         }
         let file = FileId {
-            device: found.device,
+            device: self.device_of(found),
             inode: found.inode,
             path: Arc::from(name),
         };
-        if file.device != self.memory.env.fs_device()
+        if file.device != VERSIONED
             && let Err(e) = reopen(self.memory.env, &file, libc::O_RDONLY)
         {
             let why = format!(
@@ -177,20 +185,14 @@ impl Reader<'_> {
     }
 }
 
-/// Opens a mapped file again: by its number in the versioned filesystem, by its path elsewhere.
+/// Opens a mapped file again.
 pub(crate) fn reopen(env: &dyn Environment, file: &FileId, flags: i32) -> io::Result<OwnedFd> {
-    if file.device == env.fs_device() {
-        return env.open_inode(file.inode, flags | libc::O_CLOEXEC);
+    let flags = OFlags::from_bits_retain(flags as u32) | OFlags::NONBLOCK;
+    let path = file.path.trim_end_matches(" (deleted)").as_bytes();
+    if file.device == VERSIONED {
+        return files::open(env, path, Some(file.inode), flags);
     }
-    let flags = OFlags::from_bits_retain(flags as u32) | OFlags::CLOEXEC | OFlags::NONBLOCK;
-    let path = file.path.trim_start_matches('/');
-    let opened = openat2(
-        env.root(),
-        path,
-        flags,
-        Mode::empty(),
-        ResolveFlags::IN_ROOT,
-    )?;
+    let opened = files::open(env, path, None, flags)?;
     let stat = fstat(opened.as_fd())?;
     if (stat.st_dev, stat.st_ino) == (file.device, file.inode) {
         Ok(opened)
