@@ -29,7 +29,7 @@ pub(crate) async fn exec(client: &Client, json: bool, args: Exec) -> Result<u8, 
         stdin: args.interactive,
         ..spec(args.command, &args.surroundings, args.tty)
     };
-    let started = client.exec(&args.name, &command).await?;
+    let started = client.exec(&args.name, &command, !args.detach).await?;
     if args.detach {
         show::say(json, &started, || started.session.id.to_string())?;
         return Ok(0);
@@ -50,7 +50,7 @@ pub(crate) async fn shell(client: &Client, json: bool, args: Shell) -> Result<u8
         // No program: the user's login shell.
         ..spec(Vec::new(), &args.surroundings, tty)
     };
-    let started = client.exec(&args.name, &command).await?;
+    let started = client.exec(&args.name, &command, true).await?;
     let session = SessionRef {
         sandbox: args.name,
         id: started.session.id,

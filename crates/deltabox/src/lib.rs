@@ -19,6 +19,7 @@ mod error;
 mod host;
 mod log;
 mod names;
+mod readers;
 mod report;
 mod sandbox;
 mod seccomp;

@@ -9,6 +9,7 @@ use rustix::io::Errno;
 
 use crate::error::{Doing, Error, Result};
 use crate::log::{Log, Piece};
+use crate::readers::{ReaderId, Readers};
 use crate::report::{SessionEvent, SessionId, SessionInfo};
 use crate::sessions::Shared;
 use crate::spec::WindowSize;
@@ -51,6 +52,7 @@ pub(crate) struct State {
     pub(crate) timed_out: bool,
     /// Whether a checkpoint knows the session, so that it may come back after its end.
     pub(crate) kept: bool,
+    pub(crate) readers: Readers,
 }
 
 /// How a command ended.
@@ -151,12 +153,18 @@ impl Session {
     }
 
     /// The session's events from output byte `offset` on (0: from the beginning of what the log still has).
+    ///
+    /// From now on the command waits for this reader when it lags behind by half of what the log keeps, as it would
+    /// for the reader of a pipe; so read on, or drop it.
     pub fn events(self: &Arc<Self>, offset: u64) -> Events {
-        let state = self.state.lock();
+        let mut state = self.state.lock();
+        let offset = offset.min(state.log.end());
+        let epoch = state.epoch;
         Events {
             session: Arc::clone(self),
-            offset: offset.min(state.log.end()),
-            epoch: state.epoch,
+            id: state.readers.add(epoch, offset),
+            offset,
+            epoch,
             over: false,
         }
     }
@@ -193,6 +201,11 @@ impl Session {
 }
 
 impl State {
+    /// Whether the command has to wait for a reader.
+    pub(crate) fn lags(&self) -> bool {
+        self.readers.lag(self.epoch, self.log.end())
+    }
+
     fn check(&self, epoch: u64) -> Result<()> {
         if self.epoch == epoch && !self.abandoned {
             return Ok(());
@@ -224,6 +237,7 @@ fn wait_until_writable(fd: &OwnedFd) -> std::io::Result<()> {
 /// Reads a session's events, one after another.
 pub struct Events {
     session: Arc<Session>,
+    id: ReaderId,
     offset: u64,
     epoch: u64,
     over: bool,
@@ -232,6 +246,12 @@ pub struct Events {
 impl Events {
     /// The next event; `None` when `timeout` passed without one, or after `Exit` or `RolledBack`.
     pub fn next(&mut self, timeout: Option<Duration>) -> Option<SessionEvent> {
+        let event = self.wait(timeout);
+        self.resume();
+        event
+    }
+
+    fn wait(&mut self, timeout: Option<Duration>) -> Option<SessionEvent> {
         let until = timeout.map(|t| Instant::now() + t);
         let session = Arc::clone(&self.session);
         let mut state = session.state.lock();
@@ -239,21 +259,39 @@ impl Events {
             if self.over {
                 return None;
             }
-            if let Some(event) = self.look(&state) {
+            if let Some(event) = self.look(&mut state) {
                 return Some(event);
             }
             match until {
                 None => session.changed.wait(&mut state),
                 Some(until) => {
                     if session.changed.wait_until(&mut state, until).timed_out() {
-                        return self.look(&state);
+                        return self.look(&mut state);
                     }
                 }
             }
         }
     }
 
-    fn look(&mut self, state: &State) -> Option<SessionEvent> {
+    /// Lets the command write on if it had to wait, and has to no longer.
+    fn resume(&self) {
+        let waits = |state: &State| state.readers.paused && !state.lags();
+        if !waits(&self.session.state.lock()) {
+            return;
+        }
+        // Without the lock: this may be the last that holds the sandbox.
+        if let Some(shared) = self.session.shared.upgrade() {
+            shared.resume(&self.session);
+        }
+    }
+
+    fn look(&mut self, state: &mut State) -> Option<SessionEvent> {
+        let event = self.take(state);
+        state.readers.moved(self.id, self.offset);
+        event
+    }
+
+    fn take(&mut self, state: &State) -> Option<SessionEvent> {
         if state.epoch != self.epoch || state.abandoned {
             self.over = true;
             return Some(SessionEvent::RolledBack { epoch: state.epoch });
@@ -278,5 +316,12 @@ impl Events {
                 Some(SessionEvent::Missed { bytes })
             }
         }
+    }
+}
+
+impl Drop for Events {
+    fn drop(&mut self) {
+        self.session.state.lock().readers.remove(self.id);
+        self.resume();
     }
 }

@@ -18,6 +18,7 @@ use crate::container::Container;
 use crate::descendants;
 use crate::error::{Doing, Error, Result};
 use crate::log::Log;
+use crate::readers::Readers;
 use crate::report::{SandboxState, SessionId, SessionInfo};
 use crate::session::{Exit, Session, State};
 use crate::streams::{Channel, Streams};
@@ -187,6 +188,7 @@ impl Shared {
                 deadline: new.timeout.and_then(|t| Instant::now().checked_add(t)),
                 timed_out: false,
                 kept: false,
+                readers: Readers::default(),
             }),
             changed: Condvar::new(),
         });
@@ -248,15 +250,33 @@ impl Shared {
             return;
         };
         let mut state = session.state.lock();
+        let restoring = self.restoring.load(Ordering::Acquire);
+        if !restoring && state.lags() {
+            // The reader that moves on, or leaves, has it watched again.
+            state.readers.paused = true;
+            if let Err(e) = state.streams.unwatch(&self.poller) {
+                tracing::warn!("pausing the output of session {id}: {e}");
+            }
+            return;
+        }
         let State {
             log, streams, kept, ..
         } = &mut *state;
-        let log = (!self.restoring.load(Ordering::Acquire)).then_some(log);
+        let log = (!restoring).then_some(log);
         if let Err(e) = streams.pump(channel, log, TURN, &self.poller, *kept) {
             tracing::warn!("reading the output of session {id}: {e}");
             *streams.slot(channel) = None;
         }
         session.changed.notify_all();
+    }
+
+    /// Watches the output of a session again that was paused for a reader.
+    pub(crate) fn resume(&self, session: &Session) {
+        let mut state = session.state.lock();
+        state.readers.paused = false;
+        if let Err(e) = state.streams.watch(session.id, &self.poller) {
+            tracing::warn!("watching the output of session {}: {e}", session.id);
+        }
     }
 
     /// Takes note of the processes that init reports as dead.

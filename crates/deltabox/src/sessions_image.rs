@@ -12,6 +12,7 @@ use parking_lot::{Condvar, Mutex};
 
 use crate::error::{Doing, Result};
 use crate::log::View;
+use crate::readers::Readers;
 use crate::report::SessionId;
 use crate::session::{Exit, Session, State};
 use crate::sessions::Shared;
@@ -139,6 +140,7 @@ impl Shared {
                 deadline: kept.left.and_then(|t| Instant::now().checked_add(t)),
                 timed_out: kept.timed_out,
                 kept: true,
+                readers: Readers::default(),
             }),
             changed: Condvar::new(),
         })

@@ -134,6 +134,20 @@ impl Streams {
         Ok(())
     }
 
+    /// Watches no more what can be read: writers wait once their pipes are full.
+    pub(crate) fn unwatch(&mut self, poller: &OwnedFd) -> io::Result<()> {
+        for channel in [Channel::Stdout, Channel::Stderr, Channel::Terminal] {
+            let Some(end) = self.slot(channel) else {
+                continue;
+            };
+            match epoll::delete(poller, &end.fd) {
+                Ok(()) | Err(Errno::NOENT) => {}
+                Err(e) => return Err(e.into()),
+            }
+        }
+        Ok(())
+    }
+
     /// Moves what is there to be read from one channel to the log (or nowhere), at most `limit` bytes. Whether there
     /// may be more.
     pub(crate) fn pump(

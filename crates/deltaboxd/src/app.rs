@@ -9,6 +9,7 @@ use deltabox::{Error, Host, Sandbox};
 use tokio::sync::{Notify, mpsc};
 
 use crate::api::{EPOCH_HEADER, ServiceInfo};
+use crate::expected::Expected;
 use crate::failure::{Answer, Failure};
 use crate::metrics::Metrics;
 
@@ -19,6 +20,7 @@ pub(crate) struct App {
     pub(crate) metrics: Arc<Metrics>,
     pub(crate) info: Arc<ServiceInfo>,
     pub(crate) stop: Arc<Stop>,
+    pub(crate) expected: Expected,
     /// Held by every attached stream, so that a shutdown can wait for their last frames.
     pub(crate) attached: mpsc::Sender<()>,
 }
@@ -30,6 +32,7 @@ impl App {
             metrics: Arc::default(),
             info: Arc::new(info),
             stop: Arc::default(),
+            expected: Expected::default(),
             attached,
         }
     }

@@ -11,7 +11,7 @@ use std::time::Duration;
 use axum::body::Body;
 use axum::extract::ws::{CloseFrame, Message, WebSocket, close_code};
 use bytes::Bytes;
-use deltabox::{Session, SessionEvent};
+use deltabox::{Events, Session, SessionEvent};
 use futures_util::stream::{SplitSink, SplitStream};
 use futures_util::{SinkExt, StreamExt};
 use tokio::sync::mpsc;
@@ -24,17 +24,12 @@ const QUEUE: usize = 4;
 /// How often a thread without events looks whether its client is still there.
 const IDLE: Duration = Duration::from_millis(200);
 
-/// Reads the events from output byte `offset` on. Without `wait` it ends with what there is now.
-pub(crate) fn follow(
-    session: Arc<Session>,
-    offset: u64,
-    wait: bool,
-) -> io::Result<mpsc::Receiver<FromSession>> {
+/// Reads events. Without `wait` it ends with what there is now.
+pub(crate) fn follow(mut events: Events, wait: bool) -> io::Result<mpsc::Receiver<FromSession>> {
     let (sender, receiver) = mpsc::channel(QUEUE);
     std::thread::Builder::new()
         .name("session-output".into())
         .spawn(move || {
-            let mut events = session.events(offset);
             let patience = if wait { IDLE } else { Duration::ZERO };
             while !sender.is_closed() {
                 match events.next(Some(patience)) {

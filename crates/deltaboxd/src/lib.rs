@@ -8,6 +8,7 @@ pub mod api;
 mod app;
 mod attach;
 pub mod client;
+mod expected;
 mod failure;
 pub mod frame;
 mod metrics;

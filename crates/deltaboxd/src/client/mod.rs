@@ -180,10 +180,16 @@ impl Client {
             .await
     }
 
-    /// Starts a command.
-    pub async fn exec(&self, name: &str, command: &CommandSpec) -> Result<StartedSession> {
-        self.post(&format!("{}/sessions", sandbox(name)), command)
-            .await
+    /// Starts a command. With `attach`, [`Client::attach`] must follow soon: until then the command waits when it has
+    /// written much, so that nothing is missed.
+    pub async fn exec(
+        &self,
+        name: &str,
+        command: &CommandSpec,
+        attach: bool,
+    ) -> Result<StartedSession> {
+        let path = format!("{}/sessions?attach={attach}", sandbox(name));
+        self.post(&path, command).await
     }
 
     /// A sandbox's sessions.

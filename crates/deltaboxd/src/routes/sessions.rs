@@ -32,17 +32,23 @@ pub(super) async fn create(
     State(app): State<App>,
     At(name): At<String>,
     headers: HeaderMap,
+    Params(start): Params<Start>,
     Body(command): Body<CommandSpec>,
 ) -> Answer<(StatusCode, Json<StartedSession>)> {
-    app.call_on("exec", name, &headers, |sandbox| {
-        // Read before: should a rollback come between, the session is said to be of the epoch that is over, and so
-        // is refused later, never taken for another one.
-        let epoch = sandbox.epoch();
-        let session = sandbox.spawn(command)?.info();
-        Ok(StartedSession { session, epoch })
-    })
-    .await
-    .map(|started| (StatusCode::CREATED, Json(started)))
+    let (session, epoch) = app
+        .call_on("exec", name, &headers, |sandbox| {
+            // Read before: should a rollback come between, the session is said to be of the epoch that is over, and so
+            // is refused later, never taken for another one.
+            let epoch = sandbox.epoch();
+            Ok((sandbox.spawn(command)?, epoch))
+        })
+        .await?;
+    if start.attach {
+        app.expected.add(&session);
+    }
+    let session = session.info();
+    let started = StartedSession { session, epoch };
+    Ok((StatusCode::CREATED, Json(started)))
 }
 
 pub(super) async fn get(
@@ -111,6 +117,13 @@ pub(super) async fn close_stdin(
     .await
 }
 
+/// What the client means to do next.
+#[derive(Default, Deserialize)]
+#[serde(default)]
+pub(super) struct Start {
+    attach: bool,
+}
+
 /// From where, and for how long.
 #[derive(Deserialize)]
 #[serde(default)]
@@ -135,7 +148,7 @@ pub(super) async fn output(
     Params(from): Params<From>,
 ) -> Answer<Response> {
     let session = find(&app, path, &headers).await?;
-    let frames = attach::follow(session, from.offset, from.follow).map_err(no_thread)?;
+    let frames = attach::follow(session.events(from.offset), from.follow).map_err(no_thread)?;
     let kind = [(header::CONTENT_TYPE, "application/octet-stream")];
     Ok((kind, attach::body(frames)).into_response())
 }
@@ -149,7 +162,8 @@ pub(super) async fn attach(
 ) -> Answer<Response> {
     let upgrade = upgrade.map_err(|e| Failure::invalid(e.body_text()))?;
     let session = find(&app, path, &headers).await?;
-    let frames = attach::follow(session.clone(), from.offset, true).map_err(no_thread)?;
+    let frames =
+        attach::follow(app.expected.events(&session, from.offset), true).map_err(no_thread)?;
     let attached = app.attached.clone();
     Ok(upgrade
         .max_message_size(MAX_PAYLOAD + 1)
