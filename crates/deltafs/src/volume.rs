@@ -198,12 +198,12 @@ impl Volume {
         let Ok(root) = self.open_root() else { return };
         let flags = AtFlags::EMPTY_PATH | AtFlags::SYMLINK_NOFOLLOW | AtFlags::STATX_FORCE_SYNC;
         for ino in &plan.refresh {
-            if let Ok(fd) = self.open_node(&root, *ino, libc::O_PATH) {
+            if let Ok(fd) = self.open_by_number(&root, *ino, libc::O_PATH) {
                 let _ = rustix::fs::statx(&fd, "", flags, StatxFlags::BASIC_STATS);
             }
         }
         for (parent, name) in &plan.look_up {
-            if let Ok(fd) = self.open_node(&root, *parent, libc::O_PATH) {
+            if let Ok(fd) = self.open_by_number(&root, *parent, libc::O_PATH) {
                 let name = std::ffi::OsStr::from_bytes(name);
                 let _ = rustix::fs::statx(&fd, name, flags, StatxFlags::BASIC_STATS);
             }
@@ -256,6 +256,10 @@ impl Volume {
         {
             return Ok(fd);
         }
+        self.open_by_number(root, ino, flags)
+    }
+
+    fn open_by_number(&self, root: &OwnedFd, ino: Ino, flags: i32) -> io::Result<OwnedFd> {
         let generation = self.server.kernel().generation(ino);
         sys::open_by_node_id(root, ino, generation, flags)
     }

@@ -1,5 +1,8 @@
 //! The content of a regular file: blocks of its own over what its base file shows.
 
+mod read;
+mod seek;
+
 use std::io;
 use std::ops::Range;
 use std::sync::Arc;
@@ -7,8 +10,10 @@ use std::sync::Arc;
 use imbl::OrdMap;
 use rustix::io::Errno;
 
+pub(crate) use read::ReadPlan;
+
 use crate::base::BaseInode;
-use crate::data::{BLOCK, BLOCK_LEN, Block, DataStore, read_or_zeros};
+use crate::data::{BLOCK, BLOCK_LEN, Block, DataStore};
 
 /// The largest file: the kernel's own limit for offsets.
 const MAX_SIZE: u64 = i64::MAX as u64;
@@ -52,34 +57,6 @@ impl PartialEq for Own {
             _ => false,
         }
     }
-}
-
-/// A run of bytes of a file and where they are.
-#[derive(Debug)]
-struct Segment {
-    len: usize,
-    source: Source,
-}
-
-#[derive(Debug)]
-enum Source {
-    /// Bytes of the block file from `position` on; the blocks are held so that nobody takes their places.
-    Data {
-        position: u64,
-        held: Vec<Block>,
-    },
-    Base {
-        inode: Arc<BaseInode>,
-        position: u64,
-    },
-    Zeros,
-}
-
-/// What a read found, to be fetched without holding up anybody.
-#[derive(Debug, Default)]
-pub(crate) struct ReadPlan {
-    segments: Vec<Segment>,
-    len: usize,
 }
 
 /// The way in which data is written.
@@ -259,48 +236,6 @@ impl FileBody {
         Ok(())
     }
 
-    /// Where the next data at or after `offset` begins (`SEEK_DATA`).
-    pub(crate) fn next_data(&self, offset: u64) -> Result<u64, Errno> {
-        let mut at = offset;
-        while at < self.size {
-            match self.blocks.get(&(at / BLOCK)) {
-                Some(Own::Data(_)) => return Ok(at),
-                Some(Own::Hole) => at = (at / BLOCK + 1) * BLOCK,
-                None => {
-                    let next = self.next_own(at);
-                    match self.base_data(at)? {
-                        Some(found) if found < next => return Ok(found),
-                        _ => at = next,
-                    }
-                }
-            }
-        }
-        Err(Errno::NXIO)
-    }
-
-    /// Where the next hole at or after `offset` begins (`SEEK_HOLE`); the end of the file is one.
-    pub(crate) fn next_hole(&self, offset: u64) -> Result<u64, Errno> {
-        if offset >= self.size {
-            return Err(Errno::NXIO);
-        }
-        let mut at = offset;
-        while at < self.size {
-            match self.blocks.get(&(at / BLOCK)) {
-                Some(Own::Data(_)) => at = (at / BLOCK + 1) * BLOCK,
-                Some(Own::Hole) => return Ok(at),
-                None => {
-                    let hole = self.base_hole(at)?;
-                    let next = self.next_own(at);
-                    if hole < next {
-                        return Ok(hole);
-                    }
-                    at = next;
-                }
-            }
-        }
-        Ok(self.size)
-    }
-
     /// The byte ranges in which two versions of a file differ, whole blocks; `None` if nothing is known to be the same.
     pub(crate) fn changed_ranges(&self, other: &Self) -> Option<Vec<Range<u64>>> {
         let limits = match (&self.base, &other.base) {
@@ -423,123 +358,6 @@ impl FileBody {
         self.plan_block(&mut plan, block * BLOCK, (block + 1) * BLOCK);
         plan.fetch(store, &mut whole).map_err(errno)?;
         Ok(whole)
-    }
-
-    /// The start of the first block after that of `at` that is not the base's.
-    fn next_own(&self, at: u64) -> u64 {
-        let after = at / BLOCK + 1;
-        let next = self.blocks.range(after..).next();
-        next.map_or(self.size, |(block, _)| (block * BLOCK).min(self.size))
-    }
-
-    fn base_data(&self, at: u64) -> Result<Option<u64>, Errno> {
-        let Some(base) = self.base.as_ref().filter(|base| at < base.limit) else {
-            return Ok(None);
-        };
-        let file = base.inode.file()?;
-        match rustix::fs::seek(&*file, rustix::fs::SeekFrom::Data(at)) {
-            Ok(found) => Ok(Some(found).filter(|found| *found < base.limit)),
-            Err(Errno::NXIO) => Ok(None),
-            Err(error) => Err(error),
-        }
-    }
-
-    fn base_hole(&self, at: u64) -> Result<u64, Errno> {
-        let Some(base) = self.base.as_ref().filter(|base| at < base.limit) else {
-            return Ok(at);
-        };
-        let file = base.inode.file()?;
-        match rustix::fs::seek(&*file, rustix::fs::SeekFrom::Hole(at)) {
-            Ok(found) => Ok(found.min(base.limit)),
-            Err(Errno::NXIO) => Ok(at),
-            Err(error) => Err(error),
-        }
-    }
-}
-
-impl ReadPlan {
-    /// How many bytes there are to read.
-    pub(crate) fn len(&self) -> usize {
-        self.len
-    }
-
-    /// Reads everything into `buf`, which is as long as the plan.
-    pub(crate) fn fetch(&self, store: &DataStore, buf: &mut [u8]) -> io::Result<()> {
-        let mut rest = buf;
-        for segment in &self.segments {
-            let (part, after) = rest.split_at_mut(segment.len.min(rest.len()));
-            match &segment.source {
-                Source::Data { position, .. } => store.read(part, *position)?,
-                Source::Base { inode, position } => {
-                    let file = inode.file()?;
-                    read_or_zeros(&file, part, *position)?;
-                }
-                Source::Zeros => part.fill(0),
-            }
-            rest = after;
-        }
-        Ok(())
-    }
-
-    fn push_data(&mut self, block: &Block, within: u64, len: usize) {
-        self.len += len;
-        let from = block.position() + within;
-        if let Some(Segment {
-            len: before,
-            source: Source::Data { position, held },
-        }) = self.segments.last_mut()
-            && *position + *before as u64 == from
-        {
-            held.push(Arc::clone(block));
-            *before += len;
-            return;
-        }
-        let held = vec![Arc::clone(block)];
-        self.segments.push(Segment {
-            len,
-            source: Source::Data {
-                position: from,
-                held,
-            },
-        });
-    }
-
-    fn push_base(&mut self, inode: &Arc<BaseInode>, from: u64, len: usize) {
-        self.len += len;
-        if let Some(Segment {
-            len: before,
-            source: Source::Base { position, .. },
-        }) = self.segments.last_mut()
-            && *position + *before as u64 == from
-        {
-            *before += len;
-            return;
-        }
-        let inode = Arc::clone(inode);
-        self.segments.push(Segment {
-            len,
-            source: Source::Base {
-                inode,
-                position: from,
-            },
-        });
-    }
-
-    fn push_zeros(&mut self, len: usize) {
-        if len == 0 {
-            return;
-        }
-        self.len += len;
-        match self.segments.last_mut() {
-            Some(Segment {
-                len: before,
-                source: Source::Zeros,
-            }) => *before += len,
-            _ => self.segments.push(Segment {
-                len,
-                source: Source::Zeros,
-            }),
-        }
     }
 }
 

@@ -1,58 +1,24 @@
-//! The read-only base directory, looked up lazily and shared by all volumes of a tree.
-//!
-//! A base inode is opened by its parent's descriptor and its own name, without following symbolic links and
-//! without crossing mounts, so nothing in the base can lead out of it.
+//! One inode of the base.
 
-use std::collections::{HashMap, HashSet, VecDeque};
 use std::ffi::OsStr;
 use std::fs::File;
-use std::hash::{BuildHasher, RandomState};
 use std::mem::MaybeUninit;
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::os::unix::ffi::OsStrExt;
-use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock, Weak};
 
 use parking_lot::Mutex;
-use rustix::fs::{AtFlags, Mode, OFlags, RawDir, ResolveFlags, Statx, StatxFlags};
+use rustix::fs::{Mode, OFlags, RawDir, Statx};
 use rustix::io::Errno;
 
+use super::Base;
+use super::host::{HostId, confined, encode_device, host_id, read_xattrs, stat, time};
 use crate::file::FileBody;
 use crate::node::{
-    Body, DIRECTORY, DirBody, EntryKey, Ino, Link, Meta, Name, Node, NodeRef, REGULAR, ROOT,
-    SYMLINK, Time,
+    Body, DIRECTORY, DirBody, EntryKey, Ino, Link, Meta, Name, Node, NodeRef, REGULAR, SYMLINK,
+    TYPE_MASK, dirent_type,
 };
 use crate::xattr::{XattrMap, Xattrs};
-
-/// Directory entry offsets 0 and 1 are those of `.` and `..`.
-const FIRST_COOKIE: u64 = 2;
-/// How many descriptors of base files, and of base directories, are kept open.
-const MAX_OPEN: usize = 512;
-/// How many entries of base directories are kept in memory.
-const MAX_LISTED: usize = 500_000;
-
-/// A base inode's identity on the host.
-type HostId = (u64, u64);
-
-/// The base directory of a tree of volumes.
-#[derive(Debug)]
-pub(crate) struct Base {
-    root: OwnedFd,
-    hidden: HashSet<HostId>,
-    hasher: RandomState,
-    next_ino: AtomicU64,
-    table: Mutex<Table>,
-    listings: Mutex<Kept<Listing>>,
-    dirs: Mutex<Kept<OwnedFd>>,
-    files: Mutex<Kept<File>>,
-}
-
-#[derive(Debug, Default)]
-struct Table {
-    by_host: HashMap<HostId, Ino>,
-    inodes: HashMap<Ino, Arc<BaseInode>>,
-}
 
 /// An inode of the base that was looked up at least once. It stands for the same file in every view.
 #[derive(Debug)]
@@ -63,7 +29,7 @@ pub(crate) struct BaseInode {
     parent: Option<Arc<BaseInode>>,
     name: Name,
     /// Filled when first asked for; the base does not change.
-    node: OnceLock<NodeRef>,
+    node: Mutex<Option<NodeRef>>,
     xattrs: OnceLock<Option<Arc<XattrMap>>>,
 }
 
@@ -79,113 +45,35 @@ pub(crate) struct ListEntry {
     pub(crate) dirent_type: u8,
 }
 
-impl Base {
-    /// Takes a directory as the base. What lies at `hidden` (absolute, seen from the base) does not show.
-    pub(crate) fn new(root: OwnedFd, hidden: &[PathBuf]) -> Result<Arc<Self>, Errno> {
-        let root = single_filesystem(root);
-        let attributes = stat(&root, b"")?;
-        if u32::from(attributes.stx_mode) & crate::node::TYPE_MASK != DIRECTORY {
-            return Err(Errno::NOTDIR);
-        }
-        let hidden = hidden
-            .iter()
-            .filter_map(|path| find_hidden(&root, path))
-            .collect();
-        let base = Arc::new(Self {
-            root,
-            hidden,
-            hasher: RandomState::new(),
-            next_ino: AtomicU64::new(ROOT + 1),
-            table: Mutex::default(),
-            listings: Mutex::new(Kept::new(MAX_LISTED)),
-            dirs: Mutex::new(Kept::new(MAX_OPEN)),
-            files: Mutex::new(Kept::new(MAX_OPEN)),
-        });
-        let inode = base.new_inode(ROOT, host_id(&attributes), None, Arc::from(&b""[..]));
-        let _ = inode.node.set(inode.make_node(&attributes)?);
-        let mut table = base.table.lock();
-        table.by_host.insert(inode.host, ROOT);
-        table.inodes.insert(ROOT, inode);
-        drop(table);
-        Ok(base)
-    }
-
-    /// A number that no inode of the tree ever had.
-    pub(crate) fn next_ino(&self) -> Ino {
-        self.next_ino.fetch_add(1, Ordering::Relaxed)
-    }
-
-    /// The place of a name in its directory's order.
-    pub(crate) fn key(&self, name: &Name) -> EntryKey {
-        // One bit is the sign of `off_t`, one keeps the offset after the last entry in range. Two names of
-        // one directory with the same 62-bit keyed hash are not to be expected.
-        let cookie = (self.hasher.hash_one(&name[..]) >> 2).max(FIRST_COOKIE);
-        EntryKey {
-            cookie,
-            name: Arc::clone(name),
-        }
-    }
-
-    /// A base inode that was looked up before.
-    pub(crate) fn inode(&self, ino: Ino) -> Option<Arc<BaseInode>> {
-        self.table.lock().inodes.get(&ino).cloned()
-    }
-
-    /// How many base inodes are known.
-    pub(crate) fn known(&self) -> usize {
-        self.table.lock().inodes.len()
-    }
-
-    fn new_inode(
-        self: &Arc<Self>,
+impl BaseInode {
+    /// An inode of which nothing but its place is known yet.
+    pub(super) fn new(
+        base: &Arc<Base>,
         ino: Ino,
         host: HostId,
-        parent: Option<Arc<BaseInode>>,
+        parent: Option<Arc<Self>>,
         name: Name,
-    ) -> Arc<BaseInode> {
-        Arc::new(BaseInode {
-            base: Arc::downgrade(self),
+    ) -> Arc<Self> {
+        Arc::new(Self {
+            base: Arc::downgrade(base),
             ino,
             host,
             parent,
             name,
-            node: OnceLock::new(),
+            node: Mutex::default(),
             xattrs: OnceLock::new(),
         })
     }
 
-    /// The inode for a file of the host, new if it was never seen. A file with one link that turns up under another
-    /// name is another file, which got the number of one that is gone.
-    fn intern(
-        self: &Arc<Self>,
-        host: HostId,
-        dir: &Arc<BaseInode>,
-        name: &Name,
-        linked: bool,
-    ) -> Arc<BaseInode> {
-        let mut table = self.table.lock();
-        if let Some(known) = table
-            .by_host
-            .get(&host)
-            .and_then(|ino| table.inodes.get(ino))
-            && (linked
-                || (known.name == *name
-                    && known
-                        .parent
-                        .as_ref()
-                        .is_some_and(|parent| parent.ino == dir.ino)))
-        {
-            return Arc::clone(known);
-        }
-        let ino = self.next_ino();
-        let inode = self.new_inode(ino, host, Some(Arc::clone(dir)), Arc::clone(name));
-        table.by_host.insert(host, ino);
-        table.inodes.insert(ino, Arc::clone(&inode));
-        inode
+    /// Whether it is what has this name in this directory.
+    pub(super) fn is_at(&self, dir: &Self, name: &Name) -> bool {
+        self.name == *name
+            && self
+                .parent
+                .as_ref()
+                .is_some_and(|parent| parent.ino == dir.ino)
     }
-}
 
-impl BaseInode {
     /// Its number.
     pub(crate) fn ino(&self) -> Ino {
         self.ino
@@ -193,7 +81,7 @@ impl BaseInode {
 
     /// The inode as views show it until they change it.
     pub(crate) fn node(self: &Arc<Self>) -> Result<NodeRef, Errno> {
-        if let Some(node) = self.node.get() {
+        if let Some(node) = &*self.node.lock() {
             return Ok(node.clone());
         }
         let attributes = match &self.parent {
@@ -204,7 +92,21 @@ impl BaseInode {
             return Err(Errno::STALE);
         }
         let node = self.make_node(&attributes)?;
-        Ok(self.node.get_or_init(|| node).clone())
+        Ok(self.node.lock().get_or_insert(node).clone())
+    }
+
+    /// Fills in what the host says of the inode, unless that was done before.
+    pub(super) fn show(self: &Arc<Self>, attributes: &Statx) -> Result<(), Errno> {
+        if self.node.lock().is_none() {
+            let node = self.make_node(attributes)?;
+            self.node.lock().get_or_insert(node);
+        }
+        Ok(())
+    }
+
+    /// Lets go of the version that the inode shows, which holds the inode.
+    pub(super) fn let_go(&self) {
+        *self.node.lock() = None;
     }
 
     /// Looks a name up in this directory.
@@ -224,12 +126,9 @@ impl BaseInode {
         if base.hidden.contains(&host) {
             return Ok(None);
         }
-        let is_dir = u32::from(attributes.stx_mode) & crate::node::TYPE_MASK == DIRECTORY;
+        let is_dir = u32::from(attributes.stx_mode) & TYPE_MASK == DIRECTORY;
         let inode = base.intern(host, self, name, !is_dir && attributes.stx_nlink > 1);
-        if inode.node.get().is_none() {
-            let node = inode.make_node(&attributes)?;
-            let _ = inode.node.set(node);
-        }
+        inode.show(&attributes)?;
         Ok(Some(inode))
     }
 
@@ -245,11 +144,7 @@ impl BaseInode {
             ino.and_then(|ino| table.inodes.get(ino)).cloned()
         };
         if let Some(known) = known
-            && known.name == entry.key.name
-            && known
-                .parent
-                .as_ref()
-                .is_some_and(|parent| parent.ino == self.ino)
+            && known.is_at(self, &entry.key.name)
         {
             return Ok(known);
         }
@@ -288,7 +183,7 @@ impl BaseInode {
             entries.push(ListEntry {
                 key: base.key(&Arc::from(name)),
                 host_ino: entry.ino(),
-                dirent_type: crate::node::dirent_type(mode),
+                dirent_type: dirent_type(mode),
             });
         }
         entries.sort_unstable_by(|a, b| a.key.cmp(&b.key));
@@ -372,7 +267,7 @@ impl BaseInode {
 
     fn make_node(self: &Arc<Self>, attributes: &Statx) -> Result<NodeRef, Errno> {
         let mode = u32::from(attributes.stx_mode);
-        let body = match mode & crate::node::TYPE_MASK {
+        let body = match mode & TYPE_MASK {
             REGULAR => Body::File(FileBody::of_base(
                 Arc::clone(self),
                 attributes.stx_size,
@@ -429,119 +324,5 @@ impl Listing {
     pub(crate) fn find(&self, key: &EntryKey) -> Option<&ListEntry> {
         let at = self.0.binary_search_by(|entry| entry.key.cmp(key)).ok()?;
         self.0.get(at)
-    }
-}
-
-/// The kernel's 32-bit form of a device number.
-fn encode_device(device: rustix::fs::Dev) -> u32 {
-    let (major, minor) = (rustix::fs::major(device), rustix::fs::minor(device));
-    (minor & 0xff) | (major << 8) | ((minor & !0xff) << 12)
-}
-
-fn time(stamp: rustix::fs::StatxTimestamp) -> Time {
-    Time {
-        sec: stamp.tv_sec,
-        nsec: stamp.tv_nsec,
-    }
-}
-
-fn host_id(attributes: &Statx) -> HostId {
-    let device = rustix::fs::makedev(attributes.stx_dev_major, attributes.stx_dev_minor);
-    (device, attributes.stx_ino)
-}
-
-fn confined() -> ResolveFlags {
-    ResolveFlags::BENEATH
-        | ResolveFlags::NO_SYMLINKS
-        | ResolveFlags::NO_MAGICLINKS
-        | ResolveFlags::NO_XDEV
-}
-
-fn stat<Fd: std::os::fd::AsFd>(dir: Fd, name: &[u8]) -> Result<Statx, Errno> {
-    let flags = AtFlags::SYMLINK_NOFOLLOW | AtFlags::NO_AUTOMOUNT | AtFlags::EMPTY_PATH;
-    rustix::fs::statx(dir, OsStr::from_bytes(name), flags, StatxFlags::BASIC_STATS)
-}
-
-/// A copy of the directory's mount in which no other mount shows; the directory itself where the kernel refuses to
-/// copy it (it is such a copy already).
-fn single_filesystem(root: OwnedFd) -> OwnedFd {
-    use rustix::mount::OpenTreeFlags;
-    let flags = OpenTreeFlags::OPEN_TREE_CLONE
-        | OpenTreeFlags::OPEN_TREE_CLOEXEC
-        | OpenTreeFlags::AT_EMPTY_PATH;
-    rustix::mount::open_tree(&root, "", flags).unwrap_or(root)
-}
-
-fn find_hidden(root: &OwnedFd, path: &Path) -> Option<HostId> {
-    let relative = path.strip_prefix("/").unwrap_or(path);
-    let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-    let fd =
-        rustix::fs::openat2(root, relative, flags, Mode::empty(), ResolveFlags::IN_ROOT).ok()?;
-    Some(host_id(&stat(&fd, b"").ok()?))
-}
-
-fn read_xattrs(fd: &OwnedFd) -> Result<Option<Arc<XattrMap>>, Errno> {
-    // The calls that take a descriptor refuse O_PATH ones; the link in /proc leads to the very inode.
-    let path = format!("/proc/self/fd/{}", fd.as_raw_fd());
-    let mut names = vec![0; 65_536];
-    let len = match rustix::fs::listxattr(&path, &mut names[..]) {
-        Ok(len) => len,
-        Err(Errno::NOTSUP) => 0,
-        Err(error) => return Err(error),
-    };
-    let mut map = XattrMap::new();
-    let mut value = vec![0; if len == 0 { 0 } else { 65_536 }];
-    for name in names[..len]
-        .split(|byte| *byte == 0)
-        .filter(|name| !name.is_empty())
-    {
-        match rustix::fs::getxattr(&path, OsStr::from_bytes(name), &mut value[..]) {
-            Ok(len) => {
-                map.insert(name.to_vec(), value[..len].to_vec());
-            }
-            Err(Errno::NODATA | Errno::NOTSUP) => {}
-            Err(error) => return Err(error),
-        }
-    }
-    Ok(Some(map).filter(|map| !map.is_empty()).map(Arc::new))
-}
-
-/// Things kept by inode, up to a total weight; what came first goes first.
-#[derive(Debug)]
-struct Kept<T> {
-    items: HashMap<Ino, (Arc<T>, usize)>,
-    order: VecDeque<Ino>,
-    weight: usize,
-    limit: usize,
-}
-
-impl<T> Kept<T> {
-    fn new(limit: usize) -> Self {
-        Self {
-            items: HashMap::new(),
-            order: VecDeque::new(),
-            weight: 0,
-            limit,
-        }
-    }
-
-    fn get(&self, ino: Ino) -> Option<Arc<T>> {
-        self.items.get(&ino).map(|(item, _)| Arc::clone(item))
-    }
-
-    fn put(&mut self, ino: Ino, item: Arc<T>, weight: usize) {
-        if self.items.contains_key(&ino) {
-            return;
-        }
-        self.items.insert(ino, (item, weight));
-        self.order.push_back(ino);
-        self.weight += weight;
-        while self.weight > self.limit
-            && self.order.len() > 1
-            && let Some(first) = self.order.pop_front()
-            && let Some((_, weight)) = self.items.remove(&first)
-        {
-            self.weight -= weight;
-        }
     }
 }

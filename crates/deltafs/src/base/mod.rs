@@ -1,0 +1,162 @@
+//! The read-only base directory, looked up lazily and shared by all volumes of a tree.
+//!
+//! A base inode is opened by its parent's descriptor and its own name, without following symbolic links and
+//! without crossing mounts, so nothing in the base can lead out of it.
+
+mod host;
+mod inode;
+mod kept;
+
+use std::collections::{HashMap, HashSet};
+use std::fs::File;
+use std::hash::{BuildHasher, RandomState};
+use std::os::fd::OwnedFd;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use parking_lot::Mutex;
+use rustix::io::Errno;
+
+use host::{HostId, find_hidden, host_id, single_filesystem, stat};
+use inode::Listing;
+pub(crate) use inode::{BaseInode, ListEntry};
+use kept::Kept;
+
+use crate::node::{DIRECTORY, EntryKey, Ino, Name, ROOT, TYPE_MASK};
+
+/// Directory entry offsets 0 and 1 are those of `.` and `..`.
+const FIRST_COOKIE: u64 = 2;
+/// How many descriptors of base files, and of base directories, are kept open.
+const MAX_OPEN: usize = 512;
+/// How many entries of base directories are kept in memory.
+const MAX_LISTED: usize = 500_000;
+
+/// The base directory of a tree of volumes.
+#[derive(Debug)]
+pub(crate) struct Base {
+    root: OwnedFd,
+    hidden: HashSet<HostId>,
+    hasher: RandomState,
+    next_ino: AtomicU64,
+    table: Mutex<Table>,
+    listings: Mutex<Kept<Listing>>,
+    dirs: Mutex<Kept<OwnedFd>>,
+    files: Mutex<Kept<File>>,
+}
+
+#[derive(Debug, Default)]
+struct Table {
+    by_host: HashMap<HostId, Ino>,
+    inodes: HashMap<Ino, Arc<BaseInode>>,
+}
+
+impl Base {
+    /// Takes a directory as the base. What lies at `hidden` (absolute, seen from the base) does not show.
+    pub(crate) fn new(root: OwnedFd, hidden: &[PathBuf]) -> Result<Arc<Self>, Errno> {
+        let root = single_filesystem(root);
+        let attributes = stat(&root, b"")?;
+        if u32::from(attributes.stx_mode) & TYPE_MASK != DIRECTORY {
+            return Err(Errno::NOTDIR);
+        }
+        let hidden = hidden
+            .iter()
+            .filter_map(|path| find_hidden(&root, path))
+            .collect();
+        let base = Arc::new(Self {
+            root,
+            hidden,
+            hasher: RandomState::new(),
+            next_ino: AtomicU64::new(ROOT + 1),
+            table: Mutex::default(),
+            listings: Mutex::new(Kept::new(MAX_LISTED)),
+            dirs: Mutex::new(Kept::new(MAX_OPEN)),
+            files: Mutex::new(Kept::new(MAX_OPEN)),
+        });
+        let inode = BaseInode::new(&base, ROOT, host_id(&attributes), None, Arc::from(&b""[..]));
+        inode.show(&attributes)?;
+        let mut table = base.table.lock();
+        table.by_host.insert(host_id(&attributes), ROOT);
+        table.inodes.insert(ROOT, inode);
+        drop(table);
+        Ok(base)
+    }
+
+    /// A number that no inode of the tree ever had.
+    pub(crate) fn next_ino(&self) -> Ino {
+        self.next_ino.fetch_add(1, Ordering::Relaxed)
+    }
+
+    /// The place of a name in its directory's order.
+    pub(crate) fn key(&self, name: &Name) -> EntryKey {
+        // One bit is the sign of `off_t`, one keeps the offset after the last entry in range. Two names of
+        // one directory with the same 62-bit keyed hash are not to be expected.
+        let cookie = (self.hasher.hash_one(&name[..]) >> 2).max(FIRST_COOKIE);
+        EntryKey {
+            cookie,
+            name: Arc::clone(name),
+        }
+    }
+
+    /// A base inode that was looked up before.
+    pub(crate) fn inode(&self, ino: Ino) -> Option<Arc<BaseInode>> {
+        self.table.lock().inodes.get(&ino).cloned()
+    }
+
+    /// How many base inodes are known.
+    pub(crate) fn known(&self) -> usize {
+        self.table.lock().inodes.len()
+    }
+
+    /// The inode for a file of the host, new if it was never seen. A file with one link that turns up under another
+    /// name is another file, which got the number of one that is gone.
+    fn intern(
+        self: &Arc<Self>,
+        host: HostId,
+        dir: &Arc<BaseInode>,
+        name: &Name,
+        linked: bool,
+    ) -> Arc<BaseInode> {
+        let mut table = self.table.lock();
+        if let Some(known) = table
+            .by_host
+            .get(&host)
+            .and_then(|ino| table.inodes.get(ino))
+            && (linked || known.is_at(dir, name))
+        {
+            return Arc::clone(known);
+        }
+        let ino = self.next_ino();
+        let inode = BaseInode::new(self, ino, host, Some(Arc::clone(dir)), Arc::clone(name));
+        table.by_host.insert(host, ino);
+        table.inodes.insert(ino, Arc::clone(&inode));
+        inode
+    }
+}
+
+impl Drop for Base {
+    fn drop(&mut self) {
+        // The versions that base inodes show hold the inodes in turn.
+        for inode in self.table.get_mut().inodes.values() {
+            inode.let_go();
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_base_that_is_dropped_leaves_nothing_in_memory() {
+        let dir = tempfile::tempdir().unwrap();
+        std::fs::write(dir.path().join("file"), "x").unwrap();
+        let base = Base::new(File::open(dir.path()).unwrap().into(), &[]).unwrap();
+        let root = base.inode(ROOT).unwrap();
+        let child = root.child(&Arc::from(&b"file"[..])).unwrap().unwrap();
+        child.node().unwrap();
+        let kept = Arc::downgrade(&child);
+        drop((child, root, base));
+        assert!(kept.upgrade().is_none());
+    }
+}
