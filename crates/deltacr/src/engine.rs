@@ -21,6 +21,7 @@ use crate::resume::Wait;
 use crate::signals::{Queue, Scope};
 use crate::store::PageStore;
 use crate::threads;
+use crate::timers;
 
 /// How long the processes may take to stand still. A process in an uninterruptible sleep takes
 /// as long as what it waits for.
@@ -558,6 +559,7 @@ fn describe(
         exe: Place::of(env, procfs, pid, "exe").during(pid, "reading its program")?,
         cwd: Place::of(env, procfs, pid, "cwd").during(pid, "reading its directory")?,
         attributes,
+        timers: timers::capture(procfs, remote)?,
         pending,
         threads,
         memory: Arc::default(),

@@ -339,7 +339,7 @@ fn meet(procfs: &Procfs, host: HostPid, known: &Acquaintances) -> io::Result<Fou
             (pid, procfs.stat(pid)?, None)
         }
     };
-    let threads = threads(host, pid, acquaintance)?;
+    let threads = threads(procfs, host, pid, acquaintance)?;
     let birth = acquaintance.map_or(stat.start, |k| k.birth);
     Ok(Found {
         birth,
@@ -353,6 +353,7 @@ fn meet(procfs: &Procfs, host: HostPid, known: &Acquaintances) -> io::Result<Fou
 
 /// The threads of a process, its first one first.
 fn threads(
+    procfs: &Procfs,
     host: HostPid,
     pid: InnerPid,
     known: Option<&Acquaintance>,
@@ -368,9 +369,10 @@ fn threads(
         if tid == host {
             continue;
         }
+        // The number outside may have been used again since, by a thread with another number inside.
         let inner = match known.and_then(|k| k.threads.get(&tid)) {
-            Some(inner) => *inner,
-            None => tid.inner()?,
+            Some(inner) if procfs.has_thread(pid, *inner) => *inner,
+            _ => tid.inner()?,
         };
         threads.push((tid, inner));
     }

@@ -11,6 +11,7 @@ use crate::mem::{AddressSpace, SharedMemory};
 use crate::procfs::Stat;
 use crate::signals::Queue;
 use crate::threads::ThreadImage;
+use crate::timers::Timer;
 
 /// A process tree at a checkpoint. Immutable; what did not change is shared with other images.
 #[derive(Clone)]
@@ -32,6 +33,7 @@ pub(crate) struct ProcessImage {
     pub(crate) exe: Place,
     pub(crate) cwd: Place,
     pub(crate) attributes: Attributes,
+    pub(crate) timers: Vec<Timer>,
     pub(crate) pending: Queue,
     /// The first one is the process' first.
     pub(crate) threads: Vec<ThreadImage>,

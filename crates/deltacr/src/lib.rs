@@ -24,6 +24,7 @@ pub mod stop;
 pub mod store;
 mod sys;
 mod threads;
+mod timers;
 
 pub use engine::{Checkpoint, Engine, Phases, Rollback, Switched};
 pub use error::{During, Error, Result};

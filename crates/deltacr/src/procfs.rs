@@ -102,6 +102,11 @@ impl Procfs {
             .ok_or_else(|| io::Error::new(io::ErrorKind::InvalidData, "unreadable stat"))
     }
 
+    /// Whether a process has a thread of this number.
+    pub(crate) fn has_thread(&self, pid: InnerPid, tid: InnerPid) -> bool {
+        statat(&self.0, format!("{pid}/task/{tid}"), AtFlags::empty()).is_ok()
+    }
+
     /// The file behind `cwd`, `root` or `exe`.
     pub(crate) fn file(&self, pid: InnerPid, link: &str) -> io::Result<FileId> {
         let stat = statat(&self.0, format!("{pid}/{link}"), AtFlags::empty())?;

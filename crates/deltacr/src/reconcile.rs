@@ -19,6 +19,7 @@ use crate::procfs::Procfs;
 use crate::remote::Batch;
 use crate::signals::{Queue, Scope};
 use crate::threads;
+use crate::timers;
 
 /// What a process is before it is reconciled.
 pub(crate) struct Now {
@@ -143,6 +144,9 @@ impl Reconcile<'_> {
         attributes::restore(remote, &attributes, &self.image.attributes)?;
         self.threads()?;
         let remote = &mut self.process.stopped.remote;
+        // Those that signal a thread find it there now.
+        let timers = timers::capture(self.procfs, remote)?;
+        timers::restore(remote, &timers, &self.image.timers)?;
         let host = remote.host();
         let queue =
             Queue::capture(host, Scope::Process).during(pid, "reading the queued signals")?;

@@ -6,6 +6,7 @@
 
 mod surroundings;
 mod tree;
+mod warmer;
 
 use std::collections::BTreeSet;
 use std::io;
@@ -24,6 +25,7 @@ use crate::sessions_image::SessionsImage;
 
 use surroundings::Surroundings;
 use tree::{Checkpoints, Node};
+use warmer::Warmer;
 
 /// What one checkpoint holds. Cloning shares it.
 #[derive(Clone)]
@@ -37,13 +39,16 @@ pub(crate) struct Content {
 pub(crate) struct Common {
     /// Their memory pages.
     pub(crate) pages: Arc<PageStore>,
+    warmer: Warmer,
     last_id: AtomicU64,
 }
 
 impl Default for Common {
     fn default() -> Self {
+        let pages = PageStore::new();
         Self {
-            pages: PageStore::new(),
+            warmer: Warmer::start(pages.clone()),
+            pages,
             last_id: AtomicU64::new(0),
         }
     }
@@ -158,6 +163,7 @@ impl DeltaState {
         let begin = Instant::now();
         let env = subject.surroundings(None);
         let made = self.engine.checkpoint(&env, |mapped| subject.cut(mapped))?;
+        self.common.warmer.used(made.pages);
         let id = self.common.next_id();
         let (files, sessions) = made.cut;
         let processes = made.image.len();

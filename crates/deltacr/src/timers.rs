@@ -1,0 +1,210 @@
+//! POSIX timers (`timer_create(2)`).
+
+use std::io;
+
+use crate::error::{During, Error, Result};
+use crate::procfs::Procfs;
+use crate::remote::{Batch, Remote, longs};
+
+/// `prctl`: a new timer gets the id that is asked for (Linux 6.15).
+const PR_TIMER_CREATE_RESTORE_IDS: i32 = 77;
+/// More than a program has; each takes two calls of a batch.
+const TIMERS_MAX: usize = 256;
+
+/// One timer.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Timer {
+    id: i32,
+    clock: i32,
+    signal: i32,
+    value: u64,
+    /// `SIGEV_*`, and the thread for `SIGEV_THREAD_ID`.
+    notify: i32,
+    target: i32,
+    /// `struct itimerspec`: interval, and what is left.
+    setting: Vec<u8>,
+}
+
+impl Timer {
+    /// Whether both are the same but for their setting.
+    fn is_like(&self, other: &Self) -> bool {
+        let setting = Vec::new();
+        Self {
+            setting: setting.clone(),
+            ..self.clone()
+        } == Self {
+            setting,
+            ..other.clone()
+        }
+    }
+
+    /// `struct sigevent`
+    fn event(&self) -> Vec<u8> {
+        let mut event = longs(&[self.value]);
+        event.extend(self.signal.to_le_bytes());
+        event.extend(self.notify.to_le_bytes());
+        event.extend(self.target.to_le_bytes());
+        event.resize(64, 0);
+        event
+    }
+}
+
+/// The timers of a stopped process.
+pub(crate) fn capture(procfs: &Procfs, remote: &mut Remote) -> Result<Vec<Timer>> {
+    let pid = remote.pid();
+    let doing = "reading the POSIX timers";
+    let text = procfs.read(&format!("{pid}/timers")).during(pid, doing)?;
+    let mut timers = parse(&text)
+        .ok_or(io::ErrorKind::InvalidData)
+        .during(pid, doing)?;
+    if timers.is_empty() {
+        return Ok(timers);
+    }
+    if timers.len() > TIMERS_MAX {
+        let what = format!("it has more than {TIMERS_MAX} POSIX timers");
+        return Err(Error::Unsupported {
+            pid,
+            name: String::new(),
+            what,
+        });
+    }
+    let mut batch = Batch::new();
+    let settings: Vec<_> = timers
+        .iter()
+        .map(|timer| {
+            let setting = batch.output(32);
+            batch.call(libc::SYS_timer_gettime, &[timer.id.into(), setting.into()]);
+            setting
+        })
+        .collect();
+    let outcome = remote.run(&batch).during(pid, doing)?;
+    for (timer, setting) in timers.iter_mut().zip(settings) {
+        timer.setting = outcome.bytes(setting).to_vec();
+    }
+    Ok(timers)
+}
+
+/// Reads `/proc/PID/timers` (`Documentation/filesystems/proc.rst`).
+fn parse(text: &[u8]) -> Option<Vec<Timer>> {
+    let text = std::str::from_utf8(text).ok()?;
+    let mut timers: Vec<Timer> = Vec::new();
+    for line in text.lines() {
+        let (key, value) = line.split_once(':')?;
+        let value = value.trim();
+        if key == "ID" {
+            let id = value.parse().ok()?;
+            let (notify, setting) = (libc::SIGEV_NONE, Vec::new());
+            timers.push(Timer {
+                id,
+                clock: 0,
+                signal: 0,
+                value: 0,
+                notify,
+                target: 0,
+                setting,
+            });
+            continue;
+        }
+        let timer = timers.last_mut()?;
+        match key {
+            "signal" => {
+                let (signal, value) = value.split_once('/')?;
+                timer.signal = signal.parse().ok()?;
+                timer.value = u64::from_str_radix(value.trim_start_matches("0x"), 16).ok()?;
+            }
+            "notify" => {
+                let (how, whom) = value.split_once('/')?;
+                let (kind, number) = whom.split_once('.')?;
+                timer.notify = match (how, kind) {
+                    (_, "tid") => libc::SIGEV_THREAD_ID,
+                    ("signal", _) => libc::SIGEV_SIGNAL,
+                    ("thread", _) => libc::SIGEV_THREAD,
+                    _ => libc::SIGEV_NONE,
+                };
+                if timer.notify == libc::SIGEV_THREAD_ID {
+                    timer.target = number.parse().ok()?;
+                }
+            }
+            "ClockID" => timer.clock = value.parse().ok()?,
+            _ => {}
+        }
+    }
+    Some(timers)
+}
+
+/// Makes the timers those of `target`.
+pub(crate) fn restore(remote: &mut Remote, current: &[Timer], target: &[Timer]) -> Result<()> {
+    if current == target {
+        return Ok(());
+    }
+    let pid = remote.pid();
+    let stays = |timer: &Timer| target.iter().any(|t| t.is_like(timer));
+    let mut batch = Batch::new();
+    let mut calls = Vec::new();
+    for timer in current.iter().filter(|timer| !stays(timer)) {
+        batch.call(libc::SYS_timer_delete, &[timer.id.into()]);
+    }
+    let mode = |on: i32| {
+        [
+            PR_TIMER_CREATE_RESTORE_IDS.into(),
+            on.into(),
+            0.into(),
+            0.into(),
+            0.into(),
+        ]
+    };
+    calls.push(batch.call(libc::SYS_prctl, &mode(1)));
+    for timer in target {
+        if !current.iter().any(|t| t.is_like(timer)) {
+            let event = batch.input(&timer.event());
+            let id = batch.input(&timer.id.to_le_bytes());
+            let args = [timer.clock.into(), event.into(), id.into()];
+            calls.push(batch.call(libc::SYS_timer_create, &args));
+        }
+        let setting = batch.input(&timer.setting);
+        let args = [timer.id.into(), 0.into(), setting.into(), 0.into()];
+        calls.push(batch.call(libc::SYS_timer_settime, &args));
+    }
+    batch.call(libc::SYS_prctl, &mode(0));
+    let outcome = remote
+        .run(&batch)
+        .during(pid, "restoring the POSIX timers")?;
+    calls.into_iter().try_for_each(|call| {
+        outcome
+            .result(call)
+            .during(pid, "restoring the POSIX timers")
+            .map(drop)
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    #[test]
+    fn the_kernels_text_is_understood() {
+        let text = b"ID: 1\nsignal: 60/00007fff86e452a8\nnotify: signal/pid.2634\nClockID: 0\n\
+            ID: 0\nsignal: 34/0\nnotify: signal/tid.2640\nClockID: 1\n";
+        let timers = parse(text).unwrap();
+        assert_eq!(timers.len(), 2);
+        assert_eq!(
+            (timers[0].id, timers[0].signal, timers[0].value),
+            (1, 60, 0x7fff_86e4_52a8)
+        );
+        assert_eq!(timers[0].notify, libc::SIGEV_SIGNAL);
+        assert_eq!(
+            (timers[1].clock, timers[1].notify),
+            (1, libc::SIGEV_THREAD_ID)
+        );
+        assert_eq!(timers[1].target, 2640);
+        assert_eq!(parse(b"").unwrap(), []);
+    }
+
+    proptest! {
+        #[test]
+        fn no_text_makes_the_reader_panic(text in "(ID|signal|notify|ClockID|x)?:? ?[0-9a-z/.:\n -]{0,60}") {
+            let _ = parse(text.as_bytes());
+        }
+    }
+}
