@@ -138,12 +138,18 @@ impl Restore<'_, '_> {
         Ok(())
     }
 
-    /// Makes the objects that are not there.
+    /// Makes the objects that are not there, but for connections.
     fn make(&mut self) -> Result<()> {
-        for (index, object) in self.target.objects.iter().enumerate() {
-            if self.plan.reuse[index].is_none() && !self.is_connection(index) {
-                let handle = self.make_object(index, object).map_err(named(object))?;
-                self.handles.insert(index, handle);
+        let target = self.target;
+        let is_master = |object: &Object| matches!(object.kind, Kind::Master { .. });
+        // The other side of a pseudo-terminal can be opened when its master is there.
+        for masters in [true, false] {
+            for (index, object) in target.objects.iter().enumerate() {
+                let missing = self.plan.reuse[index].is_none() && !self.is_connection(index);
+                if missing && is_master(object) == masters {
+                    let handle = self.make_object(index, object).map_err(named(object))?;
+                    self.handles.insert(index, handle);
+                }
             }
         }
         Ok(())

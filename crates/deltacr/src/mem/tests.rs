@@ -90,6 +90,9 @@ impl Environment for Host {
     fn birth(&self, _pid: InnerPid) -> io::Result<HostPid> {
         Err(io::ErrorKind::Unsupported.into())
     }
+    fn before_resume(&self) -> io::Result<()> {
+        Ok(())
+    }
     fn namespace(&self, _kind: Namespace) -> io::Result<OwnedFd> {
         Err(io::ErrorKind::Unsupported.into())
     }

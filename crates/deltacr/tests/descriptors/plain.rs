@@ -253,6 +253,20 @@ fn a_pty_inside_keeps_number_settings_and_size() {
 }
 
 #[test]
+fn a_pty_whose_both_sides_were_closed_has_its_number_again() {
+    let world = World::new();
+    let mut python = Python::start(&world);
+    // The slave side has the lower descriptor.
+    python.run("m, s = os.openpty(); s, m = os.dup2(s, 40), os.dup2(m, 41); name = os.ttyname(s)");
+    let image = python.capture(&world);
+    python.run("os.close(s); os.close(m); os.closerange(3, 10)");
+    python.restore(&world, &image);
+    python.expect("os.ttyname(s) == name", "True");
+    python.run("os.write(m, b'typed\\n')");
+    python.expect("os.read(s, 9)", "b'typed\\n'");
+}
+
+#[test]
 fn what_is_not_carried_is_named() {
     let world = World::new();
     let mut python = Python::start(&world);

@@ -29,7 +29,14 @@ pub(crate) fn capture(capture: &mut Capture<'_>, holder: &Holder<'_>) -> Result<
         (libc::AF_UNIX, _, _)
         | (libc::AF_INET | libc::AF_INET6, libc::SOCK_STREAM, libc::IPPROTO_TCP)
         | (libc::AF_INET | libc::AF_INET6, libc::SOCK_DGRAM, libc::IPPROTO_UDP)
-        | (libc::AF_NETLINK, _, libc::NETLINK_ROUTE) => {}
+        | (
+            libc::AF_NETLINK,
+            _,
+            libc::NETLINK_ROUTE
+            | libc::NETLINK_SOCK_DIAG
+            | libc::NETLINK_KOBJECT_UEVENT
+            | libc::NETLINK_GENERIC,
+        ) => {}
         _ => {
             return Err(holder.refuse(format_args!(
                 "a socket of family {domain}, type {kind}, protocol {protocol}, which is not carried"

@@ -398,8 +398,11 @@ pub(super) fn close_hard(end: BorrowedFd<'_>) -> io::Result<()> {
 /// Binds a fresh socket, and connects one that does not need a partner for it.
 pub(super) fn place(net: &OwnedFd, end: BorrowedFd<'_>, image: &Socket) -> io::Result<()> {
     options::set(end, image)?;
-    if image.domain == libc::AF_NETLINK || endpoint(&image.local).is_some_and(|(port, _)| port != 0)
-    {
+    let bound = match image.domain {
+        libc::AF_NETLINK => image.local.iter().skip(2).any(|&byte| byte != 0),
+        _ => endpoint(&image.local).is_some_and(|(port, _)| port != 0),
+    };
+    if bound {
         bind_over(net, end, &image.local)?;
     }
     if !image.is_tcp() && !image.remote.is_empty() {
