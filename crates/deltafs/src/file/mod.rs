@@ -254,16 +254,21 @@ impl FileBody {
                     old: (block, _), ..
                 } => *block,
             };
-            match ranges.last_mut() {
-                Some(last) if last.end == block * BLOCK => last.end += BLOCK,
-                _ => ranges.push(block * BLOCK..(block + 1) * BLOCK),
-            }
+            ranges.push(block * BLOCK..(block + 1) * BLOCK);
         }
         for (a, b) in [limits, (self.size, other.size)] {
             if a != b {
                 ranges.push(a.min(b) / BLOCK * BLOCK..a.max(b).next_multiple_of(BLOCK));
             }
         }
+        ranges.sort_unstable_by_key(|range| range.start);
+        ranges.dedup_by(|next, last| {
+            let joins = next.start <= last.end;
+            if joins {
+                last.end = last.end.max(next.end);
+            }
+            joins
+        });
         Some(ranges)
     }
 
