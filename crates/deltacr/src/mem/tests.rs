@@ -84,6 +84,9 @@ impl Environment for Host {
     fn open_external(&self, _id: ExternalId, _write: bool) -> io::Result<OwnedFd> {
         Err(io::ErrorKind::NotFound.into())
     }
+    fn before_resume(&self) -> io::Result<()> {
+        Ok(())
+    }
     fn set_next_pid(&self, _pid: InnerPid) -> io::Result<()> {
         Err(io::ErrorKind::Unsupported.into())
     }
@@ -402,6 +405,7 @@ fn a_new_process_of_the_same_program_becomes_the_old_one() {
     bench.host.learn(old.host());
     let mut stopped = old.seize();
     let remote = &mut stopped.remote;
+    forget_rseq(remote);
     let ground = call(remote, libc::SYS_mmap, &[0, 1 << 20, RW, ANON, NO_FD, 0]).unwrap();
     remote.write(ground + 5000, b"hello").unwrap();
     let reserve = ANON | libc::MAP_NORESERVE as u64;
@@ -473,6 +477,7 @@ fn shared_memory_goes_back_with_the_processes_that_map_it() {
     let process = Process::sleeper();
     let mut stopped = process.seize();
     let remote = &mut stopped.remote;
+    forget_rseq(remote);
     let flags = (libc::MAP_SHARED | libc::MAP_ANONYMOUS) as u64;
     let ground = call(remote, libc::SYS_mmap, &[0, 1 << 20, RW, flags, NO_FD, 0]).unwrap();
     remote.write(ground + 5000, b"hello").unwrap();

@@ -206,13 +206,6 @@ impl PageMap {
             }
         }
     }
-
-    /// Whether both hold the very same page, or none, at this number.
-    pub(crate) fn same(&self, other: &Self, page: u64) -> bool {
-        let mut same = true;
-        self.diff(other, page..page + 1, |_| same = false);
-        same
-    }
 }
 
 /// Two maps are equal if they hold the same contents at the same numbers.

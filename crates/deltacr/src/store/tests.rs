@@ -105,7 +105,6 @@ fn check_diff(a: &(PageMap, Model), b: &(PageMap, Model)) {
     }
     for page in told {
         assert!(a.1.contains_key(&page) || b.1.contains_key(&page));
-        assert!(!a.0.same(&b.0, page));
     }
     assert_eq!(a.0 == b.0, a.1 == b.1);
 }
@@ -141,8 +140,8 @@ fn a_clone_shares_what_was_not_changed() {
     put(&store, &mut second, 5000..5003, 2);
     assert_eq!(store.pages(), 10_003);
     let mut told = Vec::new();
-    first.diff(&second, 0..u64::MAX, |run| told.push(run));
-    assert_eq!(told, [5000..5003]);
+    first.diff(&second, 0..u64::MAX, |run| told.extend(run));
+    assert_eq!(told, [5000, 5001, 5002]);
     drop(first);
     assert_eq!(store.pages(), 10_000);
 }

@@ -270,11 +270,6 @@ pub(crate) struct Fresh {
 }
 
 impl Fresh {
-    /// How many slots were taken.
-    pub(crate) fn len(&self) -> usize {
-        self.slots.len()
-    }
-
     /// The contents of a slot. Panics if it was given away.
     pub(crate) fn page(&self, index: usize) -> &PageBytes {
         // SAFETY: the slot is fresh, so that only we hold it; mapped memory is always initialised.
