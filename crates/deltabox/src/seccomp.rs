@@ -121,7 +121,7 @@ pub(crate) fn filters() -> io::Result<Vec<Vec<u8>>> {
         ])
     };
     let programs = build().map_err(io::Error::other)?;
-    Ok(programs.iter().map(|p| bytes(p)).collect())
+    Ok(programs.iter().map(bytes).collect())
 }
 
 fn rule(op: Op, value: u64) -> Result<SeccompRule, seccompiler::BackendError> {

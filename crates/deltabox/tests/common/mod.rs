@@ -11,16 +11,16 @@ use deltabox::{
 };
 
 /// Long enough for a busy machine; only a hang takes this long.
-pub const PATIENCE: Duration = Duration::from_secs(60);
+pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
 
 /// A host; its drop ends the sandboxes, then the directory goes.
-pub struct Fixture {
-    pub host: Host,
-    pub dir: tempfile::TempDir,
+pub(crate) struct Fixture {
+    pub(crate) host: Host,
+    pub(crate) dir: tempfile::TempDir,
 }
 
 impl Fixture {
-    pub fn new() -> Self {
+    pub(crate) fn new() -> Self {
         let dir = tempfile::tempdir().unwrap();
         let host = Host::open(HostConfig {
             state_dir: dir.path().join("state"),
@@ -29,13 +29,13 @@ impl Fixture {
         Self { host, dir }
     }
 
-    pub fn sandbox(&self) -> Arc<Sandbox> {
+    pub(crate) fn sandbox(&self) -> Arc<Sandbox> {
         self.host.create(SandboxSpec::default()).unwrap()
     }
 }
 
 /// A command line for `sh -c`.
-pub fn sh(script: &str) -> CommandSpec {
+pub(crate) fn sh(script: &str) -> CommandSpec {
     CommandSpec {
         argv: vec!["sh".into(), "-c".into(), script.into()],
         ..CommandSpec::default()
@@ -43,7 +43,7 @@ pub fn sh(script: &str) -> CommandSpec {
 }
 
 /// Runs a script to its end and returns its output without the last newline; it must succeed.
-pub fn output(sandbox: &Sandbox, script: &str) -> String {
+pub(crate) fn output(sandbox: &Sandbox, script: &str) -> String {
     let RunOutput {
         status,
         stdout,
@@ -54,21 +54,21 @@ pub fn output(sandbox: &Sandbox, script: &str) -> String {
     stdout.trim_end().to_owned()
 }
 
-pub fn text(bytes: &[u8]) -> String {
+pub(crate) fn text(bytes: &[u8]) -> String {
     String::from_utf8_lossy(bytes).into_owned()
 }
 
 /// How a session ended, with all that it wrote.
-pub struct Ended {
-    pub stdout: Vec<u8>,
-    pub stderr: Vec<u8>,
-    pub missed: u64,
-    pub status: i32,
-    pub timed_out: bool,
+pub(crate) struct Ended {
+    pub(crate) stdout: Vec<u8>,
+    pub(crate) stderr: Vec<u8>,
+    pub(crate) missed: u64,
+    pub(crate) status: i32,
+    pub(crate) timed_out: bool,
 }
 
 /// Waits for the end of a session.
-pub fn wait(session: &Arc<Session>) -> Ended {
+pub(crate) fn wait(session: &Arc<Session>) -> Ended {
     let mut events = session.events(0);
     let mut ended = Ended {
         stdout: vec![],
@@ -94,7 +94,7 @@ pub fn wait(session: &Arc<Session>) -> Ended {
 }
 
 /// Reads until the output contains `wanted`; returns all of it so far.
-pub fn read_until(events: &mut Events, wanted: &str) -> String {
+pub(crate) fn read_until(events: &mut Events, wanted: &str) -> String {
     let mut seen = Vec::new();
     while !text(&seen).contains(wanted) {
         match events.next(Some(PATIENCE)) {
