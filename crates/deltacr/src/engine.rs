@@ -426,7 +426,7 @@ impl Engine {
                 .expect("all of the image are there");
             let now = &attributes[pid];
             attributes::restore_credentials(&mut process.stopped.remote, now, &image.attributes)?;
-            process.user_stop = image.user_stop;
+            process.stop_with = image.user_stop.filter(|_| process.user_stop.is_none());
         }
         watch.lap("processes");
         env.before_resume().during_tree("restoring the sessions")?;

@@ -40,8 +40,11 @@ pub(crate) struct HeldProcess {
     pub(crate) stat: Stat,
     /// When it was first born, in clock ticks after boot; it may have been made again since.
     pub(crate) birth: u64,
-    /// The signal by which its user had stopped it (job control), if so.
+    /// The signal by which its user had stopped it (job control), if so. The kernel takes the stop up again when the
+    /// process is let go.
     pub(crate) user_stop: Option<i32>,
+    /// A stop signal that it is to get when it is let go.
+    pub(crate) stop_with: Option<i32>,
 }
 
 /// A tree that stands still, traced by the calling thread. Let go when dropped.
@@ -108,8 +111,7 @@ impl Held {
     pub(crate) fn release(&mut self) -> Result<()> {
         let mut result = Ok(());
         for (pid, process) in std::mem::take(&mut self.processes) {
-            if let Some(signal) = process.user_stop {
-                // Taken up when the thread is let go; its parent hears of it again.
+            if let Some(signal) = process.stop_with {
                 let _ = crate::sys::process::pidfd_signal(process.stopped.remote.pidfd(), signal);
             }
             if let Err(e) = process.stopped.release().during(pid, "letting go") {
@@ -212,6 +214,7 @@ fn hold(process: Found, stops: &HashMap<HostPid, Stop>) -> io::Result<HeldProces
         stat: process.stat,
         birth: process.birth,
         user_stop,
+        stop_with: None,
     })
 }
 

@@ -258,14 +258,18 @@ impl<'a> Delivery<'a> {
         Ok(())
     }
 
+    /// Those that were not born just now are as they were when they were stopped.
+    fn stat(&self, pid: InnerPid) -> Result<Stat> {
+        match self.held.processes.get(&pid) {
+            Some(process) if !self.born.contains(&pid) => Ok(process.stat.clone()),
+            _ => self.held.procfs.stat(pid).during(pid, "reading what it is"),
+        }
+    }
+
     fn groups(&mut self) -> Result<()> {
         let mut astray: Vec<(InnerPid, InnerPid)> = Vec::new();
         for (pid, image) in &self.target.processes {
-            let stat = self
-                .held
-                .procfs
-                .stat(*pid)
-                .during(*pid, "reading its group")?;
+            let stat = self.stat(*pid)?;
             if stat.group != image.stat.group {
                 astray.push((*pid, image.stat.group));
             }
@@ -323,11 +327,7 @@ impl<'a> Delivery<'a> {
             if image.stat.session != *pid || image.stat.tty == 0 {
                 continue;
             }
-            let stat = self
-                .held
-                .procfs
-                .stat(*pid)
-                .during(*pid, "reading its terminal")?;
+            let stat = self.stat(*pid)?;
             if (stat.tty, stat.foreground) != (image.stat.tty, image.stat.foreground) {
                 let take = stat.tty != image.stat.tty;
                 self.terminal(*pid, &image.stat, take)
@@ -425,6 +425,7 @@ fn admit(held: &Held, remote: Remote, birth: u64) -> Result<HeldProcess> {
         stat,
         birth,
         user_stop: None,
+        stop_with: None,
     })
 }
 
