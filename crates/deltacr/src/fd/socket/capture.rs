@@ -262,7 +262,7 @@ impl Sockets {
         if matches!(socket.state, State::Listening { .. }) || socket.domain == libc::AF_NETLINK {
             return Ok(());
         }
-        match queue::peek(handle, socket.is_stream())? {
+        match queue::peek(handle, socket)? {
             Peeked::Messages(messages) => socket.queue = messages,
             Peeked::Rights => {
                 return Err(Relation::Refused(

@@ -4,7 +4,7 @@ use std::io;
 use std::os::fd::BorrowedFd;
 use std::time::Duration;
 
-use super::model::Message;
+use super::model::{Message, Socket};
 use crate::sys::fd as sysfd;
 use crate::sys::socket as sys;
 
@@ -24,15 +24,33 @@ pub(crate) enum Peeked {
 }
 
 /// Copies what waits in a receive queue, and leaves it there.
-pub(crate) fn peek(socket: BorrowedFd<'_>, stream: bool) -> io::Result<Peeked> {
-    if sysfd::readable(socket)? == 0 && !more_than_bytes(socket, stream) {
+pub(crate) fn peek(socket: BorrowedFd<'_>, image: &Socket) -> io::Result<Peeked> {
+    let stream = image.is_stream();
+    let waiting = sysfd::readable(socket)?;
+    if waiting == 0 && !more_than_bytes(socket, stream) {
         return Ok(Peeked::Messages(Vec::new()));
+    }
+    if image.is_tcp() {
+        return peek_bytes(socket, waiting);
     }
     let before = sys::int_option(socket, libc::SOL_SOCKET, SO_PEEK_OFF)?;
     sys::set_int_option(socket, libc::SOL_SOCKET, SO_PEEK_OFF, 0)?;
     let peeked = take(socket, stream, libc::MSG_PEEK);
     sys::set_int_option(socket, libc::SOL_SOCKET, SO_PEEK_OFF, before)?;
     peeked
+}
+
+/// TCP shows its whole queue at once, and knows `SO_PEEK_OFF` only since Linux 6.9.
+fn peek_bytes(socket: BorrowedFd<'_>, waiting: usize) -> io::Result<Peeked> {
+    let mut bytes = vec![0; waiting];
+    let received = match sys::receive(socket, &mut bytes, libc::MSG_PEEK) {
+        Ok(nothing) if nothing.len == 0 => return Ok(Peeked::Messages(Vec::new())),
+        Err(e) if ended(&e) => return Ok(Peeked::Messages(Vec::new())),
+        received => received?,
+    };
+    bytes.truncate(received.len);
+    let from = received.from;
+    Ok(Peeked::Messages(vec![Message { bytes, from }]))
 }
 
 /// An empty datagram waits although there are no bytes.
@@ -74,7 +92,17 @@ fn take(socket: BorrowedFd<'_>, stream: bool, flags: i32) -> io::Result<Peeked> 
 fn ended(error: &io::Error) -> bool {
     matches!(
         error.raw_os_error(),
-        Some(libc::EAGAIN | libc::ENOTCONN | libc::ECONNRESET | libc::EINVAL)
+        Some(
+            libc::EAGAIN
+                | libc::ENOTCONN
+                | libc::ECONNRESET
+                | libc::ECONNREFUSED
+                | libc::ECONNABORTED
+                | libc::ETIMEDOUT
+                | libc::EHOSTUNREACH
+                | libc::ENETUNREACH
+                | libc::EINVAL
+        )
     )
 }
 
