@@ -389,8 +389,11 @@ impl Engine {
                 image,
             };
             pages += work.memory(before.get_mut(pid))?;
+            work.directory(before.get(pid))?;
         }
         watch.lap("memory");
+        // What fails now is tried again.
+        let _ = birth::terminal::restore(env, held, target, &born);
         let notes = fd::restore(
             &descriptors,
             &target.descriptors,
@@ -398,6 +401,7 @@ impl Engine {
             env,
             &self.shared,
         )?;
+        birth::terminal::restore(env, held, target, &born)?;
         watch.lap("descriptors");
         let mut attributes = BTreeMap::new();
         for (pid, image) in &target.processes {

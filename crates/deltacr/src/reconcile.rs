@@ -122,25 +122,31 @@ impl Reconcile<'_> {
         Ok(())
     }
 
+    /// The working directory, by which descriptors are then made that are named relative to it.
+    pub(crate) fn directory(&mut self, now: Option<&Now>) -> Result<()> {
+        let pid = self.process.stopped.remote.pid();
+        let there = match now {
+            Some(now) => now.cwd.is(&self.image.cwd),
+            None => Place::of(self.env, self.procfs, pid, "cwd")
+                .during(pid, "reading its directory")?
+                .is(&self.image.cwd),
+        };
+        if there {
+            Ok(())
+        } else {
+            self.change_directory()
+        }
+    }
+
     /// Everything else but credentials; the descriptors are in place. Returns the attributes that the process had.
     pub(crate) fn state(&mut self, now: Option<Now>) -> Result<Attributes> {
-        let pid = self.process.stopped.remote.pid();
         let remote = &mut self.process.stopped.remote;
-        let (attributes, cwd) = match now {
+        let pid = remote.pid();
+        let attributes = match now {
             // A new program has reset some of them.
-            Some(now) if now.exe.is(&self.image.exe) => (now.attributes, now.cwd),
-            _ => {
-                let cwd = Place::of(self.env, self.procfs, pid, "cwd");
-                (
-                    attributes::capture(remote)?.0,
-                    cwd.during(pid, "reading its directory")?,
-                )
-            }
+            Some(now) if now.exe.is(&self.image.exe) => now.attributes,
+            _ => attributes::capture(remote)?.0,
         };
-        if !cwd.is(&self.image.cwd) {
-            self.change_directory()?;
-        }
-        let remote = &mut self.process.stopped.remote;
         attributes::restore(remote, &attributes, &self.image.attributes)?;
         self.threads()?;
         let remote = &mut self.process.stopped.remote;

@@ -6,6 +6,7 @@
 //! member that a session or group is named after is dead, a stand-in lives for as long as it takes.
 
 pub(crate) mod spawn;
+pub(crate) mod terminal;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
@@ -46,7 +47,6 @@ pub(crate) fn deliver(
     };
     delivery.families()?;
     delivery.groups()?;
-    delivery.terminals()?;
     delivery.zombies()?;
     Ok(delivery.born)
 }
@@ -321,57 +321,6 @@ impl<'a> Delivery<'a> {
         self.call(pid, libc::SYS_setpgid, &args).map(drop)
     }
 
-    /// Gives session leaders their controlling terminals, and those their foreground groups.
-    fn terminals(&mut self) -> Result<()> {
-        for (pid, image) in &self.target.processes {
-            if image.stat.session != *pid || image.stat.tty == 0 {
-                continue;
-            }
-            let stat = self.stat(*pid)?;
-            if (stat.tty, stat.foreground) != (image.stat.tty, image.stat.foreground) {
-                let take = stat.tty != image.stat.tty;
-                self.terminal(*pid, &image.stat, take)
-                    .during(*pid, "restoring its terminal")?;
-            }
-        }
-        Ok(())
-    }
-
-    fn terminal(&mut self, pid: InnerPid, wanted: &Stat, take: bool) -> io::Result<()> {
-        let number = pty_number(wanted.tty)
-            .ok_or_else(|| io::Error::other("its terminal is no pseudo-terminal"))?;
-        let flags = OFlags::RDWR | OFlags::NOCTTY | OFlags::CLOEXEC;
-        let path = format!("dev/pts/{number}");
-        let resolve = rustix::fs::ResolveFlags::IN_ROOT | rustix::fs::ResolveFlags::NO_SYMLINKS;
-        let tty = rustix::fs::openat2(
-            self.env.root(),
-            path,
-            flags,
-            rustix::fs::Mode::empty(),
-            resolve,
-        )?;
-        let remote = self.held.remote(pid).ok_or(io::ErrorKind::NotFound)?;
-        let fd = remote.give_fds(&[tty.as_fd()])?[0];
-        let mut batch = Batch::new();
-        let took = take.then(|| {
-            batch.call(
-                libc::SYS_ioctl,
-                &[fd.into(), libc::TIOCSCTTY.into(), 0.into()],
-            )
-        });
-        let group = batch.input(&wanted.foreground.to_le_bytes());
-        if wanted.foreground > 0 {
-            // A group that has ended meanwhile cannot be put there; nothing is lost by that.
-            batch.call(
-                libc::SYS_ioctl,
-                &[fd.into(), libc::TIOCSPGRP.into(), group.into()],
-            );
-        }
-        batch.call(libc::SYS_close, &[fd.into()]);
-        let outcome = remote.run(&batch)?;
-        took.map_or(Ok(()), |call| outcome.result(call).map(drop))
-    }
-
     /// Makes children that have ended and were not waited for.
     fn zombies(&mut self) -> Result<()> {
         for (pid, stat) in &self.target.zombies {
@@ -433,12 +382,4 @@ fn call(remote: &mut Remote, nr: i64, args: &[crate::remote::Arg]) -> io::Result
     let mut batch = Batch::new();
     let call = batch.call(nr, args);
     remote.run(&batch)?.result(call)
-}
-
-/// The number of a Unix 98 pseudo-terminal (majors 136 to 143) in a `tty_nr` of `/proc/PID/stat`.
-fn pty_number(tty: i32) -> Option<u32> {
-    let (major, minor) = ((tty >> 8) & 0xfff, (tty & 0xff) | ((tty >> 12) & 0xf_ff00));
-    (136..144)
-        .contains(&major)
-        .then(|| ((major - 136) << 20 | minor) as u32)
 }
