@@ -1,18 +1,24 @@
 //! The same search without DeltaBox: a node is a copy of the tree, and going back is to restore it, to start the
 //! processes again and to repeat what made their state.
 
+use std::path::Path;
+use std::process::Command;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use anyhow::Result;
+use anyhow::{Context, Result, ensure};
 use deltabox::Sandbox;
 use indicatif::ProgressBar;
 
 use super::actions::{Action, Task};
 use super::figures::Times;
+use super::project::Project;
 use super::talk::check_interrupt;
 use super::uct::Search;
-use super::world::{Place, World, sh};
+use super::world::{Place, World, sh, unpack_outside};
+
+/// Copies made on the host's own filesystem.
+const OUTSIDE: usize = 3;
 
 /// What it took.
 #[derive(Default)]
@@ -20,6 +26,8 @@ pub(super) struct Copies {
     pub(super) checkpoints: Times,
     pub(super) rollbacks: Times,
     pub(super) forks: Times,
+    /// Copies of the tree alone, on the host's own filesystem.
+    pub(super) outside: Times,
 }
 
 impl Copies {
@@ -99,4 +107,25 @@ fn revive(
         world.live(step as u64)?;
     }
     Ok(world)
+}
+
+/// What a copy of the unpacked project takes on the host's own filesystem, below `dir`.
+pub(super) fn outside(project: &Project, dir: &Path) -> Result<Times> {
+    let dir = tempfile::Builder::new().prefix("copies-").tempdir_in(dir);
+    let dir = dir.context("making a directory for copies")?;
+    let from = dir.path().join("tree");
+    std::fs::create_dir(&from)?;
+    unpack_outside(project, &from)?;
+    let mut times = Times::default();
+    for i in 0..OUTSIDE {
+        let begun = Instant::now();
+        let mut copy = Command::new("cp");
+        copy.arg("-a")
+            .arg(&from)
+            .arg(dir.path().join(i.to_string()));
+        let status = copy.status().context("running cp")?;
+        times.add(begun.elapsed());
+        ensure!(status.success(), "cp -a of {from:?} failed: {status}");
+    }
+    Ok(times)
 }

@@ -38,7 +38,7 @@ impl Times {
 #[derive(Clone, Debug, Serialize)]
 pub(super) struct Summary {
     n: usize,
-    p50: f64,
+    pub(super) p50: f64,
     p95: f64,
     max: f64,
 }

@@ -27,7 +27,7 @@ use crate::units::time;
 use actions::Task;
 use copies::Copies;
 use explore::Explored;
-use figures::Row;
+use figures::{Row, Summary};
 use instance::Instance;
 use project::{Project, Python};
 use world::{Place, World};
@@ -72,6 +72,8 @@ struct Report {
     state_seconds: f64,
     /// The same with full copies.
     copies_state_seconds: Option<f64>,
+    /// `cp -a` of the work tree on the host's own filesystem.
+    copy_outside: Option<Summary>,
     /// Seconds of the whole demo.
     seconds: f64,
 }
@@ -121,7 +123,10 @@ fn perform(state_dir: &Path, project: &Project, python: &Python, options: &Demo)
             bar.set_message("full copies: unpacking");
             let world = stage.furnish("copies", project, python)?;
             task.spoil(&world)?;
-            let mut copies = Copies::default();
+            let mut copies = Copies {
+                outside: copies::outside(project, &stage.dir)?,
+                ..Copies::default()
+            };
             copies.repeat(world, &task, &explored.search, FORKS, &bar)?;
             Some(copies)
         }
@@ -162,6 +167,7 @@ fn report(
         verified: explored.verified,
         rows,
         state_seconds: explored.state_time().as_secs_f64(),
+        copy_outside: copies.as_ref().and_then(|c| c.outside.summary()),
         copies_state_seconds: copies.map(|c| c.state_time().as_secs_f64()),
         seconds: elapsed.as_secs_f64(),
         wrong: explored.wrong,
@@ -202,6 +208,13 @@ fn tell(report: &Report) -> Result<(), Failure> {
             copies / report.state_seconds
         )?,
         None => writeln!(out, "all checkpoints and rollbacks of the search: {ours}")?,
+    }
+    if let Some(outside) = &report.copy_outside {
+        writeln!(
+            out,
+            "the copies were made in a sandbox; cp -a of the tree on the host's own filesystem: {}",
+            seconds(outside.p50)
+        )?;
     }
     Ok(())
 }

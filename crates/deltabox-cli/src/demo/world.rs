@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::Read;
 use std::path::Path;
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, ChildStdout, Command, Stdio};
 use std::sync::Arc;
 
 use anyhow::{Context, Result, bail};
@@ -21,6 +21,9 @@ const PROGRAMS: [(&str, &str); 4] = [
     ("witness.py", include_str!("inside/witness.py")),
     ("edit.py", include_str!("inside/edit.py")),
 ];
+
+/// What is left out of the standard library: what is not its own, or large.
+const LIBRARY_WITHOUT: [&str; 4] = ["./site-packages", "./test", "__pycache__", "./config-*"];
 
 /// Where a world has its tree and its server, inside.
 #[derive(Clone)]
@@ -73,8 +76,7 @@ pub(super) fn furnish(
             sh(sandbox, &[unpack, &place.work], Some(&mut file))?;
         }
         Source::Library(path) => {
-            let without = ["./site-packages", "./test", "__pycache__", "./config-*"];
-            copy_in(sandbox, path, &without, &place.work)?;
+            copy_in(sandbox, path, &LIBRARY_WITHOUT, &place.work)?;
         }
     }
     if let Some(path) = &project.requirements {
@@ -85,20 +87,47 @@ pub(super) fn furnish(
 
 /// Copies a directory of the host into the sandbox.
 fn copy_in(sandbox: &Sandbox, from: &Path, without: &[&str], to: &str) -> Result<()> {
-    let mut tar = Command::new("tar");
-    tar.arg("-C").arg(from);
-    tar.args(without.iter().map(|pattern| format!("--exclude={pattern}")));
-    let tar = tar.args(["-cf", "-", "."]).stdout(Stdio::piped()).spawn();
-    let mut tar = Reaped(tar.context("running tar")?);
-    let mut stream = tar.0.stdout.take().context("tar has no output")?;
-    sh(
-        sandbox,
-        &["tar -xf - --no-same-owner -C $0", to],
-        Some(&mut stream),
-    )?;
+    let (mut tar, mut stream) = pack(from, without)?;
+    let unpack = "tar -xf - --no-same-owner -C $0";
+    sh(sandbox, &[unpack, to], Some(&mut stream))?;
     match tar.0.wait()?.success() {
         true => Ok(()),
         false => bail!("tar could not read {from:?}"),
+    }
+}
+
+/// A tar of the host that packs a directory, and its output.
+fn pack(from: &Path, without: &[&str]) -> Result<(Reaped, ChildStdout)> {
+    let mut tar = Command::new("tar");
+    tar.arg("-C").arg(from);
+    tar.args(without.iter().map(|name| format!("--exclude={name}")));
+    let tar = tar.args(["-cf", "-", "."]).stdout(Stdio::piped()).spawn();
+    let mut tar = Reaped(tar.context("running tar")?);
+    let stream = tar.0.stdout.take().context("tar has no output")?;
+    Ok((tar, stream))
+}
+
+/// Unpacks the project into a directory of the host.
+pub(super) fn unpack_outside(project: &Project, to: &Path) -> Result<()> {
+    let mut tar = Command::new("tar");
+    tar.arg("-C").arg(to).arg("--no-same-owner");
+    let (input, packing) = match &project.source {
+        Source::Archive(path) => {
+            tar.args(["--strip-components=1", "-xzf", "-"]);
+            let file = File::open(path).with_context(|| format!("opening {path:?}"))?;
+            (Stdio::from(file), None)
+        }
+        Source::Library(path) => {
+            tar.args(["-xf", "-"]);
+            let (packing, stream) = pack(path, &LIBRARY_WITHOUT)?;
+            (Stdio::from(stream), Some(packing))
+        }
+    };
+    let status = tar.stdin(input).status().context("running tar")?;
+    drop(packing);
+    match status.success() {
+        true => Ok(()),
+        false => bail!("tar could not unpack {} to {to:?}", project.title),
     }
 }
 
