@@ -16,7 +16,8 @@ fn every_rollback_and_fork_of_the_demo_is_verified() {
     assert!(output.status.success(), "{told}");
     let report: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
     assert_eq!(report["nodes"], 6);
-    assert_eq!(report["verified"], 5 + 8, "{report}");
+    assert_eq!(report["asked"], 5 + 8, "{report}");
+    assert_eq!(report["right"], 5 + 8, "{report}");
     assert_eq!(report["wrong"], serde_json::json!([]));
     assert_eq!(report["rows"][2]["operation"], "rollback");
     assert_eq!(report["rows"][2]["deltabox"]["n"], 5);

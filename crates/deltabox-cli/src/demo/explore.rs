@@ -25,8 +25,10 @@ pub(super) struct Explored {
     pub(super) forks: Times,
     /// Each verification that failed, in words.
     pub(super) wrong: Vec<String>,
-    /// Rollbacks and forks that were verified.
-    pub(super) verified: usize,
+    /// Rollbacks and forks that were to be verified.
+    pub(super) asked: usize,
+    /// Those whose state was what it had to be.
+    pub(super) right: usize,
     /// Rollbacks that had to build the whole tree again, and why.
     pub(super) fallbacks: Vec<String>,
 }
@@ -49,7 +51,8 @@ pub(super) fn explore(
         rollbacks: Times::default(),
         forks: Times::default(),
         wrong: Vec::new(),
-        verified: 0,
+        asked: 0,
+        right: 0,
         fallbacks: Vec::new(),
     };
     explored.keep(world, task, "the broken project")?;
@@ -109,12 +112,14 @@ impl Explored {
     }
 
     fn verify(&mut self, world: &World, task: &Task<'_>, node: usize, what: &str) -> Result<()> {
+        self.asked += 1;
         let now = Record::take(world, task.project).with_context(|| format!("after the {what}"))?;
-        self.verified += 1;
         let differences = self.records[node].differences(&now);
-        if !differences.is_empty() {
-            self.wrong
-                .push(format!("{what}: {}", differences.join("; ")));
+        match differences.is_empty() {
+            true => self.right += 1,
+            false => self
+                .wrong
+                .push(format!("{what}: {}", differences.join("; "))),
         }
         Ok(())
     }
@@ -130,14 +135,25 @@ impl Explored {
     ) -> Result<()> {
         let best = self.search.best();
         let id = self.ids[best];
-        let forks = (0..n)
-            .map(|_| self.fork(host, world, id))
-            .collect::<Result<Vec<_>>>()?;
+        let mut forks = Vec::new();
+        for i in 1..=n {
+            check_interrupt()?;
+            bar.set_message(format!("fork {i} of {n}"));
+            match self.fork(host, world, id) {
+                Ok(fork) => forks.push(fork),
+                Err(why) => {
+                    self.asked += 1;
+                    self.wrong.push(format!("{why:#}"));
+                }
+            }
+        }
         for (i, fork) in forks.iter().enumerate() {
             check_interrupt()?;
             bar.set_message(format!("verifying fork {} of {n}", i + 1));
             let what = format!("fork {} ({}) of node {best} ({id})", i + 1, fork.name());
-            self.verify(&world.in_fork(fork.clone()), task, best, &what)?;
+            if let Err(why) = self.verify(&world.in_fork(fork.clone()), task, best, &what) {
+                self.wrong.push(format!("{why:#}"));
+            }
             bar.inc(1);
         }
         for fork in &forks {
@@ -147,7 +163,6 @@ impl Explored {
     }
 
     fn fork(&mut self, host: &Host, world: &World, id: CheckpointId) -> Result<Arc<Sandbox>> {
-        check_interrupt()?;
         let begun = Instant::now();
         let forks = host
             .fork(world.sandbox.name(), Some(id), 1, &[])
