@@ -84,9 +84,6 @@ impl Environment for Host {
     fn open_external(&self, _id: ExternalId, _write: bool) -> io::Result<OwnedFd> {
         Err(io::ErrorKind::NotFound.into())
     }
-    fn before_resume(&self) -> io::Result<()> {
-        Ok(())
-    }
     fn set_next_pid(&self, _pid: InnerPid) -> io::Result<()> {
         Err(io::ErrorKind::Unsupported.into())
     }
@@ -157,12 +154,7 @@ impl Process {
             .unwrap();
         let process = Self(child);
         // Until it waits, it goes on mapping files.
-        while !fs::read_to_string(format!("/proc/{}/wchan", process.host()))
-            .unwrap()
-            .contains("nanosleep")
-        {
-            std::thread::sleep(std::time::Duration::from_millis(1));
-        }
+        await_in(process.host(), "nanosleep");
         process
     }
 
@@ -509,7 +501,11 @@ for line in sys.stdin:
         for i in range(0, 20000, 7):
             state[i] = [bytes(1000), i]
         for i in range(1, 20000, 3):
-            del state[i]
+            state.pop(i, None)
+        nested = []
+        for i in range(900):
+            nested = [nested]
+        repr(nested)  # grows the stack
     print(hashlib.md5(repr(state).encode()).hexdigest(), flush=True)
 "#;
 
@@ -539,7 +535,7 @@ fn a_python_interpreter_finds_its_objects_as_they_were() {
         answer()
     };
     assert_eq!(ask("check"), first);
-    await_read(process.host());
+    await_in(process.host(), "pipe_read");
     let mut stopped = process.seize();
     let mut tracker = None;
     let target = bench.capture(&mut stopped.remote, &mut tracker);
@@ -548,13 +544,44 @@ fn a_python_interpreter_finds_its_objects_as_they_were() {
     for _ in 0..3 {
         assert_eq!(ask("check"), first);
         assert_ne!(ask("mutate"), first);
-        await_read(process.host());
+        await_in(process.host(), "pipe_read");
         let mut stopped = process.seize();
         bench.restore(&mut stopped.remote, &mut tracker, &target);
         stopped.threads[0].regs = regs;
         stopped.release().unwrap();
     }
     assert_eq!(ask("check"), first);
+}
+
+#[test]
+fn a_process_that_ran_another_program_is_captured_whole_and_tracked_again() {
+    let bench = Bench::new();
+    let mut process = Process(
+        Command::new("bash")
+            .args(["-c", "read x; exec sleep 1000"])
+            .stdin(Stdio::piped())
+            .stdout(Stdio::null())
+            .spawn()
+            .unwrap(),
+    );
+    await_in(process.host(), "pipe_read");
+    bench.host.learn(process.host());
+    let mut tracker = None;
+    let mut stopped = process.seize();
+    bench.capture(&mut stopped.remote, &mut tracker);
+    stopped.release().unwrap();
+    writeln!(process.0.stdin.take().unwrap(), "go").unwrap();
+    await_in(process.host(), "nanosleep");
+    bench.host.learn(process.host());
+    let mut stopped = process.seize();
+    let remote = &mut stopped.remote;
+    let state = bench.capture(remote, &mut tracker);
+    let program = state.executable().unwrap();
+    assert!(program.path.ends_with("/sleep"), "{program:?}");
+    let brk = program_break(remote).unwrap();
+    let scan = bench.memory().scan(remote, tracker.as_ref(), brk).unwrap();
+    assert!(scan.changed_pages() < 5, "{:x?}", scan.changes);
+    stopped.release().unwrap();
 }
 
 /// The C library registers memory which the kernel writes to whenever it switches threads, so that
@@ -570,12 +597,10 @@ fn forget_rseq(remote: &mut Remote) {
     call(remote, libc::SYS_rseq, &args).unwrap();
 }
 
-/// Waits until a process waits for input.
-fn await_read(host: HostPid) {
-    while !fs::read_to_string(format!("/proc/{host}/wchan"))
-        .unwrap()
-        .contains("pipe_read")
-    {
+/// Waits until a process waits in this function of the kernel's.
+fn await_in(host: HostPid, function: &str) {
+    let wchan = format!("/proc/{host}/wchan");
+    while !fs::read_to_string(&wchan).unwrap().contains(function) {
         std::thread::sleep(std::time::Duration::from_millis(1));
     }
 }
