@@ -176,6 +176,33 @@ fn special_files_and_whiteouts_are_kept() {
 }
 
 #[test]
+fn a_file_made_without_a_name_can_get_one() {
+    let f = fixture(|_| {});
+    let v = &f.volume;
+    let flags = OFlags::TMPFILE | OFlags::RDWR;
+    let file = File::from(rustix::fs::open(v.at(""), flags, Mode::RUSR | Mode::WUSR).unwrap());
+    file.write_all_at(b"x", 0).unwrap();
+    let link = format!("/proc/self/fd/{}", std::os::fd::AsRawFd::as_raw_fd(&file));
+    rustix::fs::linkat(
+        CWD,
+        link,
+        CWD,
+        v.at("name"),
+        rustix::fs::AtFlags::SYMLINK_FOLLOW,
+    )
+    .unwrap();
+    assert_eq!(
+        (v.read("name"), file.metadata().unwrap().nlink()),
+        ("x".into(), 1)
+    );
+    let snapshot = v.checkpoint();
+    drop(file);
+    fs::remove_file(v.at("name")).unwrap();
+    v.rollback(&snapshot).unwrap();
+    assert_eq!(v.read("name"), "x");
+}
+
+#[test]
 fn exchange_swaps_a_directory_and_a_file() {
     let f = fixture(|base| {
         fs::create_dir_all(base.join("x/dir")).unwrap();

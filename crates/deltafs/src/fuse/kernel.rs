@@ -1,6 +1,6 @@
 //! What the kernel holds of a mount: which inodes it knows.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 
 use parking_lot::Mutex;
 
@@ -10,14 +10,15 @@ use crate::node::Ino;
 #[derive(Debug, Default)]
 pub(crate) struct Kernel {
     known: Mutex<HashMap<Ino, Known>>,
+    /// Directories that were removed through the mount and are still known: the kernel never lets
+    /// anything happen in those inode objects again.
+    dead: Mutex<HashSet<Ino>>,
 }
 
 #[derive(Clone, Copy, Debug, Default)]
 struct Known {
     lookups: u64,
     generation: u32,
-    /// The directory was removed through the mount: the kernel never lets anything happen in that inode object again.
-    dead: bool,
 }
 
 impl Kernel {
@@ -38,6 +39,7 @@ impl Kernel {
         entry.lookups = entry.lookups.saturating_sub(lookups);
         if entry.lookups == 0 {
             known.remove(&ino);
+            self.dead.lock().remove(&ino);
             return true;
         }
         false
@@ -63,20 +65,20 @@ impl Kernel {
 
     /// Remembers that a directory was removed through the mount.
     pub(crate) fn set_dead(&self, ino: Ino) {
-        if let Some(known) = self.known.lock().get_mut(&ino) {
-            known.dead = true;
+        let known = self.known.lock();
+        if known.contains_key(&ino) {
+            self.dead.lock().insert(ino);
         }
     }
 
     /// Gives a new generation to the removed directories that `lives` says are there again, so that the kernel makes
     /// new inode objects for them.
     pub(crate) fn revive(&self, lives: impl Fn(Ino) -> bool) -> Vec<Ino> {
-        let mut revived = Vec::new();
-        for (ino, known) in self.known.lock().iter_mut() {
-            if known.dead && lives(*ino) {
-                known.dead = false;
+        let mut known = self.known.lock();
+        let revived: Vec<Ino> = self.dead.lock().extract_if(|ino| lives(*ino)).collect();
+        for ino in &revived {
+            if let Some(known) = known.get_mut(ino) {
                 known.generation = known.generation.wrapping_add(1);
-                revived.push(*ino);
             }
         }
         revived
