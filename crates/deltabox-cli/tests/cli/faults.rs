@@ -4,7 +4,7 @@ use std::fs;
 
 use rustix::process::{Pid, Signal, kill_process};
 
-use crate::harness::{Home, Ran, wait_for};
+use crate::harness::{Home, Ran, gone, wait_for};
 
 #[test]
 fn commands_that_come_at_once_start_one_service() {
@@ -92,12 +92,6 @@ fn after_rm_and_stop_nothing_is_left() {
     home.ok(&["service", "stop"]);
     assert!(gone(service));
     assert_eq!(leftover_sockets(&home), 0);
-}
-
-/// Whether a process has ended; who its parent is now, and when that takes note, is not our concern.
-fn gone(pid: Pid) -> bool {
-    let stat = fs::read_to_string(format!("/proc/{}/stat", pid.as_raw_nonzero()));
-    stat.map_or(true, |stat| stat.contains(") Z "))
 }
 
 /// The process `sleep mark`.

@@ -11,7 +11,7 @@ use rustix::process::Signal;
 use rustix::pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt};
 use rustix::termios::{LocalModes, Winsize, tcgetattr, tcsetwinsize};
 
-use crate::harness::{Home, PATIENCE, kill, wait_for};
+use crate::harness::{Home, PATIENCE, gone, kill, wait_for};
 
 /// A terminal: our side and the program's.
 struct Terminal {
@@ -138,9 +138,11 @@ fn a_killed_service_does_not_leave_the_terminal_raw() {
     let terminal = Terminal::open();
     let mut child = terminal.start(&home, &["shell", "box"]);
     wait_for("raw mode", || !terminal.cooked());
-    rustix::process::kill_process(home.service(), Signal::KILL).unwrap();
+    let service = home.service();
+    rustix::process::kill_process(service, Signal::KILL).unwrap();
     assert_eq!(child.wait().unwrap().code(), Some(1));
     assert!(terminal.cooked());
+    wait_for("the service is gone", || gone(service));
     // Its sandboxes are removed by the next one.
     home.ok(&["ls"]);
 }
