@@ -5,7 +5,7 @@
 //! ```
 //!
 //! Every line on standard input is a command: `checkpoint`, `rollback N` (the N-th checkpoint, from
-//! 0), `stats`. Each answers with one line that tells how long it took.
+//! 0), `fork N` (and end it), `stats`. Each answers with one line that tells how long it took.
 
 use std::error::Error;
 use std::fs::File;
@@ -56,6 +56,15 @@ fn serve(volume: &Volume) -> Result<(), Box<dyn Error>> {
                     .get(which.parse::<usize>()?)
                     .ok_or("no such checkpoint")?;
                 format!("{:?}", volume.rollback(to)?)
+            }
+            ("fork", which) => {
+                let from = snapshots
+                    .get(which.parse::<usize>()?)
+                    .ok_or("no such checkpoint")?;
+                let fork = volume.fork(from, IdMap::IDENTITY)?;
+                let made = start.elapsed();
+                drop(fork);
+                format!("fork {:.3} ms", made.as_secs_f64() * 1e3)
             }
             ("stats", _) => format!("{:?}", volume.stats()),
             _ => return Err(format!("no such command: {line}").into()),
