@@ -165,6 +165,12 @@ impl DataStore {
         self.places.lock().used * BLOCK
     }
 
+    /// How much more data the disk takes.
+    pub(crate) fn free_bytes(&self) -> Result<u64, Errno> {
+        let disk = self.statvfs()?;
+        Ok(disk.f_bavail.saturating_mul(disk.f_frsize))
+    }
+
     /// Size and free space of the filesystem that the data is on.
     pub(crate) fn statvfs(&self) -> Result<rustix::fs::StatVfs, Errno> {
         rustix::fs::fstatvfs(&self.file)

@@ -7,7 +7,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use parking_lot::Mutex;
-use rustix::fs::{AtFlags, Mode, OFlags, StatxFlags};
+use rustix::fs::{AtFlags, Mode, OFlags, ResolveFlags, StatxFlags};
 
 use crate::base::Base;
 use crate::data::DataStore;
@@ -267,9 +267,14 @@ impl Volume {
     /// Opens an inode by the name it has, so that `/proc/PID/fd` and `getcwd(2)` tell that name.
     fn open_by_name(&self, root: &OwnedFd, ino: Ino, flags: i32) -> Option<OwnedFd> {
         let path = self.server.view().read().path(ino)?;
-        let flags =
+        let mut flags =
             OFlags::from_bits_retain(flags.cast_unsigned()) | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-        let fd = rustix::fs::openat(root, path, flags, Mode::empty()).ok()?;
+        if flags.contains(OFlags::PATH) {
+            // `openat2` refuses what has no meaning; `open` does not.
+            flags &= OFlags::PATH | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        }
+        let resolve = ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS;
+        let fd = rustix::fs::openat2(root, path, flags, Mode::empty(), resolve).ok()?;
         let found = rustix::fs::statx(&fd, "", AtFlags::EMPTY_PATH, StatxFlags::INO).ok()?;
         (found.stx_ino == ino && self.is_ours(&found)).then_some(fd)
     }

@@ -11,6 +11,8 @@ use crate::base::BaseInode;
 const MAX_NAME: usize = 255;
 const MAX_VALUE: usize = 65_536;
 const MAX_LIST: usize = 65_536;
+/// What all attributes of an inode may take together; they are kept in memory.
+const MAX_TOTAL: usize = 128 * 1024;
 
 /// Names and values.
 pub(crate) type XattrMap = BTreeMap<Vec<u8>, Vec<u8>>;
@@ -66,12 +68,13 @@ impl Xattrs {
             SetMode::Replace if !known => return Err(Errno::NODATA),
             _ => {}
         }
-        let listed: usize = map
-            .iter()
-            .flat_map(|map| map.keys())
-            .map(|name| name.len() + 1)
-            .sum();
-        if !known && listed + name.len() + 1 > MAX_LIST {
+        let others = || {
+            let all = map.iter().flat_map(|map| map.iter());
+            all.filter(|(known, _)| &known[..] != name)
+        };
+        let listed: usize = others().map(|(name, _)| name.len() + 1).sum();
+        let held: usize = others().map(|(name, value)| name.len() + value.len()).sum();
+        if listed + name.len() + 1 > MAX_LIST || held + name.len() + value.len() > MAX_TOTAL {
             return Err(Errno::NOSPC);
         }
         let mut map = map.unwrap_or_default();

@@ -423,6 +423,10 @@ fn a_full_disk_is_told_to_the_writer_and_snapshots_stay_good() {
     let snapshot = v.checkpoint();
     let full = fs::write(v.at("big"), vec![2; 2_000_000]).unwrap_err();
     assert_eq!(full.raw_os_error(), Some(libc::ENOSPC));
+    let big = File::create(v.at("big")).unwrap();
+    let flags = rustix::fs::FallocateFlags::empty();
+    let full = rustix::fs::fallocate(&big, flags, 0, 1 << 50).unwrap_err();
+    assert_eq!(full, rustix::io::Errno::NOSPC);
     fs::remove_file(v.at("big")).unwrap();
     v.rollback(&snapshot).unwrap();
     assert_eq!(fs::read(v.at("good")).unwrap(), vec![1; 300_000]);

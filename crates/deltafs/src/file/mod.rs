@@ -226,6 +226,9 @@ impl FileBody {
         if range.end > MAX_SIZE {
             return Err(Errno::FBIG);
         }
+        if range.end - range.start > to.store.free_bytes()? {
+            return Err(Errno::NOSPC);
+        }
         let holes: Vec<u64> = (range.start / BLOCK..range.end.div_ceil(BLOCK))
             .filter(|block| self.is_hole(*block))
             .collect();
