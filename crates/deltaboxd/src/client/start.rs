@@ -67,19 +67,29 @@ pub async fn ensure(state_dir: &Path, command: Command) -> Result<Started> {
     Ok(Started { client, new })
 }
 
-/// Whether somebody listens. A socket that may not be used is an error, not a reason to start another service.
+/// Whether a service answers. A socket that may not be used is an error, not a reason to start another service. One that
+/// is ending (or was killed, and its socket is not closed yet) is waited for.
 async fn answers(client: &Client) -> Result<bool> {
-    match super::http::connect(&client.socket).await {
-        Ok(_) => Ok(true),
-        Err(Error::Connect { source, .. })
-            if matches!(
-                source.kind(),
-                io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused
-            ) =>
-        {
-            Ok(false)
+    let begun = Instant::now();
+    loop {
+        let ending = match client.version().await {
+            Ok(_) => return Ok(true),
+            Err(Error::Connect { source, .. })
+                if matches!(
+                    source.kind(),
+                    io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused
+                ) =>
+            {
+                return Ok(false);
+            }
+            Err(broken @ Error::Broken(_)) => broken,
+            Err(stopping) if stopping.code() == "stopping" => stopping,
+            Err(other) => return Err(other),
+        };
+        if begun.elapsed() > ENDED_WITHIN {
+            return Err(ending);
         }
-        Err(other) => Err(other),
+        tokio::time::sleep(Duration::from_millis(5)).await;
     }
 }
 
