@@ -22,6 +22,7 @@ mod fuse;
 mod ids;
 mod invalidate;
 mod node;
+mod reclaim;
 mod sys;
 mod tree;
 mod view;

@@ -16,6 +16,7 @@ use crate::fuse::{Server, Session};
 use crate::ids::IdMap;
 use crate::invalidate::Plan;
 use crate::node::{Ino, ROOT};
+use crate::reclaim::Reclaimer;
 use crate::sys;
 use crate::tree::Tree;
 use crate::view::View;
@@ -44,6 +45,7 @@ pub struct Volume {
     server: Arc<Server>,
     session: Session,
     threads: usize,
+    reclaimer: Arc<Reclaimer>,
     /// Checkpoints and rollbacks come one after another.
     switch: Mutex<()>,
 }
@@ -112,16 +114,22 @@ impl Volume {
             source,
         })?;
         let tree = Arc::new(Tree::new(base, data));
-        Self::start(View::new(tree), options.ids, options.threads)
+        let reclaimer = Reclaimer::start().map_err(|source| Error::Mount {
+            what: "starting a thread",
+            source,
+        })?;
+        let view = View::new(tree);
+        Self::start(view, options.ids, options.threads, Arc::new(reclaimer))
     }
 
-    fn start(view: View, ids: IdMap, threads: usize) -> Result<Self> {
+    fn start(view: View, ids: IdMap, threads: usize, reclaimer: Arc<Reclaimer>) -> Result<Self> {
         let server = Arc::new(Server::new(view, ids));
         let session = Session::start(&server, threads)?;
         Ok(Self {
             server,
             session,
             threads,
+            reclaimer,
             switch: Mutex::default(),
         })
     }
@@ -184,8 +192,7 @@ impl Volume {
                 })?;
         }
         self.refresh(&plan);
-        drop(old);
-        self.server.tree().data.trim();
+        self.reclaimer.drop_later(old);
         Ok(RollbackStats {
             changed: plan.changed,
             notices: plan.notices.len(),
@@ -220,7 +227,8 @@ impl Volume {
         if !Arc::ptr_eq(view.tree(), self.server.tree()) {
             return Err(Error::ForeignSnapshot);
         }
-        Self::start(view.branch(), ids, self.threads)
+        let reclaimer = Arc::clone(&self.reclaimer);
+        Self::start(view.branch(), ids, self.threads, reclaimer)
     }
 
     /// Opens an inode by its number, with a name or without, in the volume's own mount. `flags` are those of `open(2)`.
