@@ -138,7 +138,10 @@ impl Engine {
             watch.lap("stop");
             let captured = self.capture(env, &mut held, &mut watch);
             held.remember(&mut self.known);
-            let (image, pages) = captured?;
+            // What was captured of the shared memory is good for this checkpoint only.
+            let shared = self.shared.take();
+            let (mut image, pages) = captured?;
+            image.shared = Arc::new(shared);
             let cut = cut(&image.mapped_files())?;
             watch.lap("files");
             held.release()?;
@@ -194,7 +197,7 @@ impl Engine {
             processes,
             zombies: held.zombies.clone(),
             descriptors: Arc::new(descriptors),
-            shared: Arc::new(self.shared.take()),
+            shared: Arc::default(),
         };
         Ok((image, pages))
     }

@@ -80,7 +80,13 @@ impl Reconcile<'_> {
             }
             None => None,
         };
-        let remote = &mut self.process.stopped.remote;
+        let stopped = &mut self.process.stopped;
+        let remote = &mut stopped.remote;
+        for thread in &stopped.threads {
+            let wanted = self.image.threads.iter().find(|t| t.tid == thread.tid);
+            threads::release_rseq(remote, thread.host, wanted)
+                .during(remote.pid(), "ending a restartable sequence area")?;
+        }
         let scan = match scan {
             Some(scan) => scan,
             None => {

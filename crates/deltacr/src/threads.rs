@@ -218,6 +218,22 @@ fn leave_critical_section(remote: &Remote, rseq: &RseqConfig, regs: &mut Registe
     }
 }
 
+/// Ends the registration of a thread's rseq area if it is not where `target` has it: the kernel writes there when the
+/// thread runs, and the memory may be about to go.
+pub(crate) fn release_rseq(
+    remote: &mut Remote,
+    host: HostPid,
+    target: Option<&ThreadImage>,
+) -> io::Result<()> {
+    let current = ptrace::rseq(host)?;
+    if current.address == 0 || target.is_some_and(|t| t.rseq == current) {
+        return Ok(());
+    }
+    let mut batch = Batch::new();
+    let call = batch.call(libc::SYS_rseq, &rseq_args(&current, RSEQ_UNREGISTER));
+    remote.run_in(host, &batch)?.result(call).map(drop)
+}
+
 /// Gives a stopped thread everything of `target` but what [`StoppedThread`] holds, and sets that
 /// up to be what the thread goes on with. `current` is what it is now.
 pub(crate) fn restore(
