@@ -1,8 +1,10 @@
 //! Reconcile: makes one process what it was, changing only what differs.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::io;
 use std::os::fd::AsFd;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use rustix::fs::OFlags;
 
@@ -16,10 +18,14 @@ use crate::ids::InnerPid;
 use crate::image::{ProcessImage, TreeImage};
 use crate::mem::{self, Memory, Scan, Tracker};
 use crate::procfs::Procfs;
-use crate::remote::Batch;
+use crate::remote::{Batch, Remote};
 use crate::signals::{Queue, Scope};
+use crate::stop::StoppedThread;
 use crate::threads;
 use crate::timers;
+
+/// How long a dead thread may keep its number.
+const NUMBER_FREED: Duration = Duration::from_secs(2);
 
 /// What a process is before it is reconciled.
 pub(crate) struct Now {
@@ -202,10 +208,8 @@ impl Reconcile<'_> {
             .iter()
             .filter(|t| !present.contains(&t.tid))
         {
-            self.env
-                .set_next_pid(image.tid)
-                .during(pid, "choosing a thread's number")?;
-            let thread = spawn::thread(remote, image.tid).during(pid, "making a thread again")?;
+            let thread =
+                thread(self.env, remote, image.tid).during(pid, "making a thread again")?;
             stopped.threads.push(thread);
         }
         let wanted: BTreeMap<InnerPid, _> = self.image.threads.iter().map(|t| (t.tid, t)).collect();
@@ -236,5 +240,22 @@ impl Reconcile<'_> {
                 Scope::Process,
             )
             .during(pid, "restoring the queued signals")
+    }
+}
+
+/// Makes a thread with a number. The thread that had it may be gone from `/proc` and still be on its way out of the
+/// kernel, with its number.
+fn thread(env: &dyn Environment, remote: &mut Remote, tid: InnerPid) -> io::Result<StoppedThread> {
+    let begun = Instant::now();
+    loop {
+        env.set_next_pid(tid)?;
+        match spawn::thread(remote, tid) {
+            Err(e)
+                if e.kind() == io::ErrorKind::AlreadyExists && begun.elapsed() < NUMBER_FREED =>
+            {
+                std::thread::sleep(Duration::from_micros(200));
+            }
+            made => return made,
+        }
     }
 }

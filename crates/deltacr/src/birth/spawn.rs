@@ -159,6 +159,8 @@ pub(crate) fn thread(remote: &mut Remote, tid: InnerPid) -> io::Result<StoppedTh
     await_interruption(host)?;
     let found = host.inner()?;
     if found != tid {
+        hold_thread(found, host)?;
+        end_thread(remote, host)?;
         return Err(io::Error::new(
             io::ErrorKind::AlreadyExists,
             format!("the number {tid} is taken, the thread got {found}"),
