@@ -275,21 +275,14 @@ impl Volume {
     /// Opens an inode by the name it has, so that `/proc/PID/fd` and `getcwd(2)` tell that name.
     fn open_by_name(&self, root: &OwnedFd, ino: Ino, flags: i32) -> Option<OwnedFd> {
         let path = self.server.view().read().path(ino)?;
-<<<<<<< Updated upstream
-        let mut flags =
-            OFlags::from_bits_retain(flags.cast_unsigned()) | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        let mut flags = OFlags::from_bits_retain(flags.cast_unsigned()) | OFlags::CLOEXEC;
         if flags.contains(OFlags::PATH) {
             // `openat2` refuses what has no meaning; `open` does not.
             flags &= OFlags::PATH | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
         }
+        // Not O_NOFOLLOW, which would stay among the descriptor's flags.
         let resolve = ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS;
         let fd = rustix::fs::openat2(root, path, flags, Mode::empty(), resolve).ok()?;
-=======
-        let flags = OFlags::from_bits_retain(flags.cast_unsigned()) | OFlags::CLOEXEC;
-        // Not O_NOFOLLOW, which would stay among the descriptor's flags.
-        let no_links = ResolveFlags::NO_SYMLINKS | ResolveFlags::BENEATH;
-        let fd = rustix::fs::openat2(root, path, flags, Mode::empty(), no_links).ok()?;
->>>>>>> Stashed changes
         let found = rustix::fs::statx(&fd, "", AtFlags::EMPTY_PATH, StatxFlags::INO).ok()?;
         (found.stx_ino == ino && self.is_ours(&found)).then_some(fd)
     }
