@@ -15,7 +15,7 @@ use crate::error::{Error, Result};
 use crate::fuse::{Server, Session};
 use crate::ids::IdMap;
 use crate::invalidate::Plan;
-use crate::node::{Ino, ROOT};
+use crate::node::{Ino, Name, ROOT};
 use crate::reclaim::Reclaimer;
 use crate::sys;
 use crate::tree::Tree;
@@ -209,11 +209,18 @@ impl Volume {
                 let _ = rustix::fs::statx(&fd, "", flags, StatxFlags::BASIC_STATS);
             }
         }
-        for (parent, name) in &plan.look_up {
-            if let Ok(fd) = self.open_by_number(&root, *parent, libc::O_PATH) {
-                let name = std::ffi::OsStr::from_bytes(name);
-                let _ = rustix::fs::statx(&fd, name, flags, StatxFlags::BASIC_STATS);
-            }
+        let look_up = |(parent, name): &(Ino, Name)| -> io::Result<()> {
+            let fd = self.open_by_number(&root, *parent, libc::O_PATH)?;
+            let name = std::ffi::OsStr::from_bytes(name);
+            rustix::fs::statx(&fd, name, flags, StatxFlags::BASIC_STATS)?;
+            Ok(())
+        };
+        // A directory cannot move below one that is still below it: its turn comes in a later round.
+        let mut left: Vec<&(Ino, Name)> = plan.look_up.iter().collect();
+        let mut before = usize::MAX;
+        while !left.is_empty() && left.len() < before {
+            before = left.len();
+            left.retain(|entry| look_up(entry).is_err());
         }
     }
 

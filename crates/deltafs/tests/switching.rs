@@ -286,6 +286,31 @@ fn directory_handles_follow_their_directory() {
 }
 
 #[test]
+fn directories_that_changed_places_find_back_with_handles_on_both() {
+    let f = fixture(|base| fs::create_dir_all(base.join("a/b/c")).unwrap());
+    let v = &f.volume;
+    let handles = ["a", "a/b", "a/b/c"].map(|name| File::open(v.at(name)).unwrap());
+    let upright = v.checkpoint();
+    fs::rename(v.at("a/b/c"), v.at("c")).unwrap();
+    fs::rename(v.at("a/b"), v.at("c/b")).unwrap();
+    fs::rename(v.at("a"), v.at("c/b/a")).unwrap();
+    let inverted = v.checkpoint();
+    for _ in 0..3 {
+        for (snapshot, paths) in [
+            (&upright, ["a", "a/b", "a/b/c"]),
+            (&inverted, ["c/b/a", "c/b", "c"]),
+        ] {
+            v.rollback(snapshot).unwrap();
+            for (handle, path) in handles.iter().zip(paths) {
+                let link = format!("/proc/self/fd/{}", handle.as_raw_fd());
+                let found = fs::read_link(link).unwrap();
+                assert_eq!(found, std::path::Path::new("/").join(path));
+            }
+        }
+    }
+}
+
+#[test]
 fn a_directory_removed_under_a_handle_is_reported_as_reborn() {
     let f = fixture(|_| {});
     let v = &f.volume;
