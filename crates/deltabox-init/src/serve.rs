@@ -134,19 +134,44 @@ impl Init {
             .at(Step::Clone, "writing ns_last_pid")
     }
 
+    /// Answers only when the child is confined: from then on it belongs to the engine, which interrupts it anywhere.
     fn birth(&self, pid: i32) -> Result<i32, Failure> {
         let options = sys::ForkOptions {
             cgroup: Some(self.payload.as_fd()),
             pid: Some(pid),
             flags: 0,
         };
+        let (report, failed) = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC)
+            .at(Step::Clone, "making a pipe")?;
         match sys::fork(&options).at(Step::Clone, "making a process with a chosen pid")? {
-            Fork::Parent(pid) => Ok(pid),
+            Fork::Parent(pid) => {
+                drop(failed);
+                let mut errno = [0; 4];
+                let got = loop {
+                    match rustix::io::read(&report, &mut errno) {
+                        Err(Errno::INTR) => {}
+                        other => break other.at(Step::Prepare, "waiting for a new process")?,
+                    }
+                };
+                // End of file: it has closed all that it had.
+                if got < errno.len() {
+                    return Ok(pid);
+                }
+                Err(Failure {
+                    step: Step::Prepare,
+                    errno: i32::from_le_bytes(errno),
+                    what: "confining a new process".to_owned(),
+                })
+            }
             Fork::Child => {
-                let ready = child::confine(&self.filters)
-                    .and_then(|()| sys::set_dumpable(true))
-                    .and_then(|()| sys::close_from(0, false));
-                match ready {
+                let confined = child::confine(&self.filters).and_then(|()| sys::set_dumpable(true));
+                if let Err(e) = confined {
+                    let errno = e.raw_os_error().unwrap_or(libc::EIO).to_le_bytes();
+                    // Nobody is left to tell if this fails.
+                    let _ = rustix::io::write(failed, &errno);
+                    sys::exit(127);
+                }
+                match sys::close_from(0, false) {
                     Ok(()) => sys::pause_for_ever(),
                     Err(_) => sys::exit(127),
                 }
