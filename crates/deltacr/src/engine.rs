@@ -1,6 +1,6 @@
 //! Checkpoint and rollback of a whole tree.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -14,7 +14,7 @@ use crate::files::Place;
 use crate::hold::{Acquaintances, Held, HeldProcess};
 use crate::ids::{HostPid, InnerPid};
 use crate::image::{ProcessImage, TreeImage};
-use crate::mem::{self, Memory, SharedObjects, Tracker};
+use crate::mem::{Memory, SharedObjects, Tracker};
 use crate::procfs::Procfs;
 use crate::reconcile::{self, Now, Reconcile};
 use crate::resume::Wait;
@@ -122,14 +122,13 @@ impl Engine {
     }
 
     /// Stops all processes, captures them, calls `cut` while they stand still, and lets them run on.
-    /// `cut` is given the inodes that processes may have written to through shared mappings.
     ///
     /// # Errors
     /// Something cannot be carried or captured, or `cut` failed. The processes run on in any case.
     pub fn checkpoint<T: Send>(
         &mut self,
         env: &dyn Environment,
-        cut: impl FnOnce(&[u64]) -> Result<T> + Send,
+        cut: impl FnOnce() -> Result<T> + Send,
     ) -> Result<Checkpoint<T>> {
         on_own_thread(|| {
             let mut watch = Stopwatch::start();
@@ -142,7 +141,7 @@ impl Engine {
             let shared = self.shared.take();
             let (mut image, pages) = captured?;
             image.shared = Arc::new(shared);
-            let cut = cut(&image.mapped_files())?;
+            let cut = cut()?;
             watch.lap("files");
             held.release()?;
             watch.lap("resume");
@@ -209,8 +208,7 @@ impl Engine {
     }
 
     /// Gives the processes the state of `target` back. `switch` is called when they stand still and it is known
-    /// that nothing speaks against it; it gives the files their state back, and is given the inodes that processes may
-    /// have written to through shared mappings. If undoing in place fails after that, all
+    /// that nothing speaks against it; it gives the files their state back. If undoing in place fails after that, all
     /// processes are killed and made again from the image.
     ///
     /// # Errors
@@ -219,18 +217,15 @@ impl Engine {
         &mut self,
         env: &dyn Environment,
         target: &TreeImage,
-        switch: impl FnOnce(&[u64]) -> Result<Switched<T>> + Send,
+        switch: impl FnOnce() -> Result<Switched<T>> + Send,
     ) -> Result<Rollback<T>> {
         on_own_thread(|| {
             let mut watch = Stopwatch::start();
             let mut held = Held::tree(env, &mut self.known, FREEZE_TIMEOUT)?;
             watch.lap("stop");
             let survey = self.survey(env, &mut held, target);
-            let mapped = survey
-                .as_ref()
-                .map_or_else(|_| Vec::new(), |s| s.mapped_files());
             watch.lap("survey");
-            let Switched { value, stale } = switch(&mapped)?;
+            let Switched { value, stale } = switch()?;
             watch.lap("files");
             let undone = survey.and_then(|mut now| {
                 now.forget(&stale);
@@ -469,30 +464,6 @@ impl Survey {
             now.cwd.forget(stale);
         }
     }
-
-    fn mapped_files(&self) -> Vec<u64> {
-        sorted(
-            self.processes
-                .values()
-                .filter_map(|now| now.scan.as_ref())
-                .flat_map(|s| mem::shared_file_inodes(&s.vmas)),
-        )
-    }
-}
-
-impl TreeImage {
-    fn mapped_files(&self) -> Vec<u64> {
-        sorted(
-            self.processes
-                .values()
-                .flat_map(|p| p.memory.shared_file_inodes()),
-        )
-    }
-}
-
-fn sorted(inodes: impl Iterator<Item = u64>) -> Vec<u64> {
-    let inodes: BTreeSet<u64> = inodes.collect();
-    inodes.into_iter().collect()
 }
 
 /// What a rollback did with the processes.

@@ -84,16 +84,9 @@ impl<'a> Subject<'a> {
         }
     }
 
-    /// Has what processes wrote through shared mappings written into the files.
-    fn flush(self, inodes: &[u64]) -> io::Result<()> {
-        inodes
-            .iter()
-            .try_for_each(|inode| self.volume.flush_inode(*inode))
-    }
-
-    fn cut(self, mapped: &[u64]) -> deltacr::Result<(Snapshot, SessionsImage)> {
-        self.flush(mapped)
-            .during_tree("writing back the shared file mappings")?;
+    fn cut(self) -> deltacr::Result<(Snapshot, SessionsImage)> {
+        let synced = self.volume.sync().map_err(io::Error::other);
+        synced.during_tree("writing back the shared file mappings")?;
         self.shared
             .drain()
             .during_tree("reading the sessions' output")?;
@@ -162,7 +155,7 @@ impl DeltaState {
     ) -> Result<CheckpointReport> {
         let begin = Instant::now();
         let env = subject.surroundings(None);
-        let made = self.engine.checkpoint(&env, |mapped| subject.cut(mapped))?;
+        let made = self.engine.checkpoint(&env, || subject.cut())?;
         self.common.warmer.used(made.pages);
         let id = self.common.next_id();
         let (files, sessions) = made.cut;
@@ -195,9 +188,7 @@ impl DeltaState {
         let target = self.content(id).map_err(Failure::Untouched)?;
         let epoch = subject.shared.epoch.load(Ordering::Acquire) + 1;
         let switched = AtomicBool::new(false);
-        let switch = |mapped: &[u64]| {
-            // What cannot be written back now belongs to the state that is given up.
-            let _ = subject.flush(mapped);
+        let switch = || {
             switched.store(true, Ordering::Relaxed);
             subject.switch(&target, epoch)
         };
@@ -205,7 +196,7 @@ impl DeltaState {
         let done = if alive {
             self.engine.rollback(&env, &target.processes, switch)
         } else {
-            switch(&[]).and_then(|_| self.engine.rebuild(&env, &target.processes))
+            switch().and_then(|_| self.engine.rebuild(&env, &target.processes))
         };
         match done {
             Ok(done) => {

@@ -148,12 +148,6 @@ pub struct AddressSpace {
 }
 
 impl AddressSpace {
-    /// The inodes of the versioned filesystem whose pages the process may have written through
-    /// a shared mapping, and which are to be flushed before the filesystem is cut.
-    pub fn shared_file_inodes(&self) -> Vec<u64> {
-        shared_file_inodes(&self.vmas)
-    }
-
     /// The file that holds the program's code: the executable.
     pub fn executable(&self) -> Option<&FileId> {
         executable(&self.vmas, &self.layout)
@@ -167,21 +161,6 @@ fn executable<'a>(vmas: &'a [Vma], layout: &Layout) -> Option<&'a FileId> {
         Backing::File(file) => Some(file),
         _ => None,
     }
-}
-
-/// See [`AddressSpace::shared_file_inodes`].
-pub(crate) fn shared_file_inodes(vmas: &[Vma]) -> Vec<u64> {
-    let mut inodes: Vec<u64> = vmas
-        .iter()
-        .filter(|v| v.shared && v.prot & libc::PROT_WRITE != 0)
-        .filter_map(|v| match &v.backing {
-            Backing::File(file) if file.device == VERSIONED => Some(file.inode),
-            _ => None,
-        })
-        .collect();
-    inodes.sort_unstable();
-    inodes.dedup();
-    inodes
 }
 
 /// What the memory of every process of a tree is captured and restored with.
