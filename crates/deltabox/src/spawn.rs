@@ -199,6 +199,7 @@ pub(crate) fn open_terminal(root: BorrowedFd<'_>, wanted: Option<u32>) -> Result
         let master = open_device(root, "dev/pts/ptmx", flags).doing(doing)?;
         let number = sys::terminal_number(master.as_fd()).doing(doing)?;
         if wanted.is_none_or(|w| w == number) {
+            sys::unlock_terminal(master.as_fd()).doing(doing)?;
             return Ok((End::new(master).doing(doing)?, number));
         }
         // The kernel gives the lowest free number: keep the lower ones until the wanted one comes.

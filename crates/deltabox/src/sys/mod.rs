@@ -4,5 +4,5 @@ pub(crate) mod probe;
 mod pty;
 mod start;
 
-pub(crate) use pty::{open_peer, set_window_size, terminal_number};
+pub(crate) use pty::{open_peer, set_window_size, terminal_number, unlock_terminal};
 pub(crate) use start::start_program;

@@ -13,18 +13,19 @@ fn check(result: i32) -> io::Result<i32> {
     }
 }
 
-/// Unlocks the terminal of a master and opens it, without making it the caller's controlling one (`TIOCGPTPEER`, which
-/// needs no path and so works across mount namespaces).
-pub(crate) fn open_peer(master: BorrowedFd<'_>) -> io::Result<OwnedFd> {
+/// Lets the terminal of a new master be opened (`TIOCSPTLCK`).
+pub(crate) fn unlock_terminal(master: BorrowedFd<'_>) -> io::Result<()> {
     let unlock: libc::c_int = 0;
-    // SAFETY: TIOCSPTLCK reads an int; TIOCGPTPEER takes flags and returns a new descriptor that nothing else owns.
+    // SAFETY: TIOCSPTLCK reads an int.
+    check(unsafe { libc::ioctl(master.as_raw_fd(), libc::TIOCSPTLCK, &raw const unlock) }).map(drop)
+}
+
+/// Opens the terminal of a master, without making it the caller's controlling one (`TIOCGPTPEER`, which needs no path and
+/// so works across mount namespaces).
+pub(crate) fn open_peer(master: BorrowedFd<'_>) -> io::Result<OwnedFd> {
+    let flags = libc::O_RDWR | libc::O_NOCTTY | libc::O_CLOEXEC;
+    // SAFETY: TIOCGPTPEER takes flags and returns a new descriptor that nothing else owns.
     unsafe {
-        check(libc::ioctl(
-            master.as_raw_fd(),
-            libc::TIOCSPTLCK,
-            &raw const unlock,
-        ))?;
-        let flags = libc::O_RDWR | libc::O_NOCTTY | libc::O_CLOEXEC;
         let fd = check(libc::ioctl(master.as_raw_fd(), libc::TIOCGPTPEER, flags))?;
         Ok(OwnedFd::from_raw_fd(fd))
     }
