@@ -299,7 +299,8 @@ impl Engine {
         self.forget_the_dead(held);
         let descriptors = fd::survey(&remotes(held), env, &self.shared)?;
         fd::check(&target.descriptors)?;
-        let keep = reconcile::keepers(held, target);
+        let mut stuck = BTreeSet::new();
+        let keep = reconcile::keepers(held, target, &stuck);
         let mut processes = BTreeMap::new();
         let memory = Memory {
             store: &self.store,
@@ -314,12 +315,8 @@ impl Engine {
             let remote = &mut process.stopped.remote;
             let (attributes, brk) = attributes::capture(remote)?;
             if !attributes::reachable(&attributes, &target.processes[pid].attributes) {
-                let what = "it has given up rights that it cannot take back".to_owned();
-                return Err(Error::Unsupported {
-                    pid: *pid,
-                    name: String::new(),
-                    what,
-                });
+                stuck.insert(*pid);
+                continue;
             }
             let tracker = self.trackers.entry(remote.host()).or_default();
             let scan = memory.scan(remote, tracker.as_ref(), brk)?;
@@ -336,6 +333,10 @@ impl Engine {
                     cwd,
                 },
             );
+        }
+        if !stuck.is_empty() {
+            let keep = reconcile::keepers(held, target, &stuck);
+            processes.retain(|pid, _| keep.contains(pid));
         }
         Ok(Survey {
             processes,

@@ -36,16 +36,23 @@ pub(crate) struct Now {
     pub(crate) cwd: Place,
 }
 
-/// The processes that can be undone in place: those of the image that are still there, at their place in the family.
-/// The rest is killed or made anew, and with a process all its descendants, for nobody can
+/// The processes that can be undone in place: those of the image that are still there, at their place in the family,
+/// and not `stuck` with rights that they cannot take back. The rest is killed or made anew, and with a process all its descendants, for nobody can
 /// be given to a new parent.
-pub(crate) fn keepers(held: &Held, target: &TreeImage) -> BTreeSet<InnerPid> {
+pub(crate) fn keepers(
+    held: &Held,
+    target: &TreeImage,
+    stuck: &BTreeSet<InnerPid>,
+) -> BTreeSet<InnerPid> {
     let mut keep = BTreeSet::new();
     loop {
         let before = keep.len();
         for (pid, image) in &target.processes {
             let parent = image.stat.parent;
-            if keep.contains(pid) || !(parent.0 <= 1 || keep.contains(&parent)) {
+            if keep.contains(pid)
+                || stuck.contains(pid)
+                || !(parent.0 <= 1 || keep.contains(&parent))
+            {
                 continue;
             }
             let same = held.processes.get(pid).is_some_and(|p| {

@@ -204,6 +204,10 @@ pub(crate) fn await_end(host: HostPid) -> io::Result<()> {
 /// Makes a process with one thread die of a signal, for which it has no handler.
 pub(crate) fn die(remote: &Remote, signal: i32) -> io::Result<()> {
     process::pidfd_signal(remote.pidfd(), signal)?;
+    if signal == libc::SIGKILL {
+        // Nothing stops it any more.
+        return await_end(remote.host());
+    }
     ptrace::resume(remote.host())?;
     match await_stop(remote.host())? {
         Stop::Signal(got) => ptrace::resume_with(remote.host(), got)?,
