@@ -49,6 +49,8 @@ pub(crate) struct Shared {
     pub(crate) poller: OwnedFd,
     /// A rollback is under way: output and deaths belong to the future that is being given up.
     pub(crate) restoring: AtomicBool,
+    /// Held while deaths are noted: who has it knows that none is between its report and its note.
+    noting: Mutex<()>,
     /// Why the sandbox cannot go on.
     pub(crate) failed: Mutex<Option<String>>,
     /// Its user has stopped it.
@@ -100,6 +102,7 @@ impl Sessions {
             table: Mutex::default(),
             poller,
             restoring: AtomicBool::new(false),
+            noting: Mutex::default(),
             failed: Mutex::default(),
             stopped: AtomicBool::new(false),
             wake,
@@ -281,6 +284,7 @@ impl Shared {
 
     /// Takes note of the processes that init reports as dead.
     pub(crate) fn take_events(&self) {
+        let _noting = self.noting.lock();
         loop {
             match self.container.event() {
                 Ok(Some(Event::Exited { pid, status })) => self.exited(pid, status),
