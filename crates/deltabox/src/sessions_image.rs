@@ -90,7 +90,11 @@ impl Shared {
         self.container.sync()?;
         self.take_events();
         for (id, kept) in image.0.iter() {
-            let mut state = kept.session.state.lock();
+            // In a fork these are not the sessions that the image was taken of.
+            let Some(session) = self.session(*id) else {
+                continue;
+            };
+            let mut state = session.state.lock();
             state.streams.reset(&kept.input, &self.poller, true)?;
             if kept.exit.is_none() {
                 state.streams.watch(*id, &self.poller)?;
