@@ -141,7 +141,8 @@ impl Python {
             .current_dir(world.dir.path())
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
-            .stderr(Stdio::inherit())
+            // Not the test's own: others write there and move its position.
+            .stderr(Stdio::null())
             .spawn()
             .unwrap();
         let mut externals = world.externals.lock().unwrap();
@@ -349,6 +350,10 @@ impl Blank {
     fn start(world: &World) -> Self {
         let mut command = Command::new("sleep");
         let child = command.arg("1000").current_dir(world.dir.path());
+        let child = child
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(Stdio::null());
         let child = child.spawn().unwrap();
         // Until it is in its sleep and its table does not change any more.
         std::thread::sleep(std::time::Duration::from_millis(50));
