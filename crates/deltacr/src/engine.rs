@@ -359,7 +359,12 @@ impl Engine {
         let born = birth::deliver(env, held, target)?;
         watch.lap("births");
         let mut descriptors = survey.descriptors;
-        descriptors.retain(|pid| keep.contains(&pid));
+        // A process that is to start its program again loses all that it has open by that.
+        descriptors.retain(|pid| {
+            let image = target.processes.get(&pid);
+            let now = survey.processes.get(&pid);
+            image.zip(now).is_some_and(|(i, n)| n.exe.is(&i.exe))
+        });
         self.shared
             .restore(&target.shared)
             .during_tree("restoring the shared memory")?;
