@@ -57,6 +57,10 @@ impl Floor {
             sys::write_pages(*pid, pages, copy)?;
         }
         let copy_back = begun.elapsed();
+        // Written back is written: without this, the next measurement would find these pages too.
+        for pagemap in &pagemaps {
+            sys::take_written(pagemap)?;
+        }
 
         let begun = Instant::now();
         stopped.release()?;
