@@ -25,8 +25,8 @@ pub struct Change {
 pub enum ChangeKind {
     /// It is new.
     Added,
-    /// Content, mode, owner, modification time or extended attributes are others. A directory whose entries alone have changed is
-    /// not modified.
+    /// Content, mode, owner, modification time or extended attributes are others, or it is another inode, as when an editor
+    /// puts a new file in the place of the old one. A directory whose entries alone have changed is not modified.
     Modified,
     /// It is gone.
     Deleted,
@@ -135,8 +135,20 @@ impl Found {
             .for_each(|path| push(path, ChangeKind::Modified));
         changes.sort();
         changes.dedup();
+        changes.dedup_by(merge_replaced);
         changes
     }
+}
+
+/// Takes a path that went and came, as another inode, for modified. Of one path the deletion is sorted behind the addition.
+fn merge_replaced(next: &mut Change, kept: &mut Change) -> bool {
+    let replaced = next.path == kept.path
+        && next.kind == ChangeKind::Deleted
+        && matches!(kept.kind, ChangeKind::Added | ChangeKind::Modified);
+    if replaced {
+        kept.kind = ChangeKind::Modified;
+    }
+    replaced
 }
 
 /// Records an inode and all that is below it, unless it is a directory that the other state has too: what is below

@@ -445,6 +445,7 @@ fn diff_names_what_came_went_changed_and_moved() {
             "moving/sub/z",
             "edited",
             "touched",
+            "replaced",
             "same",
         ] {
             fs::write(base.join(name), name).unwrap();
@@ -454,6 +455,8 @@ fn diff_names_what_came_went_changed_and_moved() {
     let a = v.checkpoint();
     v.write("edited", "other");
     fs::set_permissions(v.at("touched"), fs::Permissions::from_mode(0o600)).unwrap();
+    v.write("replaced.tmp", "as editors save");
+    fs::rename(v.at("replaced.tmp"), v.at("replaced")).unwrap();
     fs::rename(v.at("moving"), v.at("moved")).unwrap();
     v.write("moved/sub/z", "edited in its new place");
     fs::rename(v.at("tree/y"), v.at("y")).unwrap();
@@ -476,6 +479,7 @@ fn diff_names_what_came_went_changed_and_moved() {
             change("/moved/sub/z", ChangeKind::Modified),
             change("/new", ChangeKind::Added),
             change("/new/file", ChangeKind::Added),
+            change("/replaced", ChangeKind::Modified),
             change("/touched", ChangeKind::Modified),
             change("/tree", ChangeKind::Deleted),
             change("/tree/sub", ChangeKind::Deleted),
@@ -483,7 +487,7 @@ fn diff_names_what_came_went_changed_and_moved() {
             change("/y", renamed("/tree/y")),
         ]
     );
-    assert_eq!(diff(&b, &a).len(), 10);
+    assert_eq!(diff(&b, &a).len(), 11);
     assert!(diff(&b, &b).is_empty());
 }
 

@@ -148,7 +148,11 @@ pub(super) async fn output(
     Params(from): Params<From>,
 ) -> Answer<Response> {
     let session = find(&app, path, &headers).await?;
-    let frames = attach::follow(session.events(from.offset), from.follow).map_err(no_thread)?;
+    let events = match from.follow {
+        true => app.expected.events(&session, from.offset),
+        false => session.events(from.offset),
+    };
+    let frames = attach::follow(events, from.follow).map_err(no_thread)?;
     let kind = [(header::CONTENT_TYPE, "application/octet-stream")];
     Ok((kind, attach::body(frames)).into_response())
 }
