@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import os
 import socket
 import time
 from collections import deque
@@ -47,6 +48,7 @@ class Cursor:
         self._transport = transport
         self._path = path
         self._received = consumed
+        self._pid = os.getpid()
 
     def __del__(self) -> None:
         # The session waits for readers that lag behind: one that nobody has any more must be gone.
@@ -90,6 +92,10 @@ class Cursor:
         if deadline is not None:
             # Not 0, which would mean something else to a socket.
             timeout = max(deadline - time.monotonic(), 1e-6)
+        if self._pid != os.getpid():
+            # The connection is that of the process which forked this one, and goes on reading from it.
+            self.close()
+            self._pid = os.getpid()
         try:
             if self._open is None:
                 path = f"{self._path}/output?offset={self._received}"

@@ -10,7 +10,7 @@ import select
 import shutil
 import socket
 import subprocess
-import threading
+from collections import deque
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ class Connection(http.client.HTTPConnection):
     def __init__(self, path: Path) -> None:
         super().__init__("deltabox")
         self._path = path
+        self._pid = os.getpid()
 
     def connect(self) -> None:
         """Connects, or raises what ``socket`` raises."""
@@ -41,8 +42,13 @@ class Connection(http.client.HTTPConnection):
 
     @property
     def stale(self) -> bool:
-        """Whether the service has closed it: nothing is to be read from an idle one but its end."""
-        return bool(select.select([self.sock], [], [], 0)[0])
+        """Whether the service has closed it (nothing is to be read from an idle one but its end), or it is that of the
+        process which forked this one, and goes on using it."""
+        if self._pid != os.getpid():
+            return True
+        poll = select.poll()
+        poll.register(self.sock, select.POLLIN)
+        return bool(poll.poll(0))
 
 
 class Transport:
@@ -52,9 +58,11 @@ class Transport:
         self.state_dir = state_dir
         self._binary = binary
         self._start = start
-        self._lock = threading.Lock()
-        self._idle: list[Connection] = []
-        self._pid = os.getpid()
+        # Without a lock, which another thread could hold at a fork.
+        self._idle: deque[Connection] = deque()
+
+    def __del__(self) -> None:
+        self.close()
 
     def request(
         self, method: str, path: str, body: Any = None, *, epoch: int | None = None
@@ -109,29 +117,27 @@ class Transport:
 
     def close(self) -> None:
         """Closes idle connections; later requests make new ones."""
-        with self._lock:
-            idle, self._idle = self._idle, []
-        for connection in idle:
-            connection.close()
+        while True:
+            try:
+                self._idle.pop().close()
+            except IndexError:
+                return
 
     def _take(self) -> Connection:
-        with self._lock:
-            if self._pid != os.getpid():
-                # They are the parent's, who goes on using them.
-                self._idle, self._pid = [], os.getpid()
-            while self._idle:
+        while True:
+            try:
                 connection = self._idle.pop()
-                if not connection.stale:
-                    return connection
-                connection.close()
-        return self._connect()
+            except IndexError:
+                return self._connect()
+            if not connection.stale:
+                return connection
+            connection.close()
 
     def _give_back(self, connection: Connection, answer: http.client.HTTPResponse) -> None:
-        with self._lock:
-            if not answer.will_close and len(self._idle) < _IDLE_KEPT:
-                self._idle.append(connection)
-                return
-        connection.close()
+        if answer.will_close or len(self._idle) >= _IDLE_KEPT:
+            connection.close()
+        else:
+            self._idle.append(connection)
 
     def _connect(self) -> Connection:
         path = self.state_dir / "deltabox.sock"

@@ -18,18 +18,19 @@ _READ = f"""
 [ ! -d "$1" ] || exit {_DIRECTORY}
 exec head -c "$2" <"$1"
 """
-# Beside the old file and then in its place: nobody sees half of it. A link's target is replaced, not the link.
+# Beside the old file and then in its place: nobody sees half of it. A link's target is replaced, not the link. Programs
+# are run only where they are needed, as most files are short.
 _WRITE = f"""
 [ ! -d "$1" ] || exit {_DIRECTORY}
-path=$(readlink -f -- "$1" && echo .) || path=$1/.
-path=${{path%?.}}
-mkdir -p -- "$(dirname -- "$path")" || exit
+path=$1
+if [ -L "$path" ]; then path=$(readlink -f -- "$1" && echo .) && path=${{path%?.}} || exit; fi
+[ -d "${{path%/*}}/" ] || mkdir -p -- "${{path%/*}}/" || exit
 new=$(mktemp -- "$path.XXXXXX") || exit
 trap 'rm -f -- "$new"' EXIT
-if [ -e "$path" ]; then cp -p -- "$path" "$new"; else chmod =rw -- "$new"; fi || exit
+if [ -e "$path" ]; then cp -p -- "$path" "$new" || exit; fi
 cat >"$new" || exit
-if [ -n "$2" ]; then chmod -- "$2" "$new" || exit; fi
-mv -f -- "$new" "$path"
+if [ -n "$2" ] || [ ! -e "$path" ]; then chmod -- "${{2:-=rw}}" "$new" || exit; fi
+mv -f -- "$new" "$path" && trap - EXIT
 """
 _LIST = f"""
 [ -e "$1" ] || exit {_MISSING}

@@ -48,8 +48,6 @@ class Sandbox:
         self.name = name
         self.epoch = epoch
         """How often it was rolled back, as far as this object knows."""
-        self.files = Files(self)
-        """Its files."""
         self._transport = client._transport
         self._path = f"/sandboxes/{quote(name, safe='')}"
         self._sessions = _Sessions()
@@ -103,6 +101,11 @@ class Sandbox:
             self.remove()
         except SandboxNotFound:
             pass
+
+    @property
+    def files(self) -> Files:
+        """Its files."""
+        return Files(self)
 
     def info(self) -> SandboxInfo:
         """How it is doing, in whichever epoch."""

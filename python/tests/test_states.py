@@ -204,11 +204,19 @@ class States(ServiceTest):
         sb.run("echo 1 > /root/x")
         copy = pickle.loads(pickle.dumps(sb))
         self.assertEqual("1\n", copy.files.read("/root/x"))
+        cat = sb.spawn("cat", stdin=True)
+        cat.send_line("1\n2")
+        cat.read_until("1\n")
         pid = os.fork()
         if pid == 0:
-            os._exit(0 if sb.run("cat /root/x").stdout == "1\n" else 1)
-        self.assertEqual("1\n", sb.run("cat /root/x").stdout)
+            try:
+                same = sb.files.read("/root/x") == "1\n" and cat.read_until("2") == b"2"
+                os._exit(0 if same else 1)
+            finally:
+                os._exit(2)
         self.assertEqual(0, os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+        self.assertEqual("1\n", sb.files.read("/root/x"))
+        self.assertEqual(b"2\n", cat.read_until("\n", timeout=60))
         self.assertIn(sb.name, [info.name for info in self.client.sandboxes()])
         with self.assertRaises(NameTaken):
             Sandbox.create(name=sb.name, client=self.client)
