@@ -535,13 +535,19 @@ fn describe(
         let what = "it has a root directory of its own (chroot)".to_owned();
         return Err(Error::Unsupported { pid, name, what });
     }
+    let cwd = Place::of(env, procfs, pid, "cwd").during(pid, "reading its directory")?;
+    if cwd.is_removed(env) {
+        let name = String::from_utf8_lossy(&process.stat.name).into_owned();
+        let what = "its working directory was removed; have it go to another".to_owned();
+        return Err(Error::Unsupported { pid, name, what });
+    }
     let image = ProcessImage {
         stat: process.stat.clone(),
         birth: process.birth,
         command: procfs.command(pid),
         user_stop: process.user_stop,
         exe: Place::of(env, procfs, pid, "exe").during(pid, "reading its program")?,
-        cwd: Place::of(env, procfs, pid, "cwd").during(pid, "reading its directory")?,
+        cwd,
         attributes,
         timers: timers::capture(procfs, remote)?,
         pending,

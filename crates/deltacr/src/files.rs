@@ -44,6 +44,12 @@ impl Place {
         self.path == b"/"
     }
 
+    /// Whether its name is gone: the kernel says so behind the name, which a living one may have too.
+    pub(crate) fn is_removed(&self, env: &dyn Environment) -> bool {
+        self.path.ends_with(b" (deleted)")
+            && !self.inode.is_some_and(|i| leads_to(env, &self.path, i))
+    }
+
     /// Makes it the same as no other if it is one of these.
     pub(crate) fn forget(&mut self, stale: &[u64]) {
         if self.inode.is_some_and(|inode| stale.contains(&inode)) {
@@ -75,19 +81,18 @@ pub(crate) fn open(
     let Some(inode) = inode else {
         return Ok(by_path()?);
     };
-    // Only looked at, for what has taken the path meanwhile may be a fifo or a device.
-    let at_path = openat2(
-        env.root(),
-        path,
-        OFlags::PATH | OFlags::CLOEXEC,
-        Mode::empty(),
-        resolve,
-    );
-    if let Ok(file) = at_path {
-        let stat = fstat(&file)?;
-        if (stat.st_dev, stat.st_ino) == (env.fs_device(), inode) {
-            return Ok(by_path()?);
-        }
+    if leads_to(env, path, inode) {
+        return Ok(by_path()?);
     }
     env.open_inode(inode, flags.bits() as i32)
+}
+
+/// Whether a path leads to an inode of the versioned filesystem.
+fn leads_to(env: &dyn Environment, path: &[u8], inode: u64) -> bool {
+    // Only looked at, for what has taken the path meanwhile may be a fifo or a device.
+    let flags = OFlags::PATH | OFlags::CLOEXEC;
+    let resolve = ResolveFlags::IN_ROOT | ResolveFlags::NO_MAGICLINKS;
+    openat2(env.root(), path, flags, Mode::empty(), resolve)
+        .and_then(fstat)
+        .is_ok_and(|stat| (stat.st_dev, stat.st_ino) == (env.fs_device(), inode))
 }
