@@ -1,0 +1,343 @@
+"""Counters, timers, watches, terminals, devices: descriptors that are neither files nor sockets."""
+
+import fcntl
+import pty
+import termios
+import tty
+
+
+@case
+def eventfd_counter():
+    counter = os.eventfd(5, os.EFD_NONBLOCK)
+    semaphore = os.eventfd(3, os.EFD_SEMAPHORE | os.EFD_NONBLOCK)
+
+    def mutate():
+        os.eventfd_write(counter, 100)
+        os.eventfd_read(semaphore)
+
+    def check():
+        equal(os.eventfd_read(counter), 5, "counter")
+        raises(errno.EAGAIN, os.eventfd_read, counter)
+        equal([os.eventfd_read(semaphore) for _ in range(3)], [1, 1, 1], "semaphore")
+        raises(errno.EAGAIN, os.eventfd_read, semaphore)
+
+    return mutate, check
+
+
+@case
+def epoll_registrations():
+    poller = select.epoll()
+    ready, writer = os.pipe()
+    idle, idle_writer = os.pipe()
+    poller.register(ready, select.EPOLLIN)
+    poller.register(idle, select.EPOLLIN | select.EPOLLET)
+    once, once_writer = os.pipe()
+    poller.register(once, select.EPOLLIN | select.EPOLLONESHOT)
+    os.write(writer, b"x")
+
+    def mutate():
+        poller.unregister(ready)
+        poller.modify(idle, select.EPOLLOUT)
+        os.write(once_writer, b"x")
+        poller.poll(1)
+        poller.register(writer, select.EPOLLOUT)
+
+    def check():
+        equal(poller.poll(20), [(ready, select.EPOLLIN)], "ready at first")
+        os.read(ready, 1)
+        equal(poller.poll(0), [], "nothing ready")
+        os.write(idle_writer, b"x")
+        equal(poller.poll(20), [(idle, select.EPOLLIN)], "edge")
+        equal(poller.poll(0), [], "edge triggered: once")
+        os.write(once_writer, b"x")
+        equal(poller.poll(20), [(once, select.EPOLLIN)], "one shot")
+        equal(poller.poll(0), [], "one shot: once")
+        raises(errno.EEXIST, poller.register, ready, select.EPOLLIN)
+
+    return mutate, check
+
+
+@case
+def epoll_of_a_descriptor_closed_since():
+    poller = select.epoll()
+    reader, writer = os.pipe()
+    poller.register(reader, select.EPOLLIN)
+
+    def mutate():
+        os.close(reader)
+        poller.close()
+
+    def check():
+        equal(poller.poll(0), [], "nothing ready")
+        os.write(writer, b"x")
+        equal(poller.poll(20), [(reader, select.EPOLLIN)], "ready")
+
+    return mutate, check
+
+
+@case
+def epoll_nested():
+    inner, outer = select.epoll(), select.epoll()
+    reader, writer = os.pipe()
+    inner.register(reader, select.EPOLLIN)
+    outer.register(inner.fileno(), select.EPOLLIN)
+
+    def mutate():
+        outer.unregister(inner.fileno())
+        inner.unregister(reader)
+
+    def check():
+        equal(outer.poll(0), [], "nothing ready")
+        os.write(writer, b"x")
+        equal(outer.poll(20), [(inner.fileno(), select.EPOLLIN)], "outer")
+        equal(inner.poll(20), [(reader, select.EPOLLIN)], "inner")
+
+    return mutate, check
+
+
+def set_timer(descriptor, seconds, interval):
+    new = struct.pack("=qqqq", int(interval), int(interval % 1 * 1e9), int(seconds), int(seconds % 1 * 1e9))
+    call(libc.timerfd_settime, descriptor, 0, new, None)
+
+
+def timer(descriptor):
+    old = ctypes.create_string_buffer(32)
+    call(libc.timerfd_gettime, descriptor, old)
+    interval, interval_ns, left, left_ns = struct.unpack("=qqqq", old.raw)
+    return left + left_ns / 1e9, interval + interval_ns / 1e9
+
+
+@case
+def timerfd_armed_and_expired():
+    flags = os.O_NONBLOCK | os.O_CLOEXEC
+    armed = call(libc.timerfd_create, time.CLOCK_MONOTONIC, flags)
+    set_timer(armed, 5000, 7)
+    expired = call(libc.timerfd_create, time.CLOCK_MONOTONIC, flags)
+    set_timer(expired, 0.001, 0)
+    idle = call(libc.timerfd_create, time.CLOCK_REALTIME, flags)
+    select.select([expired], [], [])
+
+    def mutate():
+        set_timer(armed, 0, 0)
+        os.read(expired, 8)
+        set_timer(idle, 0.001, 0)
+
+    def check():
+        left, interval = timer(armed)
+        equal(4000 < left <= 5000 and interval == 7, True, f"left {left}, interval {interval}")
+        raises(errno.EAGAIN, os.read, armed, 8)
+        equal(struct.unpack("=Q", os.read(expired, 8)), (1,), "expirations")
+        raises(errno.EAGAIN, os.read, expired, 8)
+        raises(errno.EAGAIN, os.read, idle, 8)
+        set_timer(idle, 0.001, 0)
+        equal(select.select([idle], [], [], 20)[0], [idle], "a new timer")
+
+    return mutate, check
+
+
+@case
+def timerfd_periodic_goes_on():
+    ticker = call(libc.timerfd_create, time.CLOCK_MONOTONIC, os.O_CLOEXEC)
+    set_timer(ticker, 0.02, 0.02)
+
+    def mutate():
+        set_timer(ticker, 0, 0)
+
+    def check():
+        for _ in range(3):
+            equal(select.select([ticker], [], [], 20)[0], [ticker], "tick")
+            os.read(ticker, 8)
+
+    return mutate, check
+
+
+def signal_set(*signals):
+    return struct.pack("=Q", sum(1 << (number - 1) for number in signals)) + bytes(120)
+
+
+@case
+def signalfd_with_a_pending_signal():
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1, signal.SIGUSR2])
+    descriptor = call(libc.signalfd, -1, signal_set(signal.SIGUSR1), os.O_NONBLOCK)
+    os.kill(os.getpid(), signal.SIGUSR1)
+
+    def mutate():
+        os.read(descriptor, 128)
+        call(libc.signalfd, descriptor, signal_set(signal.SIGUSR2), os.O_NONBLOCK)
+
+    def check():
+        record = os.read(descriptor, 128)
+        number, code, pid = struct.unpack_from("=IxxxxiI", record)
+        equal((number, code, pid), (signal.SIGUSR1, 0, os.getpid()), "signal, code, sender")
+        raises(errno.EAGAIN, os.read, descriptor, 128)
+        os.kill(os.getpid(), signal.SIGUSR2)
+        raises(errno.EAGAIN, os.read, descriptor, 128)
+
+    return mutate, check
+
+
+def watch(path):
+    descriptor = call(libc.inotify_init1, os.O_NONBLOCK)
+    number = call(libc.inotify_add_watch, descriptor, path.encode(), 0x100 | 0x200)  # IN_CREATE | IN_DELETE
+    return descriptor, number
+
+
+def events(descriptor):
+    result, data, at = [], os.read(descriptor, 4096), 0
+    while at < len(data):
+        number, mask, _, length = struct.unpack_from("=iIII", data, at)
+        result.append((number, mask, data[at + 16 : at + 16 + length].rstrip(b"\0")))
+        at += 16 + length
+    return result
+
+
+@case
+def inotify_watches():
+    os.mkdir("/tmp/watched")
+    descriptor, number = watch("/tmp/watched")
+
+    def mutate():
+        call(libc.inotify_rm_watch, descriptor, number)
+        os.close(descriptor)
+
+    def check():
+        raises(errno.EAGAIN, os.read, descriptor, 4096)
+        open("/tmp/watched/new", "w").close()
+        equal(events(descriptor), [(number, 0x100, b"new")], "events")
+        os.unlink("/tmp/watched/new")
+        equal(events(descriptor), [(number, 0x200, b"new")], "events")
+
+    return mutate, check
+
+
+@case
+def inotify_with_queued_events():
+    os.mkdir("/tmp/watched")
+    descriptor, number = watch("/tmp/watched")
+    open("/tmp/watched/early", "w").close()
+
+    def mutate():
+        events(descriptor)
+
+    def check():
+        equal(events(descriptor), [(number, 0x100, b"early")], "events")
+
+    return mutate, check
+
+
+@case
+def memfd_shared_with_a_child():
+    import mmap
+
+    descriptor = os.memfd_create("shared", os.MFD_ALLOW_SEALING)
+    os.ftruncate(descriptor, 1 << 20)
+    area = mmap.mmap(descriptor, 1 << 20)
+    area[5000:5005] = b"hello"
+    put("area", area)
+    child = Child()
+    fcntl.fcntl(descriptor, 1033, 2)  # F_ADD_SEALS, F_SEAL_SHRINK
+    os.lseek(descriptor, 77, os.SEEK_SET)
+
+    def mutate():
+        area[5000:5005] = b"WRONG"
+        child.ask("put('area', None)")
+        os.close(descriptor)
+
+    def check():
+        equal(area[5000:5005], b"hello", "mapped")
+        equal(os.pread(descriptor, 5, 5000), b"hello", "read")
+        equal(os.lseek(descriptor, 0, os.SEEK_CUR), 77, "offset")
+        equal(fcntl.fcntl(descriptor, 1034), 2, "seals")
+        equal(child.ask("area[5000:5005]"), b"hello", "in the child")
+        child.ask("area.__setitem__(slice(9000, 9005), b'there')")
+        equal(area[9000:9005], b"there", "written by the child")
+        os.pwrite(descriptor, b"third", 9000)
+        equal(child.ask("area[9000:9005]"), b"third", "written by descriptor")
+
+    return mutate, check
+
+
+@case
+def pty_with_both_ends_inside():
+    master, slave = pty.openpty()
+    tty.setraw(slave)
+    termios.tcsetwinsize(slave, (33, 99))
+    attributes = termios.tcgetattr(slave)
+    os.write(slave, b"to the master")
+    os.write(master, b"to the slave")
+    os.set_blocking(master, False)
+
+    def mutate():
+        os.read(master, 100)
+        os.read(slave, 100)
+        termios.tcsetwinsize(master, (1, 2))
+        changed = termios.tcgetattr(slave)
+        changed[3] |= termios.ECHO | termios.ICANON
+        termios.tcsetattr(slave, termios.TCSANOW, changed)
+
+    def check():
+        equal(termios.tcgetwinsize(master), (33, 99), "window size")
+        equal(termios.tcgetattr(slave), attributes, "attributes")
+        equal(os.read(slave, 100), b"to the slave", "queued for the slave")
+        equal(os.read(master, 100), b"to the master", "queued for the master")
+        raises(errno.EAGAIN, os.read, master, 1)
+        os.write(master, b"ping")
+        equal(os.read(slave, 10), b"ping", "sent on")
+
+    return mutate, check
+
+
+@case
+def pty_with_a_session_on_it():
+    pid, master = pty.fork()
+    if pid == 0:
+        os.execv("/bin/sh", ["sh"])
+    answers = bytearray()
+
+    def until(text):
+        while text not in answers:
+            if not select.select([master], [], [], 20)[0]:
+                raise AssertionError(f"no {text!r} in {bytes(answers)!r}")
+            answers.extend(os.read(master, 1000))
+        answers.clear()
+
+    os.write(master, b"PS1=; stty -echo; x=secret; echo begun\n")
+    until(b"begun\r\n")
+
+    def mutate():
+        os.write(master, b"x=spoiled; exit\n")
+        os.waitpid(pid, 0)
+        os.close(master)
+
+    def check():
+        os.write(master, b"echo $$:$x:\n")
+        until(f"{pid}:secret:".encode())
+        os.write(master, b"sleep 1000\n")
+        eventually(lambda: os.tcgetpgrp(master) != pid, "the job in the foreground")
+        os.write(master, b"\x03")
+        os.write(master, b"echo interrupted\n")
+        until(b"interrupted\r\n")
+
+    return mutate, check
+
+
+@case
+def device_nodes():
+    opened = {name: os.open(f"/dev/{name}", os.O_RDWR) for name in ("null", "zero", "full")}
+    random = os.open("/dev/urandom", os.O_RDONLY)
+    plain = os.open("/tmp/not-random", os.O_RDWR | os.O_CREAT)
+    before = descriptors()
+
+    def mutate():
+        for descriptor in opened.values():
+            os.close(descriptor)
+        os.dup2(plain, random)
+
+    def check():
+        equal(descriptors(), before, "descriptors")
+        equal(os.read(opened["null"], 10), b"", "null")
+        equal(os.read(opened["zero"], 10), bytes(10), "zero")
+        raises(errno.ENOSPC, os.write, opened["full"], b"x")
+        equal(len(os.read(random, 10)), 10, "urandom")
+
+    return mutate, check

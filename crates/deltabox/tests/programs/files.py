@@ -1,0 +1,441 @@
+"""Files, directories and pipes: offsets, flags, contents, and who shares them."""
+
+import fcntl
+import resource
+
+
+@case
+def file_offset_flags_and_content():
+    plain = os.open("/tmp/plain", os.O_RDWR | os.O_CREAT)
+    os.write(plain, b"0123456789")
+    os.lseek(plain, 4, os.SEEK_SET)
+    append = os.open("/tmp/append", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.write(append, b"first\n")
+    os.set_inheritable(append, True)
+    readonly = os.open("/tmp/plain", os.O_RDONLY | os.O_NOFOLLOW)
+    before = descriptors()
+
+    def mutate():
+        os.write(plain, b"xxxxxxxxxxxxxxxxxxx")
+        os.ftruncate(plain, 3)
+        fcntl.fcntl(append, fcntl.F_SETFL, os.O_NONBLOCK)
+        os.set_inheritable(append, False)
+        os.set_inheritable(readonly, True)
+        os.write(append, b"second\n")
+        os.close(readonly)
+
+    def check():
+        equal(descriptors(), before, "descriptors")
+        equal(os.lseek(plain, 0, os.SEEK_CUR), 4, "offset")
+        equal(os.read(plain, 100), b"456789", "the rest of the file")
+        equal(os.pread(readonly, 100, 0), b"0123456789", "the file")
+        equal(os.lseek(readonly, 0, os.SEEK_CUR), 0, "offset of the other description")
+        raises(errno.EBADF, os.write, readonly, b"x")
+        equal(os.get_inheritable(append), True, "inheritable")
+        os.write(append, b"third\n")
+        equal(open("/tmp/append").read(), "first\nthird\n", "the appended file")
+
+    return mutate, check
+
+
+@case
+def file_unlinked_but_open():
+    kept = os.open("/tmp/gone", os.O_RDWR | os.O_CREAT)
+    os.write(kept, b"still here" * 1000)
+    os.unlink("/tmp/gone")
+
+    def mutate():
+        os.ftruncate(kept, 0)
+        os.close(kept)
+
+    def check():
+        equal(os.fstat(kept).st_nlink, 0, "links")
+        equal(os.pread(kept, 20000, 0), b"still here" * 1000, "content")
+        os.write(kept, b"more")
+        equal(os.fstat(kept).st_size, 10004, "size after a write")
+        equal(os.path.exists("/tmp/gone"), False, "the name")
+
+    return mutate, check
+
+
+@case
+def file_whose_name_was_taken_by_another():
+    kept = os.open("/tmp/name", os.O_RDWR | os.O_CREAT)
+    os.write(kept, b"original")
+
+    def mutate():
+        os.unlink("/tmp/name")
+        with open("/tmp/name", "w") as other:
+            other.write("impostor")
+        os.pwrite(kept, b"SPOILED!", 0)
+
+    def check():
+        equal(os.fstat(kept).st_ino, os.stat("/tmp/name").st_ino, "inode")
+        equal(open("/tmp/name").read(), "original", "by name")
+        os.pwrite(kept, b"by descriptor", 0)
+        equal(open("/tmp/name").read(), "by descriptor", "written by descriptor")
+
+    return mutate, check
+
+
+@case
+def file_renamed_since():
+    os.mkdir("/tmp/from")
+    kept = os.open("/tmp/from/file", os.O_RDWR | os.O_CREAT)
+    os.write(kept, b"content")
+
+    def mutate():
+        os.rename("/tmp/from", "/tmp/to")
+        os.rename("/tmp/to/file", "/tmp/to/other")
+
+    def check():
+        equal(os.readlink(f"/proc/self/fd/{kept}"), "/tmp/from/file", "path")
+        equal(os.path.exists("/tmp/to"), False, "the new name")
+        equal(os.stat("/tmp/from/file").st_ino, os.fstat(kept).st_ino, "inode")
+
+    return mutate, check
+
+
+@case
+def directory_position():
+    os.mkdir("/tmp/many")
+    for number in range(300):
+        open(f"/tmp/many/{number:03}", "w").close()
+    directory = os.open("/tmp/many", os.O_RDONLY | os.O_DIRECTORY)
+
+    def some(size=1024):
+        buffer = ctypes.create_string_buffer(size)
+        length = call(libc.syscall, 217, directory, buffer, size)
+        names, at = [], 0
+        while at < length:
+            (record,) = struct.unpack_from("=H", buffer, at + 16)
+            names.append(buffer.raw[at + 19 : at + record].split(b"\0")[0])
+            at += record
+        return names
+
+    seen = some()
+
+    def mutate():
+        while some():
+            pass
+        os.unlink("/tmp/many/299")
+
+    def check():
+        names = list(seen)
+        while more := some():
+            names += more
+        wanted = [b".", b".."] + [b"%03d" % n for n in range(300)]
+        equal(sorted(names), sorted(wanted), "all entries, once")
+
+    return mutate, check
+
+
+@case
+def working_directory_of_a_removed_name():
+    os.mkdir("/tmp/inner")
+    os.chdir("/tmp/inner")
+    os.rmdir("/tmp/inner")
+
+    def mutate():
+        os.chdir("/")
+
+    def check():
+        raises(errno.ENOENT, os.getcwd)
+        equal(os.stat(".").st_nlink, 0, "links")
+
+    return mutate, check
+
+
+@case
+def pipe_contents():
+    reader, writer = os.pipe()
+    fcntl.fcntl(writer, fcntl.F_SETPIPE_SZ, 1 << 18)
+    data = bytes(range(256)) * 600
+    os.write(writer, data)
+    os.set_blocking(reader, False)
+
+    def mutate():
+        os.read(reader, 100_000)
+        os.write(writer, b"other")
+
+    def check():
+        equal(fcntl.fcntl(reader, fcntl.F_GETPIPE_SZ), 1 << 18, "pipe size")
+        got = b""
+        while len(got) < len(data):
+            got += os.read(reader, 1 << 20)
+        equal(got, data, "contents")
+        raises(errno.EAGAIN, os.read, reader, 1)
+        os.write(writer, b"on")
+        equal(os.read(reader, 10), b"on", "written on")
+
+    return mutate, check
+
+
+@case
+def pipe_of_packets():
+    reader, writer = os.pipe2(os.O_DIRECT | os.O_NONBLOCK)
+    for packet in (b"a", b"bb", b"ccc"):
+        os.write(writer, packet)
+
+    def mutate():
+        os.read(reader, 10)
+        os.write(writer, b"dddd")
+
+    def check():
+        for packet in (b"a", b"bb", b"ccc"):
+            equal(os.read(reader, 10), packet, "packet")
+        raises(errno.EAGAIN, os.read, reader, 1)
+
+    return mutate, check
+
+
+@case
+def pipe_whose_other_end_was_closed():
+    reader, end = os.pipe()
+    os.write(end, b"last words")
+    os.close(end)
+    end, writer = os.pipe()
+    os.close(end)
+
+    def mutate():
+        os.close(reader)
+        os.close(writer)
+
+    def check():
+        equal(os.read(reader, 100), b"last words", "contents")
+        equal(os.read(reader, 100), b"", "end of file")
+        raises(errno.EPIPE, os.write, writer, b"x")
+
+    return mutate, check
+
+
+@case
+def pipe_ends_closed_since():
+    reader, writer = os.pipe()
+    os.write(writer, b"kept")
+
+    def mutate():
+        os.close(writer)
+        os.close(reader)
+
+    def check():
+        equal(os.read(reader, 100), b"kept", "contents")
+        os.write(writer, b"more")
+        equal(os.read(reader, 100), b"more", "written on")
+
+    return mutate, check
+
+
+@case
+def pipe_between_children():
+    reader, writer = os.pipe()
+    put("reader", reader), put("writer", writer)
+    one, two = Child(), Child()
+    os.close(reader)
+    os.close(writer)
+    one.ask("os.write(writer, b'for two')")
+
+    def mutate():
+        equal(two.ask("os.read(reader, 100)"), b"for two")
+        one.kill()
+        two.kill()
+
+    def check():
+        equal(two.ask("os.read(reader, 100)"), b"for two", "contents")
+        one.ask("os.write(writer, b'again')")
+        equal(two.ask("os.read(reader, 100)"), b"again", "written on")
+        one.ask("os.close(writer)")
+        two.ask("os.close(writer)")
+        equal(two.ask("os.read(reader, 100)"), b"", "end of file: nobody else holds the write end")
+
+    return mutate, check
+
+
+@case
+def fifo():
+    os.mkfifo("/tmp/fifo")
+    both = os.open("/tmp/fifo", os.O_RDWR)
+    reader = os.open("/tmp/fifo", os.O_RDONLY | os.O_NONBLOCK)
+    os.write(both, b"in the fifo")
+
+    def mutate():
+        os.read(reader, 4)
+        os.close(both)
+        os.close(reader)
+        os.unlink("/tmp/fifo")
+
+    def check():
+        equal(os.read(reader, 100), b"in the fifo", "contents")
+        third = os.open("/tmp/fifo", os.O_WRONLY | os.O_NONBLOCK)
+        os.write(third, b"by name")
+        equal(os.read(both, 100), b"by name", "through the name")
+        raises(errno.EAGAIN, os.read, reader, 1)
+
+    return mutate, check
+
+
+@case
+def offset_shared_by_dup_and_fork():
+    first = os.open("/tmp/shared", os.O_RDWR | os.O_CREAT)
+    os.write(first, b"0123456789")
+    os.lseek(first, 2, os.SEEK_SET)
+    put("first", first)
+    second = os.dup(first)
+    apart = os.open("/tmp/shared", os.O_RDONLY)
+    child = Child()
+
+    def mutate():
+        os.close(second)
+        equal(os.open("/tmp/shared", os.O_RDWR), second, "the number is free")
+        child.ask("os.lseek(first, 9, os.SEEK_SET)")
+        child.ask("os.close(first)")
+        os.dup2(first, apart)
+
+    def check():
+        equal(os.lseek(second, 0, os.SEEK_CUR), 2, "offset")
+        equal(os.read(first, 1), b"2", "read by the first")
+        equal(os.read(second, 1), b"3", "read by the duplicate")
+        equal(child.ask("os.read(first, 1)"), b"4", "read by the child")
+        equal(os.lseek(first, 0, os.SEEK_CUR), 5, "shared offset")
+        equal(os.read(apart, 1), b"0", "read by an open of its own")
+        fcntl.fcntl(second, fcntl.F_SETFL, os.O_APPEND)
+        equal(bool(child.ask("fcntl.fcntl(first, fcntl.F_GETFL)") & os.O_APPEND), True, "shared flags")
+
+    return mutate, check
+
+
+@case
+def description_held_by_the_child_alone():
+    first = os.open("/tmp/held", os.O_RDWR | os.O_CREAT)
+    os.write(first, b"0123456789")
+    put("first", first)
+    one = Child()
+    two = Child()
+    os.lseek(first, 3, os.SEEK_SET)
+    os.close(first)
+
+    def mutate():
+        one.kill()
+        two.ask("os.lseek(first, 0, os.SEEK_SET)")
+
+    def check():
+        equal(one.ask("os.read(first, 1)"), b"3", "read by one")
+        equal(two.ask("os.read(first, 1)"), b"4", "read by two")
+
+    return mutate, check
+
+
+@case
+def descriptors_redirected():
+    one = os.open("/tmp/one", os.O_RDWR | os.O_CREAT)
+    two = os.open("/tmp/two", os.O_RDWR | os.O_CREAT)
+    os.dup2(one, 40)
+    os.dup2(two, 41, inheritable=False)
+    reader, writer = os.pipe()
+    os.write(40, b"to one")
+    before = descriptors()
+
+    def mutate():
+        os.dup2(41, 40)
+        os.dup2(reader, 41)
+        os.close(writer)
+        for _ in range(20):
+            os.open("/etc/hostname", os.O_RDONLY)
+        socket.socketpair()[0].detach()
+
+    def check():
+        equal(descriptors(), before, "descriptors")
+        os.write(40, b"!")
+        equal(open("/tmp/one").read(), "to one!", "through 40")
+        os.write(41, b"to two")
+        equal(open("/tmp/two").read(), "to two", "through 41")
+        os.write(writer, b"x")
+        equal(os.read(reader, 10), b"x", "through the pipe")
+
+    return mutate, check
+
+
+@case
+def standard_streams_redirected_since():
+    before = descriptors()
+
+    def mutate():
+        say("PASS")
+        null = os.open("/dev/null", os.O_RDWR)
+        inputs, _ = os.pipe()
+        os.dup2(inputs, 0)
+        os.dup2(null, 1)
+        os.dup2(null, 2)
+        return "said"
+
+    def check():
+        equal(descriptors(), before, "descriptors")
+
+    return mutate, check
+
+
+@case
+def many_descriptors():
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, 4096), hard))
+    for number in range(100):
+        kept = os.open(f"/tmp/f{number}", os.O_RDWR | os.O_CREAT)
+        os.write(kept, b"%d" % number)
+        os.dup2(kept, 1000 + number)
+    before = descriptors()
+
+    def mutate():
+        os.closerange(1000, 1100)
+
+    def check():
+        equal(descriptors(), before, "descriptors")
+        for number in range(100):
+            equal(os.pread(1000 + number, 10, 0), b"%d" % number, "content")
+
+    return mutate, check
+
+
+@case
+def locks_held():
+    one = os.open("/tmp/flock", os.O_RDWR | os.O_CREAT)
+    fcntl.flock(one, fcntl.LOCK_EX)
+    two = os.open("/tmp/range", os.O_RDWR | os.O_CREAT)
+    fcntl.lockf(two, fcntl.LOCK_EX, 10, 5)
+
+    def mutate():
+        fcntl.flock(one, fcntl.LOCK_UN)
+        fcntl.lockf(two, fcntl.LOCK_UN)
+
+    def check():
+        other = os.open("/tmp/flock", os.O_RDWR)
+        raises(errno.EAGAIN, fcntl.flock, other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        child = Child()
+        put_range = "os.open('/tmp/range', os.O_RDWR)"
+        attempt = f"fcntl.lockf({put_range}, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, "
+        equal("BlockingIOError" in child.ask(attempt + "7)"), True, "the locked range")
+        equal(child.ask(attempt + "20)"), None, "beyond the locked range")
+        fcntl.flock(one, fcntl.LOCK_UN)
+        fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+    return mutate, check
+
+
+@case
+def path_descriptor_and_proc_file():
+    path = os.open("/tmp", os.O_PATH | os.O_DIRECTORY)
+    process = os.open("/proc/self/status", os.O_RDONLY)
+    os.read(process, 10)
+    before = descriptors()
+
+    def mutate():
+        os.close(path)
+        os.close(process)
+
+    def check():
+        equal(descriptors(), before, "descriptors")
+        open(f"/proc/self/fd/{path}/through", "w").close()
+        equal(os.path.exists("/tmp/through"), True, "through O_PATH")
+        equal(os.pread(process, 5, 0), b"Name:", "the status")
+        equal(os.lseek(process, 0, os.SEEK_CUR), 10, "position")
+
+    return mutate, check

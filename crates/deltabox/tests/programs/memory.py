@@ -1,0 +1,495 @@
+"""Memory of every kind."""
+
+import hashlib
+import mmap
+
+PAGE = 4096
+libc.mmap.restype = ctypes.c_void_p
+libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long]
+libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+libc.mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+libc.mremap.restype = ctypes.c_void_p
+libc.mremap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t, ctypes.c_int, ctypes.c_void_p]
+libc.sbrk.restype = ctypes.c_void_p
+libc.sbrk.argtypes = [ctypes.c_long]
+READ, WRITE, EXEC, NONE = 1, 2, 4, 0
+SHARED, PRIVATE, FIXED, ANONYMOUS, NORESERVE = 1, 2, 0x10, 0x20, 0x4000
+
+
+def mapping(length, protection=READ | WRITE, flags=PRIVATE | ANONYMOUS, descriptor=-1, offset=0, at=None):
+    address = libc.mmap(at, length, protection, flags, descriptor, offset)
+    if address in (None, ctypes.c_void_p(-1).value):
+        raise OSError(ctypes.get_errno(), "mmap")
+    return address
+
+
+def pattern(seed, length):
+    block = hashlib.sha512(str(seed).encode()).digest()
+    return (block * (length // len(block) + 1))[:length]
+
+
+def fill(address, seed, length):
+    ctypes.memmove(address, pattern(seed, length), length)
+
+
+def holds(address, seed, length, what):
+    if ctypes.string_at(address, length) != pattern(seed, length):
+        raise AssertionError(f"{what}: {length} bytes at {address:#x} are not what they were")
+
+
+def areas(first, last):
+    """Range, protection and flags of what is mapped between two addresses."""
+    result = []
+    for text in open("/proc/self/maps"):
+        span, protection, *_ = text.split()
+        low, high = (int(bound, 16) for bound in span.split("-"))
+        if low < last and high > first:
+            result.append((max(low, first), min(high, last), protection))
+    return result
+
+
+def crashes(action):
+    """Whether the action ends a process by SIGSEGV."""
+    pid = os.fork()
+    if pid == 0:
+        signal.signal(signal.SIGSEGV, signal.SIG_DFL)
+        action()
+        os._exit(0)
+    return os.waitpid(pid, 0)[1] & 127 == signal.SIGSEGV
+
+
+@case
+def heap_of_many_objects():
+    tree = {number: [str(number)] * 3 for number in range(50_000)}
+    blocks = [bytearray(pattern(number, 100_000)) for number in range(100)]
+
+    def digest():
+        sums = hashlib.sha256(repr(sorted(tree.items())).encode())
+        for block in blocks:
+            sums.update(block)
+        return sums.hexdigest()
+
+    before = digest()
+
+    def mutate():
+        for number in range(0, 50_000, 7):
+            tree[number] = "spoiled"
+            tree.pop(number + 1, None)
+        for block in blocks[::3]:
+            block[500:600] = b"x" * 100
+        del blocks[50:]
+        blocks.extend(bytearray(200_000) for _ in range(60))
+
+    def check():
+        equal(digest(), before, "digest")
+
+    return mutate, check
+
+
+@case
+def private_anonymous_memory():
+    length = 4 << 20
+    address = mapping(length)
+    fill(address, "a", length)
+
+    def mutate():
+        for page in range(0, length, 3 * PAGE):
+            ctypes.memset(address + page, 0, PAGE)
+
+    def check():
+        holds(address, "a", length, "memory")
+
+    return mutate, check
+
+
+@case
+def pages_never_touched_stay_zero():
+    length = 1 << 20
+    address = mapping(length)
+    fill(address, "a", PAGE)
+
+    def mutate():
+        fill(address, "b", length)
+
+    def check():
+        holds(address, "a", PAGE, "the touched page")
+        equal(ctypes.string_at(address + PAGE, length - PAGE), bytes(length - PAGE), "the rest")
+
+    return mutate, check
+
+
+@case
+def pages_dropped_since():
+    length = 1 << 20
+    address = mapping(length)
+    fill(address, "a", length)
+
+    def mutate():
+        call(libc.madvise, address, length // 2, mmap.MADV_DONTNEED)
+
+    def check():
+        holds(address, "a", length, "memory")
+
+    return mutate, check
+
+
+@case
+def sparse_gigabyte():
+    address = mapping(1 << 30, flags=PRIVATE | ANONYMOUS | NORESERVE)
+    for number in range(0, 1024, 16):
+        fill(address + (number << 20), number, PAGE)
+
+    def mutate():
+        for number in range(0, 1024, 32):
+            fill(address + (number << 20) + PAGE, "x", PAGE)
+            fill(address + (number << 20), "y", PAGE)
+
+    def check():
+        for number in range(0, 1024, 16):
+            holds(address + (number << 20), number, PAGE, "a touched page")
+            equal(ctypes.string_at(address + (number << 20) + PAGE, PAGE), bytes(PAGE), "the next page")
+
+    return mutate, check
+
+
+@case
+def huge_pages():
+    length = 8 << 20
+    address = mapping(length)
+    call(libc.madvise, address, length, mmap.MADV_HUGEPAGE)
+    fill(address, "a", length)
+
+    def mutate():
+        fill(address + PAGE, "b", 3 << 20)
+        call(libc.madvise, address + (4 << 20), 2 << 20, mmap.MADV_DONTNEED)
+
+    def check():
+        holds(address, "a", length, "memory")
+
+    return mutate, check
+
+
+@case
+def memory_unmapped_since():
+    length = 1 << 20
+    address = mapping(length)
+    fill(address, "a", length)
+
+    def mutate():
+        call(libc.munmap, address + length // 4, length // 2)
+
+    def check():
+        holds(address, "a", length, "memory")
+        equal(areas(address, address + length), [(address, address + length, "rw-p")], "areas")
+
+    return mutate, check
+
+
+@case
+def memory_replaced_since():
+    length = 1 << 20
+    address = mapping(length)
+    fill(address, "a", length)
+    with open("/tmp/replacement", "wb") as replacement:
+        replacement.write(pattern("b", length))
+
+    def mutate():
+        descriptor = os.open("/tmp/replacement", os.O_RDWR)
+        mapping(length // 2, READ, PRIVATE | FIXED, descriptor, 0, address)
+        mapping(length // 4, READ | WRITE, SHARED | FIXED | ANONYMOUS, at=address + length // 2)
+
+    def check():
+        holds(address, "a", length, "memory")
+        equal(areas(address, address + length), [(address, address + length, "rw-p")], "areas")
+        fill(address, "c", length)
+        equal(open("/tmp/replacement", "rb").read(), pattern("b", length), "the file")
+
+    return mutate, check
+
+
+@case
+def memory_mapped_since_is_gone():
+    length = 1 << 20
+    address = mapping(3 * length)
+    fill(address, "a", 3 * length)
+    call(libc.munmap, address + length, length)
+
+    def mutate():
+        mapping(length, at=address + length, flags=PRIVATE | ANONYMOUS | FIXED)
+        fill(address + length, "b", length)
+
+    def check():
+        equal(areas(address + length, address + 2 * length), [], "areas in the hole")
+        equal(crashes(lambda: ctypes.string_at(address + length, 1)), True, "the hole faults")
+        holds(address, "a", length, "below")
+
+    return mutate, check
+
+
+@case
+def memory_moved_since():
+    length = 1 << 20
+    address = mapping(length)
+    target = mapping(4 * length, NONE)
+    fill(address, "a", length)
+
+    def mutate():
+        libc.mremap(address, length, 2 * length, 3, target + length)  # MREMAP_MAYMOVE | MREMAP_FIXED
+        fill(target + length, "b", 2 * length)
+
+    def check():
+        holds(address, "a", length, "memory")
+        equal(areas(target, target + 4 * length), [(target, target + 4 * length, "---p")], "where it was moved to")
+
+    return mutate, check
+
+
+@case
+def memory_grown_and_shrunk_since():
+    length = 1 << 20
+    area = mmap.mmap(-1, length, flags=PRIVATE | ANONYMOUS)
+    other = mmap.mmap(-1, length, flags=PRIVATE | ANONYMOUS)
+    area[:], other[:] = pattern("a", length), pattern("b", length)
+
+    def mutate():
+        area.resize(3 * length)
+        area[:] = bytes(3 * length)
+        other.resize(PAGE)
+
+    def check():
+        equal((len(area), len(other)), (length, length), "lengths")
+        equal(area[:] == pattern("a", length), True, "the grown one")
+        equal(other[:] == pattern("b", length), True, "the shrunk one")
+
+    return mutate, check
+
+
+@case
+def protections():
+    address = mapping(8 * PAGE)
+    fill(address, "a", 8 * PAGE)
+    call(libc.mprotect, address, 2 * PAGE, READ)
+    call(libc.mprotect, address + 4 * PAGE, PAGE, NONE)
+    before = areas(address, address + 8 * PAGE)
+
+    def mutate():
+        call(libc.mprotect, address, 8 * PAGE, READ | WRITE)
+        fill(address, "b", 8 * PAGE)
+        call(libc.mprotect, address + 6 * PAGE, PAGE, READ)
+
+    def check():
+        equal(areas(address, address + 8 * PAGE), before, "areas")
+        equal(crashes(lambda: fill(address, "x", 1)), True, "a write to the read-only part faults")
+        equal(crashes(lambda: ctypes.string_at(address + 4 * PAGE, 1)), True, "a read of the inaccessible part faults")
+        equal(crashes(lambda: fill(address + 6 * PAGE, "x", 1)), False, "the writable part")
+        call(libc.mprotect, address + 4 * PAGE, PAGE, READ)
+        holds(address, "a", 8 * PAGE, "memory, that below PROT_NONE included")
+
+    return mutate, check
+
+
+@case
+def machine_code_made_at_run_time():
+    address = mapping(PAGE, READ | WRITE | EXEC)
+    code = bytes.fromhex("b82a000000c3")  # mov eax, 42; ret
+    ctypes.memmove(address, code, len(code))
+    function = ctypes.CFUNCTYPE(ctypes.c_int)(address)
+
+    def mutate():
+        ctypes.memset(address + 1, 43, 1)
+        equal(function(), 43)
+
+    def check():
+        equal(areas(address, address + PAGE)[0][2], "rwxp", "protection")
+        equal(function(), 42, "result")
+
+    return mutate, check
+
+
+@case
+def file_mapped_private_with_written_pages():
+    with open("/tmp/private", "wb") as file:
+        file.write(pattern("file", 10 * PAGE))
+    descriptor = os.open("/tmp/private", os.O_RDONLY)
+    address = mapping(10 * PAGE, READ | WRITE, PRIVATE, descriptor)
+    os.close(descriptor)
+    fill(address + 3 * PAGE, "mine", PAGE)
+
+    def mutate():
+        fill(address + 3 * PAGE, "x", PAGE)
+        fill(address + 5 * PAGE, "x", PAGE)
+        call(libc.munmap, address + 8 * PAGE, 2 * PAGE)
+
+    def check():
+        whole = bytearray(pattern("file", 10 * PAGE))
+        whole[3 * PAGE : 4 * PAGE] = pattern("mine", PAGE)
+        equal(ctypes.string_at(address, 10 * PAGE) == whole, True, "memory")
+        equal(open("/tmp/private", "rb").read() == pattern("file", 10 * PAGE), True, "the file")
+
+    return mutate, check
+
+
+@case
+def file_mapped_shared():
+    with open("/tmp/shared", "wb") as file:
+        file.write(pattern("file", 10 * PAGE))
+    descriptor = os.open("/tmp/shared", os.O_RDWR)
+    area = mmap.mmap(descriptor, 10 * PAGE)
+    area[2 * PAGE : 2 * PAGE + 5] = b"early"
+
+    def mutate():
+        area[2 * PAGE : 2 * PAGE + 5] = b"WRONG"
+        area[7 * PAGE : 7 * PAGE + 5] = b"WRONG"
+        area.close()
+        os.ftruncate(descriptor, PAGE)
+
+    def check():
+        equal(area[2 * PAGE : 2 * PAGE + 5], b"early", "mapped")
+        equal(os.pread(descriptor, 5, 2 * PAGE), b"early", "read")
+        equal(os.pread(descriptor, PAGE, 7 * PAGE) == pattern("file", 10 * PAGE)[7 * PAGE : 8 * PAGE], True, "another page")
+        area[0:4] = b"late"
+        equal(os.pread(descriptor, 4, 0), b"late", "written through memory")
+        os.pwrite(descriptor, b"LATE", 0)
+        equal(area[0:4], b"LATE", "written by descriptor")
+
+    return mutate, check
+
+
+@case
+def file_mapped_and_unlinked():
+    descriptor = os.open("/tmp/mapped", os.O_RDWR | os.O_CREAT)
+    os.write(descriptor, pattern("file", 4 * PAGE))
+    area = mmap.mmap(descriptor, 4 * PAGE)
+    os.unlink("/tmp/mapped")
+    os.close(descriptor)
+
+    def mutate():
+        area[0:4] = b"WRNG"
+        area.close()
+
+    def check():
+        equal(area[:] == pattern("file", 4 * PAGE), True, "memory")
+        area[0:4] = b"late"
+
+    return mutate, check
+
+
+@case
+def anonymous_memory_shared_with_children():
+    area = put("area", mmap.mmap(-1, 64 * PAGE))
+    area[:] = pattern("a", 64 * PAGE)
+    one, two = Child(), Child()
+    one.ask("area.__setitem__(slice(0, 4), b'one!')")
+
+    def mutate():
+        two.ask("area.__setitem__(slice(0, 40000), bytes(40000))")
+        one.kill()
+
+    def check():
+        equal(area[0:4], b"one!", "written by the child")
+        equal(area[4:] == pattern("a", 64 * PAGE)[4:], True, "the rest")
+        equal(one.ask("area[0:4]"), b"one!", "in one")
+        two.ask("area.__setitem__(slice(0, 4), b'two!')")
+        equal((area[0:4], one.ask("area[0:4]")), (b"two!", b"two!"), "still shared by all three")
+
+    return mutate, check
+
+
+@case
+def memory_copied_on_write_between_processes():
+    length = 4 << 20
+    address = put("address", mapping(length))
+    fill(address, "a", length)
+    child = Child()
+    fill(address, "parent", PAGE)
+    child.ask("fill(address + PAGE, 'child', PAGE)")
+    globals().update(fill=fill, holds=holds, PAGE=PAGE)
+
+    def mutate():
+        fill(address, "x", length)
+        child.ask("fill(address, 'y', PAGE * 100)")
+
+    def check():
+        holds(address, "parent", PAGE, "written by the parent")
+        equal(ctypes.string_at(address + PAGE, length - PAGE) == pattern("a", length)[: length - PAGE], True, "the parent's rest")
+        equal(child.ask("holds(address, 'a', PAGE, '')"), None, "the child's first page")
+        equal(child.ask("holds(address + PAGE, 'child', PAGE, '')"), None, "written by the child")
+
+    return mutate, check
+
+
+@case
+def program_break():
+    call(libc.mallopt, -1, 1 << 30)  # M_TRIM_THRESHOLD: malloc does not give back what this case works with
+    base = libc.sbrk(8 << 20)
+    fill(base, "a", 8 << 20)
+    end = base + (8 << 20)
+
+    def mutate():
+        fill(base, "x", 1 << 20)
+        if libc.sbrk(0) == end:
+            libc.sbrk(-(4 << 20))
+        libc.sbrk(16 << 20)
+
+    def check():
+        holds(base, "a", 8 << 20, "memory")
+        grown = libc.sbrk(0)
+        equal(end <= grown < end + (8 << 20), True, f"the break is {grown:#x}, was {end:#x}")
+        fill(libc.sbrk(1 << 20), "b", 1 << 20)
+
+    return mutate, check
+
+
+def nested(depth):
+    value = []
+    for _ in range(depth):
+        value = [value]
+    return value
+
+
+@case
+def stack_grown_since():
+    sys.setrecursionlimit(10_000)
+    deep = nested(5000)
+    wanted = "[" * 5001 + "]" * 5001
+
+    def mutate():
+        equal(repr(deep) == wanted, True, "before")
+
+    def check():
+        equal(repr(deep) == wanted, True, "the stack grows again")
+
+    return mutate, check
+
+
+@case
+def advice_on_memory():
+    kept = {}
+    for advice, flag in ((mmap.MADV_DONTFORK, "dc"), (18, "wf"), (16, "dd")):  # MADV_WIPEONFORK, MADV_DONTDUMP
+        address = mapping(4 * PAGE)
+        mapping(PAGE, NONE, PRIVATE | ANONYMOUS)
+        fill(address, flag, 4 * PAGE)
+        call(libc.madvise, address, 4 * PAGE, advice)
+        kept[address] = flag
+
+    def flags(address):
+        inside = False
+        for text in open("/proc/self/smaps"):
+            if text.startswith("VmFlags:") and inside:
+                return text.split()[1:]
+            if "-" in text.split()[0]:
+                low, high = (int(bound, 16) for bound in text.split()[0].split("-"))
+                inside = low <= address < high
+        raise AssertionError(f"nothing at {address:#x}")
+
+    def mutate():
+        for address, flag in kept.items():
+            call(libc.madvise, address, 4 * PAGE, {"dc": mmap.MADV_DOFORK, "wf": 19, "dd": 17}[flag])
+
+    def check():
+        for address, flag in kept.items():
+            equal(flag in flags(address), True, f"{flag} among the flags of {address:#x}")
+            holds(address, flag, 4 * PAGE, "memory")
+
+    return mutate, check

@@ -1,0 +1,519 @@
+"""Processes: what they are, whose they are, how they ended; their births and deaths."""
+
+import resource
+
+
+@case
+def working_directory_umask_and_name():
+    os.makedirs("/tmp/deep/er")
+    os.chdir("/tmp/deep/er")
+    os.umask(0o027)
+    call(libc.prctl, 15, b"renamed")
+
+    def mutate():
+        os.chdir("/usr")
+        os.rmdir("/tmp/deep/er")
+        os.umask(0)
+        call(libc.prctl, 15, b"spoiled")
+
+    def check():
+        equal(os.getcwd(), "/tmp/deep/er", "working directory")
+        open("here", "w").close()
+        equal(os.stat("/tmp/deep/er/here").st_mode & 0o777, 0o640, "mode made with the umask")
+        equal(status("Name"), ["renamed"], "name")
+
+    return mutate, check
+
+
+@case
+def changed_root_directory():
+    os.makedirs("/tmp/jail/inner")
+    os.chroot("/tmp/jail")
+    os.chdir("/inner")
+
+    def mutate():
+        os.chroot("/inner")
+
+    def check():
+        equal((os.getcwd(), os.listdir("/")), ("/inner", ["inner"]), "directory and root")
+
+    return mutate, check
+
+
+@case
+def resource_limits():
+    before = {}
+    for kind, soft in ((resource.RLIMIT_NOFILE, 500), (resource.RLIMIT_CORE, 0), (resource.RLIMIT_STACK, 4 << 20)):
+        hard = resource.getrlimit(kind)[1]
+        resource.setrlimit(kind, (soft, hard))
+        before[kind] = soft, hard
+
+    def mutate():
+        for kind, (soft, hard) in before.items():
+            resource.setrlimit(kind, (soft // 2, hard))
+
+    def check():
+        equal({kind: resource.getrlimit(kind) for kind in before}, before, "limits")
+
+    return mutate, check
+
+
+@case
+def credentials_of_another_user():
+    def setup():
+        os.setgroups([2000, 3000])
+        os.setresgid(1001, 1002, 1001)
+        os.setresuid(1000, 1001, 1002)
+
+    child = Child(setup)
+    fields = ("Uid", "Gid", "Groups", "CapEff", "CapPrm", "CapInh", "CapBnd", "NoNewPrivs", "Seccomp")
+    before = [status(field, child.pid) for field in fields]
+
+    def mutate():
+        child.ask("os.setresuid(1002, 1002, 1002)")
+
+    def check():
+        equal([status(field, child.pid) for field in fields], before, "credentials")
+        equal(child.ask("(os.getresuid(), os.getresgid(), os.getgroups())"),
+              ((1000, 1001, 1002), (1001, 1002, 1001), [2000, 3000]), "as it sees them")
+        equal(child.ask("open('/tmp/theirs', 'w').close()"), None, "makes a file")
+        owner = os.stat("/tmp/theirs")
+        equal((owner.st_uid, owner.st_gid), (1001, 1002), "the file's owner")
+
+    return mutate, check
+
+
+@case
+def credentials_dropped_since():
+    child = Child()
+    fields = ("Uid", "Gid", "Groups", "CapEff", "CapPrm", "CapBnd")
+    before = [status(field, child.pid) for field in fields]
+
+    def mutate():
+        child.ask("(os.setgroups([]), os.setresgid(1000, 1000, 1000), os.setresuid(1000, 1000, 1000))")
+
+    def check():
+        equal([status(field, child.pid) for field in fields], before, "credentials")
+        equal(child.ask("os.setresuid(5, 6, 7)"), None, "it may still change its user")
+
+    return mutate, check
+
+
+@case
+def scheduling():
+    nice = os.nice(5)
+    os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
+    first = min(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, [first])
+    with open("/proc/self/oom_score_adj", "w") as adjustment:
+        adjustment.write("300")
+
+    def mutate():
+        os.nice(3)
+        os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+        with open("/proc/self/oom_score_adj", "w") as adjustment:
+            adjustment.write("500")
+
+    def check():
+        equal(os.nice(0), nice, "nice")
+        equal(os.sched_getscheduler(0), os.SCHED_BATCH, "policy")
+        equal(os.sched_getaffinity(0), {first}, "affinity")
+        equal(open("/proc/self/oom_score_adj").read(), "300\n", "oom_score_adj")
+
+    return mutate, check
+
+
+@case
+def process_controls():
+    def setup():
+        libc.prctl(1, int(signal.SIGUSR1))  # PR_SET_PDEATHSIG
+        libc.prctl(36, 1)  # PR_SET_CHILD_SUBREAPER
+        libc.prctl(29, 123_456)  # PR_SET_TIMERSLACK
+
+    put("number", ctypes.c_int())
+    child = Child(setup)
+    parent_death = "(libc.prctl(2, ctypes.byref(number)), number.value)[1]"
+    subreaper = "(libc.prctl(37, ctypes.byref(number)), number.value)[1]"
+
+    def mutate():
+        child.ask("(libc.prctl(1, 0), libc.prctl(36, 0), libc.prctl(29, 1))")
+
+    def check():
+        equal(child.ask(parent_death), signal.SIGUSR1, "signal at the parent's death")
+        equal(child.ask(subreaper), 1, "subreaper")
+        equal(child.ask("libc.prctl(30)"), 123_456, "timer slack")
+
+    return mutate, check
+
+
+@case
+def zombie_not_yet_waited_for():
+    pid = os.fork()
+    if pid == 0:
+        os._exit(7)
+    killed = os.fork()
+    if killed == 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    for child in (pid, killed):
+        os.waitid(os.P_PID, child, os.WEXITED | os.WNOWAIT)
+
+    def mutate():
+        os.waitpid(pid, 0)
+        os.waitpid(killed, 0)
+
+    def check():
+        equal((stat(pid)[0], stat(killed)[0]), ("Z", "Z"), "states")
+        equal(os.waitpid(pid, 0), (pid, 7 << 8), "exit status")
+        equal(os.waitpid(killed, 0), (killed, signal.SIGKILL), "killed by a signal")
+        raises(errno.ECHILD, os.waitpid, -1, 0)
+
+    return mutate, check
+
+
+@case
+def stopped_process():
+    child = Child()
+    os.kill(child.pid, signal.SIGSTOP)
+    eventually(lambda: stat(child.pid)[0] == "T", "the stop")
+
+    def mutate():
+        os.kill(child.pid, signal.SIGCONT)
+        child.ask("1")
+
+    def check():
+        equal(stat(child.pid)[0], "T", "state")
+        child.tell("6 * 7")
+        equal(select.select([child.hearing], [], [], 0.2)[0], [], "answers while stopped")
+        os.kill(child.pid, signal.SIGCONT)
+        equal(read_line(child.hearing), "42", "answers when continued")
+
+    return mutate, check
+
+
+@case
+def stopped_process_reported_once():
+    child = Child()
+    os.kill(child.pid, signal.SIGSTOP)
+    os.waitpid(child.pid, os.WUNTRACED)
+
+    def mutate():
+        child.kill()
+
+    def check():
+        equal(stat(child.pid)[0], "T", "state")
+        equal(os.waitpid(child.pid, os.WUNTRACED | os.WNOHANG), (0, 0), "the stop was reported already")
+        os.kill(child.pid, signal.SIGCONT)
+        equal(child.ask("6 * 7"), 42, "answers when continued")
+
+    return mutate, check
+
+
+@case
+def orphan_of_a_double_fork():
+    answers, told = os.pipe()
+    asks, asked = os.pipe()
+    middle = os.fork()
+    if middle == 0:
+        os.setsid()
+        if os.fork() == 0:
+            while word := os.read(asks, 1):
+                os.write(told, f"{os.getpid()} {os.getppid()} {os.getsid(0)}\n".encode())
+        os._exit(0)
+    os.waitpid(middle, 0)
+
+    def ask():
+        os.write(asked, b"?")
+        return [int(word) for word in read_line(answers).split()]
+
+    eventually(lambda: ask()[1] == 1, "adoption")
+    before = ask()
+
+    def mutate():
+        os.kill(before[0], signal.SIGKILL)
+        eventually(lambda: not os.path.exists(f"/proc/{before[0]}"), "the end")
+
+    def check():
+        equal(ask(), before, "pid, parent, session")
+
+    return mutate, check
+
+
+@case
+def sessions_and_groups():
+    plain, group, session = Child(), Child(os.setpgrp), Child(os.setsid)
+    member = Child()
+    eventually(lambda: group.ask("os.getpgid(0)") == group.pid, "the group")
+    os.setpgid(member.pid, group.pid)
+    session.ask("put('inner', Child()) and 0")
+    session.ask("put('other', Child(os.setpgrp)) and 0")
+    everyone = {"plain": plain, "group": group, "session": session, "member": member}
+
+    def ids():
+        result = {name: child.ask("(os.getpid(), os.getppid(), os.getpgid(0), os.getsid(0))")
+                  for name, child in everyone.items()}
+        for name in ("inner", "other"):
+            result[name] = session.ask(f"{name}.ask('(os.getpid(), os.getppid(), os.getpgid(0), os.getsid(0))')")
+        return result
+
+    before = ids()
+
+    def mutate():
+        plain.ask("os.setsid()")
+        os.setpgid(member.pid, member.pid)
+        session.kill()
+        group.kill()
+
+    def check():
+        equal(ids(), before, "pid, parent, group, session")
+
+    return mutate, check
+
+
+@case
+def member_of_a_group_whose_leader_is_gone():
+    leader = Child(os.setpgrp)
+    leader.ask("1")
+    member = Child()
+    os.setpgid(member.pid, leader.pid)
+    leader.kill()
+
+    def mutate():
+        os.setpgid(member.pid, member.pid)
+
+    def check():
+        equal(os.getpgid(member.pid), leader.pid, "group")
+        os.killpg(leader.pid, signal.SIGKILL)
+        equal(os.waitpid(member.pid, 0), (member.pid, signal.SIGKILL), "the group's signal")
+
+    return mutate, check
+
+
+@case
+def session_whose_leader_is_gone():
+    leader = Child(os.setsid)
+    leader.ask("1")
+    numbers = leader.ask("(put('inner', Child()).asking, inner.hearing, inner.pid)")
+    asking = leader.ask("os.dup(inner.asking)")
+    # The grandchild is spoken to through its parent's descriptors, opened again by way of /proc.
+    ask = os.open(f"/proc/{leader.pid}/fd/{numbers[0]}", os.O_WRONLY)
+    hear = os.open(f"/proc/{leader.pid}/fd/{numbers[1]}", os.O_RDONLY)
+    leader.kill()
+
+    def ids():
+        os.write(ask, b"(os.getpid(), os.getppid(), os.getpgid(0), os.getsid(0))\n")
+        return eval(read_line(hear))
+
+    before = ids()
+
+    def mutate():
+        os.kill(numbers[2], signal.SIGKILL)
+
+    def check():
+        equal(ids(), before, "pid, parent, group, session")
+        equal(before, (numbers[2], 1, leader.pid, leader.pid), "adopted by init, in the dead leader's session")
+
+    return mutate, check
+
+
+@case
+def child_killed_since():
+    secret = put("secret", ["shared with the child"] * 100)
+    child = Child()
+    child.ask("put('secret', [1, 2, 3]) and 0")
+
+    def mutate():
+        child.kill()
+
+    def check():
+        equal(os.waitpid(child.pid, os.WNOHANG), (0, 0), "the child lives")
+        equal(child.ask("(os.getpid(), os.getppid(), secret)"), (child.pid, os.getpid(), [1, 2, 3]), "answer")
+        equal(len(secret), 100, "the parent's memory")
+        child.tell("os._exit(3)")
+        equal(os.waitpid(child.pid, 0), (child.pid, 3 << 8), "its exit")
+
+    return mutate, check
+
+
+@case
+def child_left_a_zombie_since():
+    child = Child()
+
+    def mutate():
+        child.tell("os._exit(3)")
+        os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
+
+    def check():
+        equal(child.ask("6 * 7"), 42, "answer")
+        equal(stat(child.pid)[0] != "Z", True, "state")
+        child.tell("os._exit(4)")
+        equal(os.waitpid(child.pid, 0), (child.pid, 4 << 8), "its exit")
+
+    return mutate, check
+
+
+@case
+def children_born_since():
+    pids = lambda: sorted(int(name) for name in os.listdir("/proc") if name.isdigit())
+    before = pids()
+
+    def mutate():
+        for _ in range(4):
+            child = Child()
+            child.ask("put('more', Child()) and 0")
+        if os.fork() == 0:
+            os._exit(0)
+
+    def check():
+        raises(errno.ECHILD, os.waitpid, -1, os.WNOHANG)
+        equal(pids(), before, "all processes")
+        child = Child()
+        equal(child.ask("os.getppid()"), os.getpid(), "a new child")
+        child.kill()
+
+    return mutate, check
+
+
+@case
+def child_executed_another_program_since():
+    child = Child()
+    child.ask("put('secret', 'kept') and 0")
+
+    def mutate():
+        child.tell("os.execv('/bin/sleep', ['sleep', '1000'])")
+        eventually(lambda: status("Name", child.pid) == ["sleep"], "the other program")
+
+    def check():
+        equal(child.ask("(os.getpid(), secret)"), (child.pid, "kept"), "answer")
+        equal(open(f"/proc/{child.pid}/cmdline").read(), open("/proc/self/cmdline").read(), "command line")
+        equal(os.readlink(f"/proc/{child.pid}/exe"), os.readlink("/proc/self/exe"), "program")
+
+    return mutate, check
+
+
+@case
+def itself_executed_another_program_since():
+    cmdline = open("/proc/self/cmdline").read()
+
+    def mutate():
+        say("PASS")
+        os.execv("/bin/cat", ["cat"])
+
+    def check():
+        equal(open("/proc/self/cmdline").read(), cmdline, "command line")
+
+    return mutate, check
+
+
+@case
+def children_of_other_programs():
+    import subprocess
+
+    cat = subprocess.Popen(["cat"], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    shell = subprocess.Popen(["sh"], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    shell.stdin.write(b"x=secret\n")
+    shell.stdin.flush()
+
+    def mutate():
+        cat.stdin.close()
+        cat.wait()
+        shell.stdin.write(b"x=spoiled\n")
+        shell.stdin.flush()
+
+    def check():
+        cat.stdin.write(b"through cat\n")
+        cat.stdin.flush()
+        equal(read_line(cat.stdout.fileno()), "through cat", "answer of cat")
+        shell.stdin.write(b"echo $x $$\nexit 5\n")
+        shell.stdin.flush()
+        equal(read_line(shell.stdout.fileno()), f"secret {shell.pid}", "answer of the shell")
+        equal((shell.wait(), cat.poll()), (5, None), "ends")
+
+    return mutate, check
+
+
+def down(depth, expression):
+    """The expression, asked `depth` generations further down."""
+    for _ in range(depth):
+        expression = f"put_child.ask({expression!r})"
+    return expression
+
+
+@case
+def tree_of_ten_generations():
+    top = Child()
+    for depth in range(9):
+        top.ask(down(depth, "put('put_child', Child()) and 0"))
+    line = lambda: [top.ask(down(depth, "(os.getpid(), os.getppid())")) for depth in range(10)]
+    before = line()
+
+    def mutate():
+        os.kill(before[4][0], signal.SIGKILL)
+        os.kill(before[7][0], signal.SIGKILL)
+
+    def check():
+        equal(line(), before, "pids and parents")
+
+    return mutate, check
+
+
+@case
+def tree_killed_whole_since():
+    tops = [Child() for _ in range(4)]
+    for top in tops:
+        top.ask("put('put_child', Child()) and 0")
+        top.ask("put_child.ask('put(\"x\", 5)')")
+    before = [top.ask("put_child.pid") for top in tops]
+
+    def mutate():
+        for top, inner in zip(tops, before):
+            os.kill(inner, signal.SIGKILL)
+            top.kill()
+
+    def check():
+        equal([top.ask("put_child.ask('(os.getpid(), x)')") for top in tops], [(pid, 5) for pid in before], "grandchildren")
+
+    return mutate, check
+
+
+@case
+def process_descriptor():
+    child = Child()
+    descriptor = os.pidfd_open(child.pid)
+
+    def mutate():
+        child.kill()
+
+    def check():
+        equal(select.select([descriptor], [], [], 0)[0], [], "the child lives")
+        signal.pidfd_send_signal(descriptor, signal.SIGKILL)
+        equal(select.select([descriptor], [], [], 20)[0], [descriptor], "its end is told")
+        os.waitpid(child.pid, 0)
+
+    return mutate, check
+
+
+@case
+def multiprocessing_pool():
+    import multiprocessing
+
+    pool = multiprocessing.get_context("fork").Pool(3)
+    before = sorted(pool.map(slow_pid, range(12)))
+
+    def mutate():
+        pool.terminate()
+        pool.join()
+
+    def check():
+        equal(pool.map(square, range(100)), [number * number for number in range(100)], "results")
+        equal(set(pool.map(slow_pid, range(12))) <= set(before), True, "the same workers")
+
+    return mutate, check
+
+
+def slow_pid(_):
+    time.sleep(0.01)
+    return os.getpid()
+
+
+def square(number):
+    return number * number

@@ -1,0 +1,351 @@
+"""Unix, TCP and UDP sockets with what is queued in them."""
+
+
+def stream_pair(one, two):
+    one.send(b"to two" * 1000)
+    two.send(b"to one")
+
+    def mutate():
+        one.recv(100)
+        two.recv(100)
+        one.send(b"late")
+        one.close()
+        two.shutdown(socket.SHUT_RDWR)
+
+    def check():
+        equal(one.recv(100), b"to one", "queued for one")
+        equal(two.recv(6000, socket.MSG_WAITALL), b"to two" * 1000, "queued for two")
+        one.setblocking(False)
+        raises(errno.EAGAIN, one.recv, 1)
+        one.setblocking(True)
+        one.sendall(b"ping")
+        equal(two.recv(10), b"ping", "sent on")
+        two.sendall(b"pong")
+        equal(one.recv(10), b"pong", "answered")
+
+    return mutate, check
+
+
+@case
+def socketpair_stream_with_queued_data():
+    return stream_pair(*socket.socketpair())
+
+
+@case
+def socketpair_shut_down_one_way():
+    one, two = socket.socketpair()
+    one.send(b"farewell")
+    one.shutdown(socket.SHUT_WR)
+
+    def mutate():
+        two.recv(100)
+        one.close()
+
+    def check():
+        equal(two.recv(100), b"farewell", "queued")
+        equal(two.recv(100), b"", "end of file")
+        two.send(b"back")
+        equal(one.recv(100), b"back", "the other way")
+        raises(errno.EPIPE, one.send, b"x")
+
+    return mutate, check
+
+
+@case
+def socketpair_whose_peer_was_closed():
+    one, two = socket.socketpair()
+    one.send(b"farewell")
+    one.close()
+
+    def mutate():
+        two.recv(100)
+
+    def check():
+        equal(two.recv(100), b"farewell", "queued")
+        equal(two.recv(100), b"", "end of file")
+        raises(errno.EPIPE, two.send, b"x")
+
+    return mutate, check
+
+
+def messages(kind):
+    one, two = socket.socketpair(socket.AF_UNIX, kind)
+    for message in (b"1", b"22", b"333"):
+        one.send(message)
+    two.setblocking(False)
+
+    def mutate():
+        two.recv(100)
+        one.send(b"4444")
+
+    def check():
+        for message in (b"1", b"22", b"333"):
+            equal(two.recv(100), message, "message")
+        raises(errno.EAGAIN, two.recv, 1)
+        two.send(b"reply")
+        equal(one.recv(100), b"reply", "the other way")
+
+    return mutate, check
+
+
+@case
+def socketpair_dgram_with_queued_messages():
+    return messages(socket.SOCK_DGRAM)
+
+
+@case
+def socketpair_seqpacket_with_queued_messages():
+    return messages(socket.SOCK_SEQPACKET)
+
+
+def unix_listener(address):
+    server = socket.socket(socket.AF_UNIX)
+    server.bind(address)
+    server.listen(5)
+    client = socket.socket(socket.AF_UNIX)
+    client.connect(address)
+    accepted, _ = server.accept()
+    client.send(b"request")
+    accepted.send(b"response")
+
+    def mutate():
+        accepted.recv(100)
+        client.recv(100)
+        server.close()
+        if isinstance(address, str):
+            os.unlink(address)
+
+    def check():
+        equal(accepted.recv(100), b"request", "queued at the server")
+        equal(client.recv(100), b"response", "queued at the client")
+        equal(client.getpeername(), address, "name of the peer")
+        equal(server.getsockname(), address, "name")
+        another = socket.socket(socket.AF_UNIX)
+        another.connect(address)
+        peer, _ = server.accept()
+        another.send(b"new")
+        equal(peer.recv(10), b"new", "a new connection")
+
+    return mutate, check
+
+
+@case
+def unix_listener_and_connection():
+    return unix_listener("/tmp/socket")
+
+
+@case
+def unix_listener_with_an_abstract_name():
+    return unix_listener(b"\0deltabox-test")
+
+
+@case
+def unix_connection_not_yet_accepted():
+    server = socket.socket(socket.AF_UNIX)
+    server.bind("/tmp/backlog")
+    server.listen(5)
+    client = socket.socket(socket.AF_UNIX)
+    client.connect("/tmp/backlog")
+    client.send(b"early")
+
+    def mutate():
+        peer, _ = server.accept()
+        peer.recv(100)
+
+    def check():
+        server.settimeout(20)
+        peer, _ = server.accept()
+        equal(peer.recv(100), b"early", "sent before accept")
+        peer.send(b"late")
+        equal(client.recv(100), b"late", "answered")
+
+    return mutate, check
+
+
+@case
+def unix_dgram_with_senders():
+    receiver = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+    receiver.bind("/tmp/receiver")
+    sender = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+    sender.bind("/tmp/sender")
+    sender.sendto(b"one", "/tmp/receiver")
+    sender.connect("/tmp/receiver")
+    sender.send(b"two")
+    receiver.setblocking(False)
+
+    def mutate():
+        receiver.recv(10)
+        sender.close()
+        os.unlink("/tmp/sender")
+
+    def check():
+        equal(receiver.recvfrom(10), (b"one", "/tmp/sender"), "first")
+        equal(receiver.recvfrom(10), (b"two", "/tmp/sender"), "second")
+        raises(errno.EAGAIN, receiver.recv, 1)
+        sender.send(b"three")
+        equal(receiver.recvfrom(10), (b"three", "/tmp/sender"), "sent on")
+        receiver.sendto(b"back", "/tmp/sender")
+        equal(sender.recv(10), b"back", "to the sender's name")
+
+    return mutate, check
+
+
+@case
+def tcp_listening():
+    server = socket.socket()
+    server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    server.bind(("127.0.0.1", 0))
+    server.listen(7)
+    name = server.getsockname()
+
+    def mutate():
+        server.close()
+        taken = socket.socket()
+        taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        taken.bind(name)
+        taken.listen(1)
+        put("taken", taken)
+
+    def check():
+        equal(server.getsockname(), name, "name")
+        equal(server.getsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR), 1, "SO_REUSEADDR")
+        client = socket.create_connection(name, timeout=20)
+        server.settimeout(20)
+        peer, _ = server.accept()
+        client.send(b"hello")
+        equal(peer.recv(10), b"hello", "a new connection")
+
+    return mutate, check
+
+
+@case
+def tcp6_listening():
+    server = socket.socket(socket.AF_INET6)
+    server.bind(("::1", 0))
+    server.listen(7)
+    name = server.getsockname()
+
+    def mutate():
+        server.close()
+
+    def check():
+        client = socket.create_connection(name[:2], timeout=20)
+        server.settimeout(20)
+        peer, _ = server.accept()
+        client.send(b"hello")
+        equal(peer.recv(10), b"hello", "a new connection")
+
+    return mutate, check
+
+
+def tcp_pair():
+    server = socket.socket()
+    server.bind(("127.0.0.1", 0))
+    server.listen()
+    client = socket.create_connection(server.getsockname())
+    accepted, _ = server.accept()
+    return server, client, accepted
+
+
+@case
+def tcp_established_with_queued_data():
+    server, client, accepted = tcp_pair()
+    client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    names = client.getsockname(), client.getpeername()
+    client.sendall(b"request" * 500)
+    accepted.sendall(b"response")
+    eventually(lambda: len(accepted.recv(3500, socket.MSG_PEEK)) == 3500, "arrival")
+
+    def mutate():
+        accepted.recv(100)
+        client.recv(100)
+        accepted.sendall(b"late")
+        client.close()
+
+    def check():
+        equal((client.getsockname(), client.getpeername()), names, "names")
+        equal(client.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY), 1, "TCP_NODELAY")
+        client.settimeout(20)
+        accepted.settimeout(20)
+        equal(accepted.recv(3500), b"request" * 500, "queued at the server")
+        equal(client.recv(100), b"response", "queued at the client")
+        client.sendall(b"ping")
+        equal(accepted.recv(10), b"ping", "sent on")
+        accepted.sendall(b"pong" * 50_000)
+        answer = b""
+        while len(answer) < 200_000:
+            answer += client.recv(200_000)
+        equal(answer == b"pong" * 50_000, True, "answered")
+        client.shutdown(socket.SHUT_RDWR)
+        equal(accepted.recv(10), b"", "end of file")
+
+    return mutate, check
+
+
+@case
+def tcp_idle_connection_closed_since():
+    server, client, accepted = tcp_pair()
+
+    def mutate():
+        client.sendall(b"x" * 1000)
+        accepted.close()
+        server.close()
+
+    def check():
+        accepted.settimeout(20)
+        client.settimeout(20)
+        client.sendall(b"ping")
+        equal(accepted.recv(10), b"ping", "sent on")
+        accepted.sendall(b"pong")
+        equal(client.recv(10), b"pong", "answered")
+
+    return mutate, check
+
+
+@case
+def tcp_half_closed():
+    server, client, accepted = tcp_pair()
+    client.sendall(b"farewell")
+    client.shutdown(socket.SHUT_WR)
+
+    def mutate():
+        accepted.recv(100)
+        accepted.sendall(b"late")
+
+    def check():
+        accepted.settimeout(20)
+        client.settimeout(20)
+        equal(accepted.recv(100), b"farewell", "queued")
+        equal(accepted.recv(100), b"", "end of file")
+        accepted.sendall(b"back")
+        equal(client.recv(100), b"back", "the other way")
+
+    return mutate, check
+
+
+@case
+def udp_with_queued_datagrams():
+    receiver = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+    receiver.bind(("127.0.0.1", 0))
+    sender = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+    sender.connect(receiver.getsockname())
+    sender.send(b"one")
+    sender.send(b"two")
+    names = sender.getsockname(), receiver.getsockname()
+    receiver.settimeout(20)
+
+    def mutate():
+        receiver.recv(100)
+        sender.close()
+        receiver.sendto(b"nobody", names[0])
+
+    def check():
+        equal((sender.getsockname(), receiver.getsockname()), names, "names")
+        equal(receiver.recvfrom(100), (b"one", names[0]), "first")
+        equal(receiver.recvfrom(100), (b"two", names[0]), "second")
+        sender.send(b"three")
+        equal(receiver.recvfrom(100), (b"three", names[0]), "sent on")
+        receiver.sendto(b"back", names[0])
+        equal(sender.recv(10), b"back", "answered")
+
+    return mutate, check

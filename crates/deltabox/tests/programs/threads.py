@@ -1,0 +1,214 @@
+"""Threads, their names, their locks and what is theirs alone."""
+
+
+def name_thread(name):
+    call(libc.prctl, 15, name.encode())  # PR_SET_NAME
+
+
+class Worker:
+    """A thread that evaluates what it is asked, in an order given by a condition variable."""
+
+    def __init__(self, number):
+        self.number, self.asked, self.answers = number, [], []
+        self.changed = threading.Condition()
+        self.local = threading.local()
+        self.thread = threading.Thread(target=self.run, daemon=True)
+        self.thread.start()
+        self.tid = self.ask("threading.get_native_id()")
+
+    def run(self):
+        name_thread(f"worker-{self.number}")
+        self.local.secret = [self.number] * 100
+        while True:
+            with self.changed:
+                self.changed.wait_for(lambda: self.asked)
+                expression = self.asked.pop()
+            if expression is None:
+                return
+            answer = eval(expression, globals(), {"self": self})
+            with self.changed:
+                self.answers.append(answer)
+                self.changed.notify_all()
+
+    def tell(self, expression):
+        with self.changed:
+            self.asked.append(expression)
+            self.changed.notify_all()
+
+    def ask(self, expression):
+        self.tell(expression)
+        with self.changed:
+            if not self.changed.wait_for(lambda: self.answers, timeout=30):
+                raise AssertionError(f"thread {self.number} does not answer")
+            return self.answers.pop()
+
+
+def threads():
+    result = {}
+    for tid in os.listdir("/proc/self/task"):
+        with open(f"/proc/self/task/{tid}/comm") as name:
+            result[int(tid)] = name.read().strip()
+    return result
+
+
+def proper(worker):
+    equal(worker.ask("threading.get_native_id()"), worker.tid, "tid")
+    equal(worker.ask("self.local.secret"), [worker.number] * 100, "thread-local memory")
+
+
+@case
+def eight_threads_that_wait():
+    workers = [Worker(number) for number in range(8)]
+    before = threads()
+
+    def mutate():
+        for worker in workers:
+            worker.ask("setattr(self.local, 'secret', None)")
+            worker.ask("name_thread('spoiled')")
+
+    def check():
+        equal(threads(), before, "threads and their names")
+        for worker in workers:
+            proper(worker)
+
+    return mutate, check
+
+
+@case
+def threads_ended_and_born_since():
+    workers = [Worker(number) for number in range(8)]
+    before = threads()
+
+    def mutate():
+        for worker in workers[::2]:
+            worker.tell(None)
+            worker.thread.join()
+        put("born", [Worker(100 + number) for number in range(3)])
+
+    def check():
+        equal(threads(), before, "threads and their names")
+        for worker in workers:
+            proper(worker)
+        for worker in workers:
+            worker.tell(None)
+            worker.thread.join(30)
+            equal(worker.thread.is_alive(), False, "the thread ends")
+
+    return mutate, check
+
+
+@case
+def lock_waited_for_by_threads():
+    lock, order = threading.Lock(), []
+    lock.acquire()
+
+    def run(number):
+        with lock:
+            order.append(number)
+
+    waiting = [threading.Thread(target=run, args=[number]) for number in range(4)]
+    for thread in waiting:
+        thread.start()
+    time.sleep(0.05)
+
+    def mutate():
+        lock.release()
+        for thread in waiting:
+            thread.join()
+
+    def check():
+        equal((order, lock.locked()), ([], True), "order and lock")
+        lock.release()
+        for thread in waiting:
+            thread.join(30)
+        equal(sorted(order), [0, 1, 2, 3], "every waiter had the lock")
+
+    return mutate, check
+
+
+@case
+def signal_masks_of_threads():
+    workers = [Worker(number) for number in range(3)]
+    workers[0].ask("signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1])")
+    workers[1].ask("signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR2, signal.SIGRTMIN])")
+    read = "signal.pthread_sigmask(signal.SIG_BLOCK, [])"
+    before = [worker.ask(read) for worker in workers]
+
+    def mutate():
+        for worker in workers:
+            worker.ask("signal.pthread_sigmask(signal.SIG_SETMASK, [signal.SIGHUP])")
+
+    def check():
+        equal([worker.ask(read) for worker in workers], before, "masks")
+
+    return mutate, check
+
+
+@case
+def threads_that_compute():
+    import hashlib
+
+    state = {}
+
+    def run(number):
+        digest, count = str(number).encode(), 0
+        while True:
+            digest, count = hashlib.sha256(digest).digest(), count + 1
+            state[number] = count, digest
+
+    for number in range(3):
+        threading.Thread(target=run, args=[number], daemon=True).start()
+    eventually(lambda: len(state) == 3, "the start")
+
+    def mutate():
+        state.clear()
+        state.update({number: (0, b"spoiled") for number in range(3)})
+
+    def check():
+        before = dict(state)
+        eventually(lambda: all(state[n][0] > before[n][0] + 100 for n in range(3)), "progress")
+        for number in range(3):
+            count, digest = state[number]
+            wanted = str(number).encode()
+            for _ in range(count):
+                wanted = hashlib.sha256(wanted).digest()
+            equal(digest, wanted, "the chain of digests")
+
+    return mutate, check
+
+
+@case
+def a_hundred_threads():
+    workers = [Worker(number) for number in range(100)]
+    before = threads()
+
+    def mutate():
+        for worker in workers[10:20]:
+            worker.tell(None)
+            worker.thread.join()
+
+    def check():
+        equal(threads(), before, "threads and their names")
+        for worker in workers:
+            proper(worker)
+
+    return mutate, check
+
+
+@case
+def thread_of_a_child():
+    holder = []
+
+    def setup():
+        put("worker", Worker(7))
+
+    child = Child(setup)
+    holder.append(child.ask("worker.tid"))
+
+    def mutate():
+        child.kill()
+
+    def check():
+        equal(child.ask("(proper(worker), worker.tid)[1]"), holder[0], "tid")
+
+    return mutate, check

@@ -1,0 +1,298 @@
+//! Self-checking programs, each untouched, continued, undone in place, rebuilt and forked: all must behave alike.
+//!
+//! The programs are the functions of `tests/programs/*.py` that are marked `@case`.
+
+use deltabox::{CheckpointId, Sandbox};
+
+use crate::lab::{Lab, Outcome, PYTHON, Program, write_file};
+
+const DRIVER: &str = include_str!("../programs/driver.py");
+
+/// Runs one case in every mode and tells of all that failed.
+fn all_modes(theme: &str, case: &str) {
+    let source = format!("{DRIVER}\n\n{theme}\n\nmain()\n");
+    let failures: Vec<String> = match Subject::new(&source, case) {
+        Err(e) => vec![e],
+        Ok(mut subject) => subject
+            .modes()
+            .into_iter()
+            .filter_map(|(mode, outcome)| outcome.err().map(|e| format!("{mode}: {e}")))
+            .collect(),
+    };
+    assert!(failures.is_empty(), "{case}:\n{}", failures.join("\n"));
+}
+
+fn begin(sandbox: &Sandbox, source: &str, case: &str) -> Outcome<Program> {
+    write_file(sandbox, "/case.py", source.as_bytes());
+    let mut program = Program::start(sandbox, &[PYTHON, "/case.py", case])?;
+    match program.hear()?.as_str() {
+        "ready" => Ok(program),
+        other => Err(format!("{other:?} instead of ready")),
+    }
+}
+
+/// A case that stands ready in a sandbox, with a checkpoint of it.
+struct Subject {
+    lab: Lab,
+    sandbox: std::sync::Arc<Sandbox>,
+    program: Program,
+    /// Where its output ended at the checkpoint.
+    mark: u64,
+    checkpoint: CheckpointId,
+}
+
+impl Subject {
+    fn new(source: &str, case: &str) -> Outcome<Self> {
+        let lab = Lab::new();
+        begin(&lab.sandbox(), source, case)?
+            .pass("check")
+            .map_err(|e| format!("untouched: {e}"))?;
+        let sandbox = lab.sandbox();
+        let program = begin(&sandbox, source, case)?;
+        let report = sandbox
+            .checkpoint(None)
+            .map_err(|e| format!("checkpoint: {e}"))?;
+        Ok(Self {
+            lab,
+            sandbox,
+            mark: program.mark(),
+            program,
+            checkpoint: report.id,
+        })
+    }
+
+    fn modes(&mut self) -> [(&'static str, Outcome); 4] {
+        [
+            ("continued", self.program.pass("check")),
+            ("undone in place", self.undone()),
+            ("rebuilt", self.rebuilt()),
+            ("forked", self.forked()),
+        ]
+    }
+
+    fn roll_back(&mut self) -> Outcome {
+        let report = self
+            .sandbox
+            .rollback(self.checkpoint)
+            .map_err(|e| format!("rollback: {e}"))?;
+        self.program.went_back(self.mark);
+        match report.fallback {
+            Some(why) => Err(format!("everything was built again, for {why}")),
+            None => Ok(()),
+        }
+    }
+
+    fn undone(&mut self) -> Outcome {
+        self.roll_back().map_err(|e| format!("unspoiled, {e}"))?;
+        let mutated = self.program.pass("mutate");
+        self.roll_back()?;
+        mutated.map_err(|e| format!("mutate: {e}"))?;
+        let length = self.program.session.info().output;
+        if length != self.mark {
+            return Err(format!("the log has {length} bytes, not {}", self.mark));
+        }
+        self.program.pass("check")
+    }
+
+    fn rebuilt(&mut self) -> Outcome {
+        self.program.kill()?;
+        self.roll_back()?;
+        self.program.pass("check")
+    }
+
+    fn forked(&mut self) -> Outcome {
+        for fork in self.lab.fork(&self.sandbox, self.checkpoint, 2)? {
+            self.program.in_fork(&fork, self.mark)?.pass("check")?;
+        }
+        Ok(())
+    }
+}
+
+/// One test for each case of a theme, and one that the list is complete.
+macro_rules! theme {
+    ($theme:ident: $($case:ident)*) => {
+        mod $theme {
+            const SOURCE: &str = include_str!(concat!("../programs/", stringify!($theme), ".py"));
+
+            $(#[test]
+            fn $case() {
+                super::all_modes(SOURCE, stringify!($case));
+            })*
+
+            #[test]
+            fn no_case_is_left_out() {
+                let listed = [$(stringify!($case)),*];
+                assert_eq!(super::names(SOURCE), listed);
+            }
+        }
+    };
+}
+
+/// The cases of a theme, in order.
+fn names(source: &str) -> Vec<&str> {
+    source
+        .split("@case\ndef ")
+        .skip(1)
+        .map(|rest| rest.split('(').next().unwrap_or_default())
+        .collect()
+}
+
+theme! { files:
+    file_offset_flags_and_content
+    file_unlinked_but_open
+    file_whose_name_was_taken_by_another
+    file_renamed_since
+    directory_position
+    working_directory_of_a_removed_name
+    pipe_contents
+    pipe_of_packets
+    pipe_whose_other_end_was_closed
+    pipe_ends_closed_since
+    pipe_between_children
+    fifo
+    offset_shared_by_dup_and_fork
+    description_held_by_the_child_alone
+    descriptors_redirected
+    standard_streams_redirected_since
+    many_descriptors
+    locks_held
+    path_descriptor_and_proc_file
+}
+
+theme! { sockets:
+    socketpair_stream_with_queued_data
+    socketpair_shut_down_one_way
+    socketpair_whose_peer_was_closed
+    socketpair_dgram_with_queued_messages
+    socketpair_seqpacket_with_queued_messages
+    unix_listener_and_connection
+    unix_listener_with_an_abstract_name
+    unix_connection_not_yet_accepted
+    unix_dgram_with_senders
+    tcp_listening
+    tcp6_listening
+    tcp_established_with_queued_data
+    tcp_idle_connection_closed_since
+    tcp_half_closed
+    udp_with_queued_datagrams
+}
+
+theme! { events:
+    eventfd_counter
+    epoll_registrations
+    epoll_of_a_descriptor_closed_since
+    epoll_nested
+    timerfd_armed_and_expired
+    timerfd_periodic_goes_on
+    signalfd_with_a_pending_signal
+    inotify_watches
+    inotify_with_queued_events
+    memfd_shared_with_a_child
+    pty_with_both_ends_inside
+    pty_with_a_session_on_it
+    device_nodes
+}
+
+theme! { memory:
+    heap_of_many_objects
+    private_anonymous_memory
+    pages_never_touched_stay_zero
+    pages_dropped_since
+    sparse_gigabyte
+    huge_pages
+    memory_unmapped_since
+    memory_replaced_since
+    memory_mapped_since_is_gone
+    memory_moved_since
+    memory_grown_and_shrunk_since
+    protections
+    machine_code_made_at_run_time
+    file_mapped_private_with_written_pages
+    file_mapped_shared
+    file_mapped_and_unlinked
+    anonymous_memory_shared_with_children
+    memory_copied_on_write_between_processes
+    program_break
+    stack_grown_since
+    advice_on_memory
+}
+
+theme! { threads:
+    eight_threads_that_wait
+    threads_ended_and_born_since
+    lock_waited_for_by_threads
+    signal_masks_of_threads
+    threads_that_compute
+    a_hundred_threads
+    thread_of_a_child
+}
+
+theme! { calls:
+    read_of_an_empty_pipe
+    write_to_a_full_pipe
+    write_half_done_to_a_pipe
+    poll_without_a_timeout
+    poll_with_a_long_timeout
+    poll_whose_time_runs_out
+    nanosleep
+    clock_nanosleep_until_a_time
+    nanosleep_that_goes_on
+    select_with_a_timeout
+    select_whose_time_runs_out
+    epoll_wait_with_a_timeout
+    epoll_wait_without_a_timeout
+    epoll_wait_whose_time_runs_out
+    futex_wait
+    futex_wait_with_a_timeout
+    wait4_for_a_child
+    waitid_for_a_child
+    sigtimedwait_with_a_timeout
+    sigwaitinfo_without_a_timeout
+    accept_of_a_unix_connection
+    accept_of_a_tcp_connection
+    recv_with_a_timeout
+    recv_without_a_timeout
+    lock_waited_for
+    open_of_a_fifo
+    read_of_an_eventfd
+    read_of_an_inotify
+    pause_in_a_child
+    read_interrupted_by_a_handler_as_ever
+}
+
+theme! { signals:
+    handlers
+    mask_and_pending_signals
+    queued_signals_with_values
+    interval_timers
+    interval_timer_that_ticks
+    posix_timers
+    alternate_signal_stack
+}
+
+theme! { processes:
+    working_directory_umask_and_name
+    changed_root_directory
+    resource_limits
+    credentials_of_another_user
+    credentials_dropped_since
+    scheduling
+    process_controls
+    zombie_not_yet_waited_for
+    stopped_process
+    stopped_process_reported_once
+    orphan_of_a_double_fork
+    sessions_and_groups
+    member_of_a_group_whose_leader_is_gone
+    session_whose_leader_is_gone
+    child_killed_since
+    child_left_a_zombie_since
+    children_born_since
+    child_executed_another_program_since
+    itself_executed_another_program_since
+    children_of_other_programs
+    tree_of_ten_generations
+    tree_killed_whole_since
+    process_descriptor
+    multiprocessing_pool
+}

@@ -1,0 +1,331 @@
+//! What cannot be done is refused in plain words, and the sandbox goes on as if nothing had been asked.
+
+use deltabox::{CheckpointId, Error, FileChange, Sandbox, SandboxSpec, SandboxState};
+
+use crate::lab::{Lab, PYTHON, Program, installed, output, write_file};
+
+/// A checkpoint must be refused in these words; the program must go on; without its fault a checkpoint works.
+fn refused_and_unharmed(script: &str, words: &[&str]) {
+    let lab = Lab::new();
+    let sandbox = lab.sandbox();
+    let mut program = Program::start(&sandbox, &[PYTHON, "-c", script]).unwrap();
+    assert_eq!(program.hear().unwrap(), "ready");
+    let error = sandbox.checkpoint(None).unwrap_err().to_string();
+    for word in words {
+        assert!(error.contains(word), "{word:?} is not in {error:?}");
+    }
+    assert!(
+        sandbox.tree().nodes.is_empty(),
+        "a half checkpoint is shown"
+    );
+    assert_eq!(program.ask("mend").unwrap(), "mended");
+    assert_eq!(output(&sandbox, "echo alive"), "alive");
+    let id = sandbox.checkpoint(None).unwrap().id;
+    sandbox.rollback(id).unwrap();
+    assert_eq!(program.ask("again").unwrap(), "again");
+}
+
+/// A fault made by `$make` and ended by `$mend`.
+fn script(make: &str, mend: &str) -> String {
+    format!(
+        "import ctypes, os, socket, signal, sys\n{make}\nprint('ready', flush=True)\n\
+         sys.stdin.readline()\n{mend}\nprint('mended', flush=True)\n\
+         print(sys.stdin.readline().strip(), flush=True)\nsys.stdin.readline()\n"
+    )
+}
+
+#[test]
+fn a_traced_process_is_named_with_its_tracer() {
+    let make = "libc = ctypes.CDLL(None)\npid = os.fork()\nif pid == 0:\n  libc.ptrace(0, 0, 0, 0)\n  \
+                os.kill(os.getpid(), signal.SIGSTOP)\n  signal.pause()\nos.waitpid(pid, 0)\n\
+                libc.ptrace(7, pid, 0, 0)";
+    let mend = "os.kill(pid, signal.SIGKILL)\nos.waitpid(pid, 0)";
+    refused_and_unharmed(&script(make, mend), &["traced"]);
+}
+
+#[test]
+fn descriptors_under_way_in_a_socket_are_named() {
+    let make = "a, b = socket.socketpair()\n\
+                socket.send_fds(a, [b'x'], [os.open('/etc/passwd', os.O_RDONLY)])";
+    let mend = "socket.recv_fds(b, 10, 10)";
+    refused_and_unharmed(&script(make, mend), &["descriptor"]);
+}
+
+#[test]
+fn an_unknown_checkpoint_is_refused_everywhere() {
+    let lab = Lab::new();
+    let (sandbox, other) = (lab.sandbox(), lab.sandbox());
+    let own = sandbox.checkpoint(None).unwrap().id;
+    let foreign = other.checkpoint(None).unwrap().id;
+    assert_ne!(own, foreign, "ids are unique in a state directory");
+    output(&sandbox, "echo kept > /kept");
+    for id in [CheckpointId(999_999), foreign] {
+        let refusals = [
+            sandbox.rollback(id).map(drop),
+            sandbox.diff(own, id).map(drop),
+            sandbox.diff(id, own).map(drop),
+            sandbox.delete(id),
+            lab.host.fork(sandbox.name(), Some(id), 1, &[]).map(drop),
+        ];
+        for refusal in refusals {
+            assert!(
+                matches!(&refusal, Err(Error::NoCheckpoint { id: named, .. }) if *named == id),
+                "{refusal:?}"
+            );
+        }
+    }
+    assert_eq!(sandbox.epoch(), 0);
+    assert_eq!(output(&sandbox, "cat /kept"), "kept");
+}
+
+#[test]
+fn a_fork_under_a_taken_name_makes_nothing() {
+    let lab = Lab::new();
+    let sandbox = lab.sandbox();
+    let id = sandbox.checkpoint(None).unwrap().id;
+    let names = ["free".to_owned(), sandbox.name().to_owned()];
+    let refusal = lab.host.fork(sandbox.name(), Some(id), 2, &names);
+    assert!(matches!(refusal, Err(Error::NameTaken(_))));
+    assert_eq!(lab.host.list().len(), 1);
+    assert!(lab.host.fork("nobody", None, 1, &[]).is_err());
+}
+
+/// (parent, message, current) of each checkpoint.
+type Shape<'a> = Vec<(CheckpointId, Option<CheckpointId>, &'a str, bool)>;
+
+fn assert_tree(sandbox: &Sandbox, wanted: Shape<'_>) {
+    let tree = sandbox.tree();
+    let got: Shape<'_> = tree
+        .nodes
+        .iter()
+        .map(|n| {
+            let message = n.message.as_deref().unwrap_or("");
+            (n.id, n.parent, message, n.current)
+        })
+        .collect();
+    assert_eq!(got, wanted);
+}
+
+#[test]
+fn the_tree_has_the_shape_that_was_walked() {
+    let lab = Lab::new();
+    let sandbox = lab.sandbox();
+    let make = |text: &str| sandbox.checkpoint(Some(text.to_owned())).unwrap().id;
+    let a = make("a");
+    let b = make("b");
+    sandbox.rollback(a).unwrap();
+    let c = make("c");
+    assert_tree(
+        &sandbox,
+        vec![
+            (a, None, "a", false),
+            (b, Some(a), "b", false),
+            (c, Some(a), "c", true),
+        ],
+    );
+    sandbox.rollback(b).unwrap();
+    let info = sandbox.info();
+    assert_eq!(
+        (info.current, info.checkpoints, info.epoch),
+        (Some(b), 3, 2)
+    );
+}
+
+#[test]
+fn deleting_a_checkpoint_keeps_those_below_it() {
+    let lab = Lab::new();
+    let sandbox = lab.sandbox();
+    let mut ids = Vec::new();
+    for number in 0..4 {
+        output(
+            &sandbox,
+            &format!("echo {number} > /number; echo {number} >> /all"),
+        );
+        ids.push(sandbox.checkpoint(None).unwrap().id);
+    }
+    sandbox.delete(ids[1]).unwrap();
+    sandbox.delete(ids[0]).unwrap();
+    assert_tree(
+        &sandbox,
+        vec![(ids[2], None, "", false), (ids[3], Some(ids[2]), "", true)],
+    );
+    assert!(matches!(
+        sandbox.rollback(ids[1]),
+        Err(Error::NoCheckpoint { .. })
+    ));
+    sandbox.rollback(ids[2]).unwrap();
+    assert_eq!(output(&sandbox, "cat /number"), "2");
+    sandbox.delete(ids[2]).unwrap();
+    assert_eq!(output(&sandbox, "cat /number"), "2");
+    sandbox.rollback(ids[3]).unwrap();
+    assert_eq!(
+        output(&sandbox, "cat /number; cat /all | tr -d '\\n'"),
+        "3\n0123"
+    );
+    sandbox.delete(ids[3]).unwrap();
+    assert!(sandbox.tree().nodes.is_empty());
+    output(&sandbox, "echo 5 > /number");
+    let last = sandbox.checkpoint(None).unwrap().id;
+    assert!(ids.iter().all(|id| *id < last), "an id is used again");
+}
+
+#[test]
+fn a_difference_names_every_change_and_nothing_else() {
+    let lab = Lab::new();
+    let sandbox = lab.sandbox();
+    output(
+        &sandbox,
+        "mkdir /d; cd /d; echo 1 > gone; echo 1 > edited; echo 1 > moved; echo 1 > same; mkdir sub",
+    );
+    let before = Program::start(&sandbox, &["sleep", "3001"]).unwrap();
+    let a = sandbox.checkpoint(None).unwrap().id;
+    output(
+        &sandbox,
+        "cd /d; rm gone; echo 2 > edited; mv moved sub/there; echo 1 > new; chmod 600 edited; \
+         echo x > short; rm short",
+    );
+    before.kill().unwrap();
+    let after = Program::start(&sandbox, &["sleep", "3002"]).unwrap();
+    let b = sandbox.checkpoint(None).unwrap().id;
+    let difference = sandbox.diff(a, b).unwrap();
+    let path = std::path::PathBuf::from;
+    let under_d: Vec<&FileChange> = difference
+        .files
+        .iter()
+        .filter(|f| !matches!(f, FileChange::Modified { path } if path.ends_with("d") || path.ends_with("sub")))
+        .collect();
+    assert_eq!(
+        under_d,
+        [
+            &FileChange::Modified {
+                path: path("/d/edited")
+            },
+            &FileChange::Deleted {
+                path: path("/d/gone")
+            },
+            &FileChange::Renamed {
+                from: path("/d/moved"),
+                to: path("/d/sub/there")
+            },
+            &FileChange::Added {
+                path: path("/d/new")
+            },
+        ]
+    );
+    let names = |list: &[deltabox::ProcessName]| -> Vec<(i32, String)> {
+        list.iter().map(|p| (p.pid, p.command.clone())).collect()
+    };
+    assert_eq!(
+        names(&difference.came),
+        [(after.session.info().pid, "sleep 3002".to_owned())]
+    );
+    assert_eq!(
+        names(&difference.went),
+        [(before.session.info().pid, "sleep 3001".to_owned())]
+    );
+    let back = sandbox.diff(b, a).unwrap();
+    assert_eq!(
+        (names(&back.came), names(&back.went)),
+        (names(&difference.went), names(&difference.came))
+    );
+    assert!(sandbox.diff(a, a).unwrap().files.is_empty());
+}
+
+#[test]
+fn destroying_everything_inside_is_undone() {
+    let lab = Lab::new();
+    let sandbox = lab.sandbox();
+    let mut program = Program::start(&sandbox, &["cat"]).unwrap();
+    assert_eq!(program.ask("one").unwrap(), "one");
+    let (id, mark) = (sandbox.checkpoint(None).unwrap().id, program.mark());
+    sandbox
+        .run(&[
+            "sh",
+            "-c",
+            "rm -rf /usr/bin /usr/lib /etc /home; kill -9 -1",
+        ])
+        .unwrap();
+    assert!(sandbox.run(&["ls"]).is_err(), "ls is still there");
+    sandbox.rollback(id).unwrap();
+    program.went_back(mark);
+    assert_eq!(program.ask("two").unwrap(), "two");
+    assert_eq!(
+        output(&sandbox, "ls -d /etc/passwd /usr/bin/env | wc -l"),
+        "2"
+    );
+}
+
+#[test]
+fn a_stopped_sandbox_is_told_so_and_runs_again_after_a_rollback() {
+    let lab = Lab::new();
+    let sandbox = lab.sandbox();
+    let mut program = Program::start(&sandbox, &["cat"]).unwrap();
+    assert_eq!(program.ask("one").unwrap(), "one");
+    let (id, mark) = (sandbox.checkpoint(None).unwrap().id, program.mark());
+    sandbox.stop().unwrap();
+    assert_eq!(sandbox.info().state, SandboxState::Stopped);
+    assert!(matches!(
+        sandbox.run(&["true"]),
+        Err(Error::NotRunning { .. })
+    ));
+    assert!(matches!(
+        sandbox.checkpoint(None),
+        Err(Error::NotRunning { .. })
+    ));
+    sandbox.rollback(id).unwrap();
+    assert_eq!(sandbox.info().state, SandboxState::Running);
+    program.went_back(mark);
+    assert_eq!(program.ask("two").unwrap(), "two");
+}
+
+#[test]
+fn a_fork_bomb_under_a_limit_is_checkpointed_and_undone() {
+    let lab = Lab::new();
+    let spec = SandboxSpec {
+        pids: Some(60),
+        ..SandboxSpec::default()
+    };
+    let sandbox = lab.host.create(spec).unwrap();
+    if !sandbox.info().warnings.is_empty() {
+        eprintln!("not tested: {:?}", sandbox.info().warnings);
+        return;
+    }
+    let id = sandbox.checkpoint(None).unwrap().id;
+    let bomb = "b() { b | b & }; trap '' TERM; b; sleep 3000";
+    let session = Program::start(&sandbox, &["bash", "-c", bomb]).unwrap();
+    while sandbox.info().processes < 50 {}
+    let report = sandbox.rollback(id).unwrap();
+    assert!(report.killed >= 1, "{report:?}");
+    assert_eq!(sandbox.info().processes, 0);
+    assert!(session.say("x").is_err());
+    assert_eq!(output(&sandbox, "echo alive"), "alive");
+}
+
+/// The parent of a vfork cannot be stopped: it waits in the kernel until its child executes or ends.
+const VFORK: &str = "#include <unistd.h>\n#include <stdio.h>\nint main(void) {\n\
+    puts(\"ready\"); fflush(stdout);\n\
+    if (vfork() == 0) { char c; while (read(0, &c, 1) == 1 && c != '\\n'); _exit(0); }\n\
+    puts(\"mended\"); fflush(stdout); getchar(); puts(\"again\"); fflush(stdout); getchar(); return 0; }";
+
+#[test]
+fn a_parent_in_vfork_is_carried_or_named() {
+    if !installed("/usr/bin/cc") {
+        return;
+    }
+    let lab = Lab::new();
+    let sandbox = lab.sandbox();
+    write_file(&sandbox, "/vfork.c", VFORK.as_bytes());
+    output(&sandbox, "cc -o /vfork /vfork.c");
+    let mut program = Program::start(&sandbox, &["/vfork"]).unwrap();
+    assert_eq!(program.hear().unwrap(), "ready");
+    if let Err(error) = sandbox.checkpoint(None) {
+        let error = error.to_string();
+        assert!(error.contains("vfork"), "{error}");
+    }
+    assert_eq!(program.ask("mend").unwrap(), "mended");
+    let (id, mark) = (sandbox.checkpoint(None).unwrap().id, program.mark());
+    assert_eq!(program.ask("").unwrap(), "again");
+    sandbox.rollback(id).unwrap();
+    program.went_back(mark);
+    assert_eq!(program.ask("").unwrap(), "again");
+}

@@ -1,0 +1,7 @@
+//! Checkpoint, rollback and fork of real programs in real sandboxes.
+#![cfg(target_os = "linux")]
+
+mod equivalence;
+mod faults;
+mod lab;
+mod sessions;
