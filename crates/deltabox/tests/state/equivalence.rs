@@ -4,30 +4,60 @@
 
 use deltabox::{CheckpointId, Sandbox};
 
-use crate::lab::{Lab, Outcome, PYTHON, Program, write_file};
+use crate::lab::{Lab, Outcome, PYTHON, Program, output, write_file};
 
 const DRIVER: &str = include_str!("../programs/driver.py");
 
-/// Runs one case in every mode and tells of all that failed.
-fn all_modes(theme: &str, case: &str) {
-    let source = format!("{DRIVER}\n\n{theme}\n\nmain()\n");
-    let failures: Vec<String> = match Subject::new(&source, case) {
-        Err(e) => vec![e],
-        Ok(mut subject) => subject
-            .modes()
-            .into_iter()
-            .filter_map(|(mode, outcome)| outcome.err().map(|e| format!("{mode}: {e}")))
-            .collect(),
-    };
-    assert!(failures.is_empty(), "{case}:\n{}", failures.join("\n"));
+/// A program that checks itself.
+struct Fixture {
+    /// Where its text is put in the sandbox.
+    path: &'static str,
+    text: String,
+    /// A script that makes a program of the text.
+    build: &'static str,
+    argv: Vec<&'static str>,
 }
 
-fn begin(sandbox: &Sandbox, source: &str, case: &str) -> Outcome<Program> {
-    write_file(sandbox, "/case.py", source.as_bytes());
-    let mut program = Program::start(sandbox, &[PYTHON, "/case.py", case])?;
-    match program.hear()?.as_str() {
-        "ready" => Ok(program),
-        other => Err(format!("{other:?} instead of ready")),
+impl Fixture {
+    fn python(theme: &str, case: &'static str) -> Self {
+        Self {
+            path: "/case.py",
+            text: format!("{DRIVER}\n\n{theme}\n\nmain()\n"),
+            build: ":",
+            argv: vec![PYTHON, "/case.py", case],
+        }
+    }
+
+    fn native(case: &'static str) -> Self {
+        Self {
+            path: "/case.c",
+            text: include_str!("../programs/native.c").to_owned(),
+            build: "cc -O1 -o /case /case.c -lpthread -lm",
+            argv: vec!["/case", case],
+        }
+    }
+
+    fn begin(&self, sandbox: &Sandbox) -> Outcome<Program> {
+        write_file(sandbox, self.path, self.text.as_bytes());
+        output(sandbox, self.build);
+        let mut program = Program::start(sandbox, &self.argv)?;
+        match program.hear()?.as_str() {
+            "ready" => Ok(program),
+            other => Err(format!("{other:?} instead of ready")),
+        }
+    }
+
+    /// Runs the case in every mode and tells of all that failed.
+    fn all_modes(&self) {
+        let failures: Vec<String> = match Subject::new(self) {
+            Err(e) => vec![e],
+            Ok(mut subject) => subject
+                .modes()
+                .into_iter()
+                .filter_map(|(mode, outcome)| outcome.err().map(|e| format!("{mode}: {e}")))
+                .collect(),
+        };
+        assert!(failures.is_empty(), "\n{}", failures.join("\n"));
     }
 }
 
@@ -42,13 +72,14 @@ struct Subject {
 }
 
 impl Subject {
-    fn new(source: &str, case: &str) -> Outcome<Self> {
+    fn new(fixture: &Fixture) -> Outcome<Self> {
         let lab = Lab::new();
-        begin(&lab.sandbox(), source, case)?
+        fixture
+            .begin(&lab.sandbox())?
             .pass("check")
             .map_err(|e| format!("untouched: {e}"))?;
         let sandbox = lab.sandbox();
-        let program = begin(&sandbox, source, case)?;
+        let program = fixture.begin(&sandbox)?;
         let report = sandbox
             .checkpoint(None)
             .map_err(|e| format!("checkpoint: {e}"))?;
@@ -116,7 +147,7 @@ macro_rules! theme {
 
             $(#[test]
             fn $case() {
-                super::all_modes(SOURCE, stringify!($case));
+                super::Fixture::python(SOURCE, stringify!($case)).all_modes();
             })*
 
             #[test]
@@ -295,4 +326,24 @@ theme! { processes:
     tree_killed_whole_since
     process_descriptor
     multiprocessing_pool
+}
+
+#[test]
+#[cfg(target_arch = "x86_64")]
+fn registers_of_a_thread_that_computes() {
+    if std::arch::is_x86_feature_detected!("avx2") {
+        Fixture::native("registers").all_modes();
+    } else {
+        eprintln!("this processor has no AVX2: nothing was tested");
+    }
+}
+
+#[test]
+fn a_deep_stack_with_data_in_every_frame() {
+    Fixture::native("deep_stack").all_modes();
+}
+
+#[test]
+fn a_large_bss_and_a_break_that_went_down() {
+    Fixture::native("large_bss_and_lower_break").all_modes();
 }

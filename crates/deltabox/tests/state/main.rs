@@ -4,4 +4,6 @@
 mod equivalence;
 mod faults;
 mod lab;
+mod servers;
 mod sessions;
+mod walk;
