@@ -287,14 +287,14 @@ def recv_with_a_timeout():
     one, two = socket.socketpair()
     one.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("=qq", 600, 0))
     buffer = ctypes.create_string_buffer(10)
-    return blocked_case(Blocked(libc.recv, one.fileno(), buffer, 10, 0), lambda: two.send(b"xyz"), 3)
+    return blocked_case(Blocked(lambda: libc.recv(one.fileno(), buffer, 10, 0)), lambda: two.send(b"xyz"), 3)
 
 
 @case
 def recv_without_a_timeout():
     one, two = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
     buffer = ctypes.create_string_buffer(10)
-    return blocked_case(Blocked(libc.recv, one.fileno(), buffer, 10, 0), lambda: two.send(b"xyz"), 3)
+    return blocked_case(Blocked(lambda: libc.recv(one.fileno(), buffer, 10, 0)), lambda: two.send(b"xyz"), 3)
 
 
 @case

@@ -74,7 +74,7 @@ def stat(pid):
 
 
 def descriptors():
-    """Number, target and flags of every open descriptor."""
+    """Number, target and flags of every open descriptor. A pipe's inode number is not part of its state."""
     directory = os.open("/proc/self/fd", os.O_RDONLY)
     names = [n for n in os.listdir(directory) if int(n) != directory]
     result = []
@@ -85,7 +85,7 @@ def descriptors():
                 flags = [text for text in info if text.startswith("flags")]
         except FileNotFoundError:
             continue  # the duplicate that listdir read through
-        result.append((int(name), target, flags))
+        result.append((int(name), target.split("[")[0], flags))
     os.close(directory)
     return sorted(result)
 

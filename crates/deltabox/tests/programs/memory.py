@@ -39,13 +39,17 @@ def holds(address, seed, length, what):
 
 
 def areas(first, last):
-    """Range, protection and flags of what is mapped between two addresses."""
+    """Range and protection of what is mapped between two addresses; whether the kernel merges neighbours is its own."""
     result = []
     for text in open("/proc/self/maps"):
         span, protection, *_ = text.split()
         low, high = (int(bound, 16) for bound in span.split("-"))
-        if low < last and high > first:
-            result.append((max(low, first), min(high, last), protection))
+        if low >= last or high <= first:
+            continue
+        low, high = max(low, first), min(high, last)
+        if result and result[-1][1:] == (low, protection):
+            low = result.pop()[0]
+        result.append((low, high, protection))
     return result
 
 
