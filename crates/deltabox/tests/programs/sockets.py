@@ -140,29 +140,6 @@ def unix_listener_with_an_abstract_name():
 
 
 @case
-def unix_connection_not_yet_accepted():
-    server = socket.socket(socket.AF_UNIX)
-    server.bind("/tmp/backlog")
-    server.listen(5)
-    client = socket.socket(socket.AF_UNIX)
-    client.connect("/tmp/backlog")
-    client.send(b"early")
-
-    def mutate():
-        peer, _ = server.accept()
-        peer.recv(100)
-
-    def check():
-        server.settimeout(20)
-        peer, _ = server.accept()
-        equal(peer.recv(100), b"early", "sent before accept")
-        peer.send(b"late")
-        equal(client.recv(100), b"late", "answered")
-
-    return mutate, check
-
-
-@case
 def unix_dgram_with_senders():
     receiver = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
     receiver.bind("/tmp/receiver")

@@ -198,7 +198,6 @@ theme! { sockets:
     socketpair_seqpacket_with_queued_messages
     unix_listener_and_connection
     unix_listener_with_an_abstract_name
-    unix_connection_not_yet_accepted
     unix_dgram_with_senders
     tcp_listening
     tcp6_listening
@@ -303,7 +302,6 @@ theme! { signals:
 
 theme! { processes:
     working_directory_umask_and_name
-    changed_root_directory
     resource_limits
     credentials_of_another_user
     credentials_dropped_since

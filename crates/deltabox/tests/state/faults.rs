@@ -52,6 +52,21 @@ fn descriptors_under_way_in_a_socket_are_named() {
 }
 
 #[test]
+fn a_connection_with_data_that_waits_to_be_accepted_is_named() {
+    let make = "server = socket.socket(socket.AF_UNIX)\nserver.bind('/tmp/s')\nserver.listen()\n\
+                client = socket.socket(socket.AF_UNIX)\nclient.connect('/tmp/s')\nclient.send(b'early')";
+    refused_and_unharmed(&script(make, "server.accept()"), &["accepted"]);
+}
+
+#[test]
+fn a_process_with_a_root_of_its_own_is_named() {
+    let make = "pid = os.fork()\nif pid == 0:\n  os.chroot('/tmp')\n  signal.pause()\n\
+                while os.readlink(f'/proc/{pid}/root') == '/': pass";
+    let mend = "os.kill(pid, signal.SIGKILL)\nos.waitpid(pid, 0)";
+    refused_and_unharmed(&script(make, mend), &["chroot"]);
+}
+
+#[test]
 fn an_unknown_checkpoint_is_refused_everywhere() {
     let lab = Lab::new();
     let (sandbox, other) = (lab.sandbox(), lab.sandbox());
