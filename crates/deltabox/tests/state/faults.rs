@@ -218,12 +218,12 @@ fn a_difference_names_every_change_and_nothing_else() {
             &FileChange::Deleted {
                 path: path("/d/gone")
             },
+            &FileChange::Added {
+                path: path("/d/new")
+            },
             &FileChange::Renamed {
                 from: path("/d/moved"),
                 to: path("/d/sub/there")
-            },
-            &FileChange::Added {
-                path: path("/d/new")
             },
         ]
     );

@@ -114,8 +114,8 @@ fn jobs_of_a_shell_come_back_with_their_pids_and_states() {
     shell.tell("kill -9 %1 %2; wait %1 %2; kill -9 %3; sleep 5000 &");
     sandbox.rollback(id).unwrap();
     assert_eq!(shell.ask(state), before);
-    shell.tell("kill %1; wait %1");
-    let after = shell.ask("$?");
+    shell.tell("kill %1; wait %1; status=$?");
+    let after = shell.ask("$status");
     assert_eq!(
         after, "143",
         "a job that came back can be killed and waited for"
