@@ -74,7 +74,10 @@ def stat(pid):
 
 
 def descriptors():
-    """Number, target and flags of every open descriptor. A pipe's inode number is not part of its state."""
+    """Number, target and flags of every open descriptor.
+
+    Not what differs when the kernel makes the same thing again: a pipe's inode number, O_LARGEFILE on it.
+    """
     directory = os.open("/proc/self/fd", os.O_RDONLY)
     names = [n for n in os.listdir(directory) if int(n) != directory]
     result = []
@@ -82,10 +85,10 @@ def descriptors():
         try:
             target = os.readlink(name, dir_fd=directory)
             with open(f"/proc/self/fdinfo/{name}") as info:
-                flags = [text for text in info if text.startswith("flags")]
+                flags = int(next(text for text in info if text.startswith("flags")).split()[1], 8)
         except FileNotFoundError:
             continue  # the duplicate that listdir read through
-        result.append((int(name), target.split("[")[0], flags))
+        result.append((int(name), target.split("[")[0], oct(flags & ~0o100000)))
     os.close(directory)
     return sorted(result)
 

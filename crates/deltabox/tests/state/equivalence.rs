@@ -101,6 +101,7 @@ impl Subject {
         ]
     }
 
+    /// Nothing that these programs do to themselves needs more than their own processes to be made again.
     fn roll_back(&mut self) -> Outcome {
         let report = self
             .sandbox
