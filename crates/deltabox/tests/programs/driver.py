@@ -161,6 +161,9 @@ def say(text):
 
 
 def main():
+    # /tmp begins as that of the machine below, where anything may lie.
+    os.mkdir("/t")
+    os.chmod("/t", 0o1777)
     mutate, check = CASES[sys.argv[1]]()
     say("ready")
     while (word := read_line(0)) is not None:

@@ -193,8 +193,8 @@ def events(descriptor):
 
 @case
 def inotify_watches():
-    os.mkdir("/tmp/watched")
-    descriptor, number = watch("/tmp/watched")
+    os.mkdir("/t/watched")
+    descriptor, number = watch("/t/watched")
 
     def mutate():
         call(libc.inotify_rm_watch, descriptor, number)
@@ -202,9 +202,9 @@ def inotify_watches():
 
     def check():
         raises(errno.EAGAIN, os.read, descriptor, 4096)
-        open("/tmp/watched/new", "w").close()
+        open("/t/watched/new", "w").close()
         equal(events(descriptor), [(number, 0x100, b"new")], "events")
-        os.unlink("/tmp/watched/new")
+        os.unlink("/t/watched/new")
         equal(events(descriptor), [(number, 0x200, b"new")], "events")
 
     return mutate, check
@@ -212,9 +212,9 @@ def inotify_watches():
 
 @case
 def inotify_with_queued_events():
-    os.mkdir("/tmp/watched")
-    descriptor, number = watch("/tmp/watched")
-    open("/tmp/watched/early", "w").close()
+    os.mkdir("/t/watched")
+    descriptor, number = watch("/t/watched")
+    open("/t/watched/early", "w").close()
 
     def mutate():
         events(descriptor)
@@ -301,7 +301,7 @@ def pty_with_a_session_on_it():
             answers.extend(os.read(master, 1000))
         answers.clear()
 
-    os.write(master, b"PS1=; stty -echo; x=secret; echo begun\n")
+    os.write(master, b"PS1=; stty -echo; x=secret; echo be''gun\n")
     until(b"begun\r\n")
 
     def mutate():
@@ -325,7 +325,7 @@ def pty_with_a_session_on_it():
 def device_nodes():
     opened = {name: os.open(f"/dev/{name}", os.O_RDWR) for name in ("null", "zero", "full")}
     random = os.open("/dev/urandom", os.O_RDONLY)
-    plain = os.open("/tmp/not-random", os.O_RDWR | os.O_CREAT)
+    plain = os.open("/t/not-random", os.O_RDWR | os.O_CREAT)
     before = descriptors()
 
     def mutate():

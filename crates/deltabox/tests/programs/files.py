@@ -6,13 +6,13 @@ import resource
 
 @case
 def file_offset_flags_and_content():
-    plain = os.open("/tmp/plain", os.O_RDWR | os.O_CREAT)
+    plain = os.open("/t/plain", os.O_RDWR | os.O_CREAT)
     os.write(plain, b"0123456789")
     os.lseek(plain, 4, os.SEEK_SET)
-    append = os.open("/tmp/append", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    append = os.open("/t/append", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.write(append, b"first\n")
     os.set_inheritable(append, True)
-    readonly = os.open("/tmp/plain", os.O_RDONLY | os.O_NOFOLLOW)
+    readonly = os.open("/t/plain", os.O_RDONLY | os.O_NOFOLLOW)
     before = descriptors()
 
     def mutate():
@@ -33,16 +33,16 @@ def file_offset_flags_and_content():
         raises(errno.EBADF, os.write, readonly, b"x")
         equal(os.get_inheritable(append), True, "inheritable")
         os.write(append, b"third\n")
-        equal(open("/tmp/append").read(), "first\nthird\n", "the appended file")
+        equal(open("/t/append").read(), "first\nthird\n", "the appended file")
 
     return mutate, check
 
 
 @case
 def file_unlinked_but_open():
-    kept = os.open("/tmp/gone", os.O_RDWR | os.O_CREAT)
+    kept = os.open("/t/gone", os.O_RDWR | os.O_CREAT)
     os.write(kept, b"still here" * 1000)
-    os.unlink("/tmp/gone")
+    os.unlink("/t/gone")
 
     def mutate():
         os.ftruncate(kept, 0)
@@ -53,55 +53,55 @@ def file_unlinked_but_open():
         equal(os.pread(kept, 20000, 0), b"still here" * 1000, "content")
         os.write(kept, b"more")
         equal(os.fstat(kept).st_size, 10004, "size after a write")
-        equal(os.path.exists("/tmp/gone"), False, "the name")
+        equal(os.path.exists("/t/gone"), False, "the name")
 
     return mutate, check
 
 
 @case
 def file_whose_name_was_taken_by_another():
-    kept = os.open("/tmp/name", os.O_RDWR | os.O_CREAT)
+    kept = os.open("/t/name", os.O_RDWR | os.O_CREAT)
     os.write(kept, b"original")
 
     def mutate():
-        os.unlink("/tmp/name")
-        with open("/tmp/name", "w") as other:
+        os.unlink("/t/name")
+        with open("/t/name", "w") as other:
             other.write("impostor")
         os.pwrite(kept, b"SPOILED!", 0)
 
     def check():
-        equal(os.fstat(kept).st_ino, os.stat("/tmp/name").st_ino, "inode")
-        equal(open("/tmp/name").read(), "original", "by name")
+        equal(os.fstat(kept).st_ino, os.stat("/t/name").st_ino, "inode")
+        equal(open("/t/name").read(), "original", "by name")
         os.pwrite(kept, b"by descriptor", 0)
-        equal(open("/tmp/name").read(), "by descriptor", "written by descriptor")
+        equal(open("/t/name").read(), "by descriptor", "written by descriptor")
 
     return mutate, check
 
 
 @case
 def file_renamed_since():
-    os.mkdir("/tmp/from")
-    kept = os.open("/tmp/from/file", os.O_RDWR | os.O_CREAT)
+    os.mkdir("/t/from")
+    kept = os.open("/t/from/file", os.O_RDWR | os.O_CREAT)
     os.write(kept, b"content")
 
     def mutate():
-        os.rename("/tmp/from", "/tmp/to")
-        os.rename("/tmp/to/file", "/tmp/to/other")
+        os.rename("/t/from", "/t/to")
+        os.rename("/t/to/file", "/t/to/other")
 
     def check():
-        equal(os.readlink(f"/proc/self/fd/{kept}"), "/tmp/from/file", "path")
-        equal(os.path.exists("/tmp/to"), False, "the new name")
-        equal(os.stat("/tmp/from/file").st_ino, os.fstat(kept).st_ino, "inode")
+        equal(os.readlink(f"/proc/self/fd/{kept}"), "/t/from/file", "path")
+        equal(os.path.exists("/t/to"), False, "the new name")
+        equal(os.stat("/t/from/file").st_ino, os.fstat(kept).st_ino, "inode")
 
     return mutate, check
 
 
 @case
 def directory_position():
-    os.mkdir("/tmp/many")
+    os.mkdir("/t/many")
     for number in range(300):
-        open(f"/tmp/many/{number:03}", "w").close()
-    directory = os.open("/tmp/many", os.O_RDONLY | os.O_DIRECTORY)
+        open(f"/t/many/{number:03}", "w").close()
+    directory = os.open("/t/many", os.O_RDONLY | os.O_DIRECTORY)
 
     def some(size=1024):
         buffer = ctypes.create_string_buffer(size)
@@ -118,7 +118,7 @@ def directory_position():
     def mutate():
         while some():
             pass
-        os.unlink("/tmp/many/299")
+        os.unlink("/t/many/299")
 
     def check():
         names = list(seen)
@@ -132,9 +132,9 @@ def directory_position():
 
 @case
 def working_directory_of_a_removed_name():
-    os.mkdir("/tmp/inner")
-    os.chdir("/tmp/inner")
-    os.rmdir("/tmp/inner")
+    os.mkdir("/t/inner")
+    os.chdir("/t/inner")
+    os.rmdir("/t/inner")
 
     def mutate():
         os.chdir("/")
@@ -253,20 +253,20 @@ def pipe_between_children():
 
 @case
 def fifo():
-    os.mkfifo("/tmp/fifo")
-    both = os.open("/tmp/fifo", os.O_RDWR)
-    reader = os.open("/tmp/fifo", os.O_RDONLY | os.O_NONBLOCK)
+    os.mkfifo("/t/fifo")
+    both = os.open("/t/fifo", os.O_RDWR)
+    reader = os.open("/t/fifo", os.O_RDONLY | os.O_NONBLOCK)
     os.write(both, b"in the fifo")
 
     def mutate():
         os.read(reader, 4)
         os.close(both)
         os.close(reader)
-        os.unlink("/tmp/fifo")
+        os.unlink("/t/fifo")
 
     def check():
         equal(os.read(reader, 100), b"in the fifo", "contents")
-        third = os.open("/tmp/fifo", os.O_WRONLY | os.O_NONBLOCK)
+        third = os.open("/t/fifo", os.O_WRONLY | os.O_NONBLOCK)
         os.write(third, b"by name")
         equal(os.read(both, 100), b"by name", "through the name")
         raises(errno.EAGAIN, os.read, reader, 1)
@@ -276,17 +276,17 @@ def fifo():
 
 @case
 def offset_shared_by_dup_and_fork():
-    first = os.open("/tmp/shared", os.O_RDWR | os.O_CREAT)
+    first = os.open("/t/shared", os.O_RDWR | os.O_CREAT)
     os.write(first, b"0123456789")
     os.lseek(first, 2, os.SEEK_SET)
     put("first", first)
     second = os.dup(first)
-    apart = os.open("/tmp/shared", os.O_RDONLY)
+    apart = os.open("/t/shared", os.O_RDONLY)
     child = Child()
 
     def mutate():
         os.close(second)
-        equal(os.open("/tmp/shared", os.O_RDWR), second, "the number is free")
+        equal(os.open("/t/shared", os.O_RDWR), second, "the number is free")
         child.ask("os.lseek(first, 9, os.SEEK_SET)")
         child.ask("os.close(first)")
         os.dup2(first, apart)
@@ -306,7 +306,7 @@ def offset_shared_by_dup_and_fork():
 
 @case
 def description_held_by_the_child_alone():
-    first = os.open("/tmp/held", os.O_RDWR | os.O_CREAT)
+    first = os.open("/t/held", os.O_RDWR | os.O_CREAT)
     os.write(first, b"0123456789")
     put("first", first)
     one = Child()
@@ -327,8 +327,8 @@ def description_held_by_the_child_alone():
 
 @case
 def descriptors_redirected():
-    one = os.open("/tmp/one", os.O_RDWR | os.O_CREAT)
-    two = os.open("/tmp/two", os.O_RDWR | os.O_CREAT)
+    one = os.open("/t/one", os.O_RDWR | os.O_CREAT)
+    two = os.open("/t/two", os.O_RDWR | os.O_CREAT)
     os.dup2(one, 40)
     os.dup2(two, 41, inheritable=False)
     reader, writer = os.pipe()
@@ -346,9 +346,9 @@ def descriptors_redirected():
     def check():
         equal(descriptors(), before, "descriptors")
         os.write(40, b"!")
-        equal(open("/tmp/one").read(), "to one!", "through 40")
+        equal(open("/t/one").read(), "to one!", "through 40")
         os.write(41, b"to two")
-        equal(open("/tmp/two").read(), "to two", "through 41")
+        equal(open("/t/two").read(), "to two", "through 41")
         os.write(writer, b"x")
         equal(os.read(reader, 10), b"x", "through the pipe")
 
@@ -379,7 +379,7 @@ def many_descriptors():
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, 4096), hard))
     for number in range(100):
-        kept = os.open(f"/tmp/f{number}", os.O_RDWR | os.O_CREAT)
+        kept = os.open(f"/t/f{number}", os.O_RDWR | os.O_CREAT)
         os.write(kept, b"%d" % number)
         os.dup2(kept, 1000 + number)
     before = descriptors()
@@ -397,9 +397,9 @@ def many_descriptors():
 
 @case
 def locks_held():
-    one = os.open("/tmp/flock", os.O_RDWR | os.O_CREAT)
+    one = os.open("/t/flock", os.O_RDWR | os.O_CREAT)
     fcntl.flock(one, fcntl.LOCK_EX)
-    two = os.open("/tmp/range", os.O_RDWR | os.O_CREAT)
+    two = os.open("/t/range", os.O_RDWR | os.O_CREAT)
     fcntl.lockf(two, fcntl.LOCK_EX, 10, 5)
 
     def mutate():
@@ -407,10 +407,10 @@ def locks_held():
         fcntl.lockf(two, fcntl.LOCK_UN)
 
     def check():
-        other = os.open("/tmp/flock", os.O_RDWR)
+        other = os.open("/t/flock", os.O_RDWR)
         raises(errno.EAGAIN, fcntl.flock, other, fcntl.LOCK_EX | fcntl.LOCK_NB)
         child = Child()
-        put_range = "os.open('/tmp/range', os.O_RDWR)"
+        put_range = "os.open('/t/range', os.O_RDWR)"
         attempt = f"fcntl.lockf({put_range}, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, "
         equal("BlockingIOError" in child.ask(attempt + "7)"), True, "the locked range")
         equal(child.ask(attempt + "20)"), None, "beyond the locked range")
@@ -422,7 +422,7 @@ def locks_held():
 
 @case
 def path_descriptor_and_proc_file():
-    path = os.open("/tmp", os.O_PATH | os.O_DIRECTORY)
+    path = os.open("/t", os.O_PATH | os.O_DIRECTORY)
     process = os.open("/proc/self/status", os.O_RDONLY)
     os.read(process, 10)
     before = descriptors()
@@ -434,7 +434,7 @@ def path_descriptor_and_proc_file():
     def check():
         equal(descriptors(), before, "descriptors")
         open(f"/proc/self/fd/{path}/through", "w").close()
-        equal(os.path.exists("/tmp/through"), True, "through O_PATH")
+        equal(os.path.exists("/t/through"), True, "through O_PATH")
         equal(os.pread(process, 5, 0), b"Name:", "the status")
         equal(os.lseek(process, 0, os.SEEK_CUR), 10, "position")
 

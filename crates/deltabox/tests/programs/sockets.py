@@ -131,7 +131,7 @@ def unix_listener(address):
 
 @case
 def unix_listener_and_connection():
-    return unix_listener("/tmp/socket")
+    return unix_listener("/t/socket")
 
 
 @case
@@ -142,26 +142,26 @@ def unix_listener_with_an_abstract_name():
 @case
 def unix_dgram_with_senders():
     receiver = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-    receiver.bind("/tmp/receiver")
+    receiver.bind("/t/receiver")
     sender = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-    sender.bind("/tmp/sender")
-    sender.sendto(b"one", "/tmp/receiver")
-    sender.connect("/tmp/receiver")
+    sender.bind("/t/sender")
+    sender.sendto(b"one", "/t/receiver")
+    sender.connect("/t/receiver")
     sender.send(b"two")
     receiver.setblocking(False)
 
     def mutate():
         receiver.recv(10)
         sender.close()
-        os.unlink("/tmp/sender")
+        os.unlink("/t/sender")
 
     def check():
-        equal(receiver.recvfrom(10), (b"one", "/tmp/sender"), "first")
-        equal(receiver.recvfrom(10), (b"two", "/tmp/sender"), "second")
+        equal(receiver.recvfrom(10), (b"one", "/t/sender"), "first")
+        equal(receiver.recvfrom(10), (b"two", "/t/sender"), "second")
         raises(errno.EAGAIN, receiver.recv, 1)
         sender.send(b"three")
-        equal(receiver.recvfrom(10), (b"three", "/tmp/sender"), "sent on")
-        receiver.sendto(b"back", "/tmp/sender")
+        equal(receiver.recvfrom(10), (b"three", "/t/sender"), "sent on")
+        receiver.sendto(b"back", "/t/sender")
         equal(sender.recv(10), b"back", "to the sender's name")
 
     return mutate, check
