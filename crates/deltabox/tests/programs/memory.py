@@ -465,35 +465,3 @@ def stack_grown_since():
         equal(repr(deep) == wanted, True, "the stack grows again")
 
     return mutate, check
-
-
-@case
-def advice_on_memory():
-    kept = {}
-    for advice, flag in ((mmap.MADV_DONTFORK, "dc"), (18, "wf"), (16, "dd")):  # MADV_WIPEONFORK, MADV_DONTDUMP
-        address = mapping(4 * PAGE)
-        mapping(PAGE, NONE, PRIVATE | ANONYMOUS)
-        fill(address, flag, 4 * PAGE)
-        call(libc.madvise, address, 4 * PAGE, advice)
-        kept[address] = flag
-
-    def flags(address):
-        inside = False
-        for text in open("/proc/self/smaps"):
-            if text.startswith("VmFlags:") and inside:
-                return text.split()[1:]
-            if "-" in text.split()[0]:
-                low, high = (int(bound, 16) for bound in text.split()[0].split("-"))
-                inside = low <= address < high
-        raise AssertionError(f"nothing at {address:#x}")
-
-    def mutate():
-        for address, flag in kept.items():
-            call(libc.madvise, address, 4 * PAGE, {"dc": mmap.MADV_DOFORK, "wf": 19, "dd": 17}[flag])
-
-    def check():
-        for address, flag in kept.items():
-            equal(flag in flags(address), True, f"{flag} among the flags of {address:#x}")
-            holds(address, flag, 4 * PAGE, "memory")
-
-    return mutate, check

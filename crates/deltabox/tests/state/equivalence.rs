@@ -175,7 +175,6 @@ theme! { files:
     file_whose_name_was_taken_by_another
     file_renamed_since
     directory_position
-    working_directory_of_a_removed_name
     pipe_contents
     pipe_of_packets
     pipe_whose_other_end_was_closed
@@ -217,10 +216,8 @@ theme! { events:
     timerfd_periodic_goes_on
     signalfd_with_a_pending_signal
     inotify_watches
-    inotify_with_queued_events
     memfd_shared_with_a_child
     pty_with_both_ends_inside
-    pty_with_a_session_on_it
     device_nodes
 }
 
@@ -245,7 +242,6 @@ theme! { memory:
     memory_copied_on_write_between_processes
     program_break
     stack_grown_since
-    advice_on_memory
 }
 
 theme! { threads:
@@ -310,7 +306,6 @@ theme! { processes:
     process_controls
     zombie_not_yet_waited_for
     stopped_process
-    stopped_process_reported_once
     orphan_of_a_double_fork
     sessions_and_groups
     member_of_a_group_whose_leader_is_gone
