@@ -258,11 +258,11 @@ def sigwaitinfo_without_a_timeout():
 @case
 def accept_of_a_unix_connection():
     server = socket.socket(socket.AF_UNIX)
-    server.bind("/t/accept")
+    server.bind("/playground/accept")
     server.listen()
     blocked = Blocked(lambda: min(libc.accept4(server.fileno(), None, None, 0), 0))
     client = socket.socket(socket.AF_UNIX)
-    return blocked_case(blocked, lambda: client.connect("/t/accept"), 0)
+    return blocked_case(blocked, lambda: client.connect("/playground/accept"), 0)
 
 
 @case
@@ -292,8 +292,8 @@ def recv_without_a_timeout():
 
 @case
 def lock_waited_for():
-    holder = os.open("/t/lock", os.O_RDWR | os.O_CREAT)
-    waiter = os.open("/t/lock", os.O_RDWR)
+    holder = os.open("/playground/lock", os.O_RDWR | os.O_CREAT)
+    waiter = os.open("/playground/lock", os.O_RDWR)
     fcntl.flock(holder, fcntl.LOCK_EX)
     blocked = Blocked(libc.flock, waiter, fcntl.LOCK_EX)
     return blocked_case(blocked, lambda: fcntl.flock(holder, fcntl.LOCK_UN), 0)
@@ -301,9 +301,9 @@ def lock_waited_for():
 
 @case
 def open_of_a_fifo():
-    os.mkfifo("/t/fifo")
-    blocked = Blocked(lambda: min(libc.open(b"/t/fifo", os.O_RDONLY), 0))
-    return blocked_case(blocked, lambda: os.open("/t/fifo", os.O_WRONLY), 0)
+    os.mkfifo("/playground/fifo")
+    blocked = Blocked(lambda: min(libc.open(b"/playground/fifo", os.O_RDONLY), 0))
+    return blocked_case(blocked, lambda: os.open("/playground/fifo", os.O_WRONLY), 0)
 
 
 @case
@@ -315,12 +315,12 @@ def read_of_an_eventfd():
 
 @case
 def read_of_an_inotify():
-    os.mkdir("/t/watched")
+    os.mkdir("/playground/watched")
     descriptor = call(libc.inotify_init1, 0)
-    call(libc.inotify_add_watch, descriptor, b"/t/watched", 0x100)
+    call(libc.inotify_add_watch, descriptor, b"/playground/watched", 0x100)
     buffer = ctypes.create_string_buffer(4096)
     blocked = Blocked(libc.read, descriptor, buffer, 4096)
-    return blocked_case(blocked, lambda: open("/t/watched/new", "w").close(), 32)
+    return blocked_case(blocked, lambda: open("/playground/watched/new", "w").close(), 32)
 
 
 @case

@@ -162,8 +162,8 @@ def say(text):
 
 def main():
     # /tmp begins as that of the machine below, where anything may lie.
-    os.mkdir("/t")
-    os.chmod("/t", 0o1777)
+    os.mkdir("/playground")
+    os.chmod("/playground", 0o1777)
     mutate, check = CASES[sys.argv[1]]()
     say("ready")
     while (word := read_line(0)) is not None:

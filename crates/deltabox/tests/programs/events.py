@@ -193,8 +193,8 @@ def events(descriptor):
 
 @case
 def inotify_watches():
-    os.mkdir("/t/watched")
-    descriptor, number = watch("/t/watched")
+    os.mkdir("/playground/watched")
+    descriptor, number = watch("/playground/watched")
 
     def mutate():
         call(libc.inotify_rm_watch, descriptor, number)
@@ -202,9 +202,9 @@ def inotify_watches():
 
     def check():
         raises(errno.EAGAIN, os.read, descriptor, 4096)
-        open("/t/watched/new", "w").close()
+        open("/playground/watched/new", "w").close()
         equal(events(descriptor), [(number, 0x100, b"new")], "events")
-        os.unlink("/t/watched/new")
+        os.unlink("/playground/watched/new")
         equal(events(descriptor), [(number, 0x200, b"new")], "events")
 
     return mutate, check
@@ -274,7 +274,7 @@ def pty_with_both_ends_inside():
 def device_nodes():
     opened = {name: os.open(f"/dev/{name}", os.O_RDWR) for name in ("null", "zero", "full")}
     random = os.open("/dev/urandom", os.O_RDONLY)
-    plain = os.open("/t/not-random", os.O_RDWR | os.O_CREAT)
+    plain = os.open("/playground/not-random", os.O_RDWR | os.O_CREAT)
     before = descriptors()
 
     def mutate():

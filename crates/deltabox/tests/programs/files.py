@@ -6,13 +6,13 @@ import resource
 
 @case
 def file_offset_flags_and_content():
-    plain = os.open("/t/plain", os.O_RDWR | os.O_CREAT)
+    plain = os.open("/playground/plain", os.O_RDWR | os.O_CREAT)
     os.write(plain, b"0123456789")
     os.lseek(plain, 4, os.SEEK_SET)
-    append = os.open("/t/append", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    append = os.open("/playground/append", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.write(append, b"first\n")
     os.set_inheritable(append, True)
-    readonly = os.open("/t/plain", os.O_RDONLY | os.O_NOFOLLOW)
+    readonly = os.open("/playground/plain", os.O_RDONLY | os.O_NOFOLLOW)
     before = descriptors()
 
     def mutate():
@@ -33,16 +33,16 @@ def file_offset_flags_and_content():
         raises(errno.EBADF, os.write, readonly, b"x")
         equal(os.get_inheritable(append), True, "inheritable")
         os.write(append, b"third\n")
-        equal(open("/t/append").read(), "first\nthird\n", "the appended file")
+        equal(open("/playground/append").read(), "first\nthird\n", "the appended file")
 
     return mutate, check
 
 
 @case
 def file_unlinked_but_open():
-    kept = os.open("/t/gone", os.O_RDWR | os.O_CREAT)
+    kept = os.open("/playground/gone", os.O_RDWR | os.O_CREAT)
     os.write(kept, b"still here" * 1000)
-    os.unlink("/t/gone")
+    os.unlink("/playground/gone")
 
     def mutate():
         os.ftruncate(kept, 0)
@@ -53,54 +53,54 @@ def file_unlinked_but_open():
         equal(os.pread(kept, 20000, 0), b"still here" * 1000, "content")
         os.write(kept, b"more")
         equal(os.fstat(kept).st_size, 10004, "size after a write")
-        equal(os.path.exists("/t/gone"), False, "the name")
+        equal(os.path.exists("/playground/gone"), False, "the name")
 
     return mutate, check
 
 
 @case
 def file_whose_name_was_taken_by_another():
-    kept = os.open("/t/name", os.O_RDWR | os.O_CREAT)
+    kept = os.open("/playground/name", os.O_RDWR | os.O_CREAT)
     os.write(kept, b"original")
 
     def mutate():
-        os.unlink("/t/name")
-        with open("/t/name", "w") as other:
+        os.unlink("/playground/name")
+        with open("/playground/name", "w") as other:
             other.write("impostor")
         os.pwrite(kept, b"SPOILED!", 0)
 
     def check():
-        equal(os.fstat(kept).st_ino, os.stat("/t/name").st_ino, "inode")
-        equal(open("/t/name").read(), "original", "by name")
+        equal(os.fstat(kept).st_ino, os.stat("/playground/name").st_ino, "inode")
+        equal(open("/playground/name").read(), "original", "by name")
         os.pwrite(kept, b"by descriptor", 0)
-        equal(open("/t/name").read(), "by descriptor", "written by descriptor")
+        equal(open("/playground/name").read(), "by descriptor", "written by descriptor")
 
     return mutate, check
 
 
 @case
 def file_renamed_since():
-    os.mkdir("/t/from")
-    kept = os.open("/t/from/file", os.O_RDWR | os.O_CREAT)
+    os.mkdir("/playground/from")
+    kept = os.open("/playground/from/file", os.O_RDWR | os.O_CREAT)
     os.write(kept, b"content")
 
     def mutate():
-        os.rename("/t/from", "/t/to")
-        os.rename("/t/to/file", "/t/to/other")
+        os.rename("/playground/from", "/playground/to")
+        os.rename("/playground/to/file", "/playground/to/other")
 
     def check():
-        equal(os.path.exists("/t/to"), False, "the new name")
-        equal(os.stat("/t/from/file").st_ino, os.fstat(kept).st_ino, "inode")
+        equal(os.path.exists("/playground/to"), False, "the new name")
+        equal(os.stat("/playground/from/file").st_ino, os.fstat(kept).st_ino, "inode")
 
     return mutate, check
 
 
 @case
 def directory_position():
-    os.mkdir("/t/many")
+    os.mkdir("/playground/many")
     for number in range(300):
-        open(f"/t/many/{number:03}", "w").close()
-    directory = os.open("/t/many", os.O_RDONLY | os.O_DIRECTORY)
+        open(f"/playground/many/{number:03}", "w").close()
+    directory = os.open("/playground/many", os.O_RDONLY | os.O_DIRECTORY)
 
     def some(size=1024):
         buffer = ctypes.create_string_buffer(size)
@@ -117,7 +117,7 @@ def directory_position():
     def mutate():
         while some():
             pass
-        os.unlink("/t/many/299")
+        os.unlink("/playground/many/299")
 
     def check():
         names = list(seen)
@@ -236,20 +236,20 @@ def pipe_between_children():
 
 @case
 def fifo():
-    os.mkfifo("/t/fifo")
-    both = os.open("/t/fifo", os.O_RDWR)
-    reader = os.open("/t/fifo", os.O_RDONLY | os.O_NONBLOCK)
+    os.mkfifo("/playground/fifo")
+    both = os.open("/playground/fifo", os.O_RDWR)
+    reader = os.open("/playground/fifo", os.O_RDONLY | os.O_NONBLOCK)
     os.write(both, b"in the fifo")
 
     def mutate():
         os.read(reader, 4)
         os.close(both)
         os.close(reader)
-        os.unlink("/t/fifo")
+        os.unlink("/playground/fifo")
 
     def check():
         equal(os.read(reader, 100), b"in the fifo", "contents")
-        third = os.open("/t/fifo", os.O_WRONLY | os.O_NONBLOCK)
+        third = os.open("/playground/fifo", os.O_WRONLY | os.O_NONBLOCK)
         os.write(third, b"by name")
         equal(os.read(both, 100), b"by name", "through the name")
         raises(errno.EAGAIN, os.read, reader, 1)
@@ -259,17 +259,17 @@ def fifo():
 
 @case
 def offset_shared_by_dup_and_fork():
-    first = os.open("/t/shared", os.O_RDWR | os.O_CREAT)
+    first = os.open("/playground/shared", os.O_RDWR | os.O_CREAT)
     os.write(first, b"0123456789")
     os.lseek(first, 2, os.SEEK_SET)
     put("first", first)
     second = os.dup(first)
-    apart = os.open("/t/shared", os.O_RDONLY)
+    apart = os.open("/playground/shared", os.O_RDONLY)
     child = Child()
 
     def mutate():
         os.close(second)
-        equal(os.open("/t/shared", os.O_RDWR), second, "the number is free")
+        equal(os.open("/playground/shared", os.O_RDWR), second, "the number is free")
         child.ask("os.lseek(first, 9, os.SEEK_SET)")
         child.ask("os.close(first)")
         os.dup2(first, apart)
@@ -289,7 +289,7 @@ def offset_shared_by_dup_and_fork():
 
 @case
 def description_held_by_the_child_alone():
-    first = os.open("/t/held", os.O_RDWR | os.O_CREAT)
+    first = os.open("/playground/held", os.O_RDWR | os.O_CREAT)
     os.write(first, b"0123456789")
     put("first", first)
     one = Child()
@@ -310,8 +310,8 @@ def description_held_by_the_child_alone():
 
 @case
 def descriptors_redirected():
-    one = os.open("/t/one", os.O_RDWR | os.O_CREAT)
-    two = os.open("/t/two", os.O_RDWR | os.O_CREAT)
+    one = os.open("/playground/one", os.O_RDWR | os.O_CREAT)
+    two = os.open("/playground/two", os.O_RDWR | os.O_CREAT)
     os.dup2(one, 40)
     os.dup2(two, 41, inheritable=False)
     reader, writer = os.pipe()
@@ -329,9 +329,9 @@ def descriptors_redirected():
     def check():
         equal(descriptors(), before, "descriptors")
         os.write(40, b"!")
-        equal(open("/t/one").read(), "to one!", "through 40")
+        equal(open("/playground/one").read(), "to one!", "through 40")
         os.write(41, b"to two")
-        equal(open("/t/two").read(), "to two", "through 41")
+        equal(open("/playground/two").read(), "to two", "through 41")
         os.write(writer, b"x")
         equal(os.read(reader, 10), b"x", "through the pipe")
 
@@ -362,7 +362,7 @@ def many_descriptors():
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, 4096), hard))
     for number in range(100):
-        kept = os.open(f"/t/f{number}", os.O_RDWR | os.O_CREAT)
+        kept = os.open(f"/playground/f{number}", os.O_RDWR | os.O_CREAT)
         os.write(kept, b"%d" % number)
         os.dup2(kept, 1000 + number)
     before = descriptors()
@@ -380,9 +380,9 @@ def many_descriptors():
 
 @case
 def locks_held():
-    one = os.open("/t/flock", os.O_RDWR | os.O_CREAT)
+    one = os.open("/playground/flock", os.O_RDWR | os.O_CREAT)
     fcntl.flock(one, fcntl.LOCK_EX)
-    two = os.open("/t/range", os.O_RDWR | os.O_CREAT)
+    two = os.open("/playground/range", os.O_RDWR | os.O_CREAT)
     fcntl.lockf(two, fcntl.LOCK_EX, 10, 5)
 
     def mutate():
@@ -390,10 +390,10 @@ def locks_held():
         fcntl.lockf(two, fcntl.LOCK_UN)
 
     def check():
-        other = os.open("/t/flock", os.O_RDWR)
+        other = os.open("/playground/flock", os.O_RDWR)
         raises(errno.EAGAIN, fcntl.flock, other, fcntl.LOCK_EX | fcntl.LOCK_NB)
         child = Child()
-        put_range = "os.open('/t/range', os.O_RDWR)"
+        put_range = "os.open('/playground/range', os.O_RDWR)"
         attempt = f"fcntl.lockf({put_range}, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, "
         equal("BlockingIOError" in child.ask(attempt + "7)"), True, "the locked range")
         equal(child.ask(attempt + "20)"), None, "beyond the locked range")
@@ -405,7 +405,7 @@ def locks_held():
 
 @case
 def path_descriptor_and_proc_file():
-    path = os.open("/t", os.O_PATH | os.O_DIRECTORY)
+    path = os.open("/playground", os.O_PATH | os.O_DIRECTORY)
     process = os.open("/proc/self/status", os.O_RDONLY)
     os.read(process, 10)
     before = descriptors()
@@ -417,7 +417,7 @@ def path_descriptor_and_proc_file():
     def check():
         equal(descriptors(), before, "descriptors")
         open(f"/proc/self/fd/{path}/through", "w").close()
-        equal(os.path.exists("/t/through"), True, "through O_PATH")
+        equal(os.path.exists("/playground/through"), True, "through O_PATH")
         equal(os.pread(process, 5, 0), b"Name:", "the status")
         equal(os.lseek(process, 0, os.SEEK_CUR), 10, "position")
 

@@ -195,11 +195,11 @@ def memory_replaced_since():
     length = 1 << 20
     address = mapping(length)
     fill(address, "a", length)
-    with open("/t/replacement", "wb") as replacement:
+    with open("/playground/replacement", "wb") as replacement:
         replacement.write(pattern("b", length))
 
     def mutate():
-        descriptor = os.open("/t/replacement", os.O_RDWR)
+        descriptor = os.open("/playground/replacement", os.O_RDWR)
         mapping(length // 2, READ, PRIVATE | FIXED, descriptor, 0, address)
         mapping(length // 4, READ | WRITE, SHARED | FIXED | ANONYMOUS, at=address + length // 2)
 
@@ -207,7 +207,7 @@ def memory_replaced_since():
         holds(address, "a", length, "memory")
         equal(areas(address, address + length), [(address, address + length, "rw-p")], "areas")
         fill(address, "c", length)
-        equal(open("/t/replacement", "rb").read(), pattern("b", length), "the file")
+        equal(open("/playground/replacement", "rb").read(), pattern("b", length), "the file")
 
     return mutate, check
 
@@ -313,9 +313,9 @@ def machine_code_made_at_run_time():
 
 @case
 def file_mapped_private_with_written_pages():
-    with open("/t/private", "wb") as file:
+    with open("/playground/private", "wb") as file:
         file.write(pattern("file", 10 * PAGE))
-    descriptor = os.open("/t/private", os.O_RDONLY)
+    descriptor = os.open("/playground/private", os.O_RDONLY)
     address = mapping(10 * PAGE, READ | WRITE, PRIVATE, descriptor)
     os.close(descriptor)
     fill(address + 3 * PAGE, "mine", PAGE)
@@ -329,16 +329,16 @@ def file_mapped_private_with_written_pages():
         whole = bytearray(pattern("file", 10 * PAGE))
         whole[3 * PAGE : 4 * PAGE] = pattern("mine", PAGE)
         equal(ctypes.string_at(address, 10 * PAGE) == whole, True, "memory")
-        equal(open("/t/private", "rb").read() == pattern("file", 10 * PAGE), True, "the file")
+        equal(open("/playground/private", "rb").read() == pattern("file", 10 * PAGE), True, "the file")
 
     return mutate, check
 
 
 @case
 def file_mapped_shared():
-    with open("/t/shared", "wb") as file:
+    with open("/playground/shared", "wb") as file:
         file.write(pattern("file", 10 * PAGE))
-    descriptor = os.open("/t/shared", os.O_RDWR)
+    descriptor = os.open("/playground/shared", os.O_RDWR)
     area = mmap.mmap(descriptor, 10 * PAGE)
     area[2 * PAGE : 2 * PAGE + 5] = b"early"
 
@@ -362,10 +362,10 @@ def file_mapped_shared():
 
 @case
 def file_mapped_and_unlinked():
-    descriptor = os.open("/t/mapped", os.O_RDWR | os.O_CREAT)
+    descriptor = os.open("/playground/mapped", os.O_RDWR | os.O_CREAT)
     os.write(descriptor, pattern("file", 4 * PAGE))
     area = mmap.mmap(descriptor, 4 * PAGE)
-    os.unlink("/t/mapped")
+    os.unlink("/playground/mapped")
     os.close(descriptor)
 
     def mutate():

@@ -5,21 +5,21 @@ import resource
 
 @case
 def working_directory_umask_and_name():
-    os.makedirs("/t/deep/er")
-    os.chdir("/t/deep/er")
+    os.makedirs("/playground/deep/er")
+    os.chdir("/playground/deep/er")
     os.umask(0o027)
     call(libc.prctl, 15, b"renamed")
 
     def mutate():
         os.chdir("/usr")
-        os.rmdir("/t/deep/er")
+        os.rmdir("/playground/deep/er")
         os.umask(0)
         call(libc.prctl, 15, b"spoiled")
 
     def check():
-        equal(os.getcwd(), "/t/deep/er", "working directory")
+        equal(os.getcwd(), "/playground/deep/er", "working directory")
         open("here", "w").close()
-        equal(os.stat("/t/deep/er/here").st_mode & 0o777, 0o640, "mode made with the umask")
+        equal(os.stat("/playground/deep/er/here").st_mode & 0o777, 0o640, "mode made with the umask")
         equal(status("Name"), ["renamed"], "name")
 
     return mutate, check
@@ -62,8 +62,8 @@ def credentials_of_another_user():
         equal([status(field, child.pid) for field in fields], before, "credentials")
         equal(child.ask("(os.getresuid(), os.getresgid(), os.getgroups())"),
               ((1000, 1001, 1002), (1001, 1002, 1001), [2000, 3000]), "as it sees them")
-        equal(child.ask("open('/t/theirs', 'w').close()"), None, "makes a file")
-        owner = os.stat("/t/theirs")
+        equal(child.ask("open('/playground/theirs', 'w').close()"), None, "makes a file")
+        owner = os.stat("/playground/theirs")
         equal((owner.st_uid, owner.st_gid), (1001, 1002), "the file's owner")
 
     return mutate, check

@@ -131,7 +131,7 @@ def unix_listener(address):
 
 @case
 def unix_listener_and_connection():
-    return unix_listener("/t/socket")
+    return unix_listener("/playground/socket")
 
 
 @case
@@ -142,26 +142,26 @@ def unix_listener_with_an_abstract_name():
 @case
 def unix_dgram_with_senders():
     receiver = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-    receiver.bind("/t/receiver")
+    receiver.bind("/playground/receiver")
     sender = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-    sender.bind("/t/sender")
-    sender.sendto(b"one", "/t/receiver")
-    sender.connect("/t/receiver")
+    sender.bind("/playground/sender")
+    sender.sendto(b"one", "/playground/receiver")
+    sender.connect("/playground/receiver")
     sender.send(b"two")
     receiver.setblocking(False)
 
     def mutate():
         receiver.recv(10)
         sender.close()
-        os.unlink("/t/sender")
+        os.unlink("/playground/sender")
 
     def check():
-        equal(receiver.recvfrom(10), (b"one", "/t/sender"), "first")
-        equal(receiver.recvfrom(10), (b"two", "/t/sender"), "second")
+        equal(receiver.recvfrom(10), (b"one", "/playground/sender"), "first")
+        equal(receiver.recvfrom(10), (b"two", "/playground/sender"), "second")
         raises(errno.EAGAIN, receiver.recv, 1)
         sender.send(b"three")
-        equal(receiver.recvfrom(10), (b"three", "/t/sender"), "sent on")
-        receiver.sendto(b"back", "/t/sender")
+        equal(receiver.recvfrom(10), (b"three", "/playground/sender"), "sent on")
+        receiver.sendto(b"back", "/playground/sender")
         equal(sender.recv(10), b"back", "to the sender's name")
 
     return mutate, check

@@ -67,6 +67,26 @@ fn a_process_with_a_root_of_its_own_is_named() {
 }
 
 #[test]
+fn a_process_whose_directory_was_removed_is_named() {
+    let make = "os.mkdir('/gone')\nos.chdir('/gone')\nos.rmdir('/gone')";
+    refused_and_unharmed(&script(make, "os.chdir('/')"), &["python3", "directory"]);
+}
+
+#[test]
+fn a_directory_that_is_called_as_if_removed_is_no_fault() {
+    let lab = Lab::new();
+    let sandbox = lab.sandbox();
+    let script = "mkdir '/x (deleted)' && cd '/x (deleted)' && exec cat";
+    let mut program = Program::start(&sandbox, &["sh", "-c", script]).unwrap();
+    assert_eq!(program.ask("one").unwrap(), "one");
+    let (id, mark) = (sandbox.checkpoint(None).unwrap().id, program.mark());
+    program.kill().unwrap();
+    sandbox.rollback(id).unwrap();
+    program.went_back(mark);
+    assert_eq!(program.ask("two").unwrap(), "two");
+}
+
+#[test]
 fn an_unknown_checkpoint_is_refused_everywhere() {
     let lab = Lab::new();
     let (sandbox, other) = (lab.sandbox(), lab.sandbox());
