@@ -162,7 +162,7 @@ def stopped_process():
         child.ask("1")
 
     def check():
-        equal(stat(child.pid)[0], "T", "state")
+        eventually(lambda: stat(child.pid)[0] == "T", "the stop again")
         child.tell("6 * 7")
         equal(select.select([child.hearing], [], [], 0.2)[0], [], "answers while stopped")
         os.kill(child.pid, signal.SIGCONT)
