@@ -159,7 +159,7 @@ struct Found {
     threads: Vec<(HostPid, InnerPid)>,
 }
 
-/// `None` if some thread could not stop although the tree was frozen; then all run again.
+/// `None` if some thread could not stop although the tree was frozen, or was killed meanwhile; then all run again.
 fn seize_all(
     env: &dyn Environment,
     procfs: &Procfs,
@@ -181,7 +181,10 @@ fn seize_all(
         }
     });
     freezer.thaw().during_tree("thawing the processes")?;
-    let found = found?;
+    let found = match found {
+        Err(e) if is_death(&e) => return Ok(None),
+        found => found?,
+    };
     let threads: Vec<HostPid> = found
         .iter()
         .flat_map(|p| p.threads.iter().map(|(host, _)| *host))
@@ -189,6 +192,10 @@ fn seize_all(
     let Some(stops) = await_all(&threads) else {
         return Ok(None);
     };
+    if stops.values().any(|stop| matches!(stop, Stop::Gone(_))) {
+        let_go(&threads, Duration::from_secs(1));
+        return Ok(None);
+    }
     let mut processes = BTreeMap::new();
     for process in found {
         let pid = process.pid;
@@ -196,6 +203,14 @@ fn seize_all(
         processes.insert(pid, held);
     }
     Ok(Some(processes))
+}
+
+/// Whether it tells that a process was gone: a kill does not wait for a thaw.
+fn is_death(error: &Error) -> bool {
+    let (Error::Process { source, .. } | Error::Tree { source, .. }) = error else {
+        return false;
+    };
+    source.kind() == io::ErrorKind::NotFound || source.raw_os_error() == Some(libc::ESRCH)
 }
 
 fn hold(process: Found, stops: &HashMap<HostPid, Stop>) -> io::Result<HeldProcess> {
