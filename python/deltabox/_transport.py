@@ -167,7 +167,7 @@ class Transport:
         if done.returncode != 0:
             raise ServiceUnavailable(f"the service cannot be started: {told or done.returncode}")
         for line in told.splitlines():
-            _log.warning("%s", line)
+            _log.warning("%s", line.removeprefix("deltabox: "))
 
     def _program(self) -> str:
         program = self._binary or os.environ.get("DELTABOX_BIN") or shutil.which("deltabox")

@@ -1,4 +1,4 @@
-//! Readers that stand in for clients who start a command and are about to attach to it.
+//! Readers that stand in for clients who start a command and are about to attach to it, or to follow its output.
 //!
 //! A command waits for its readers, but not for one that has not come yet; between the two requests it could write
 //! more than its log keeps. So the service reads, that is: waits, in the client's place.
