@@ -32,8 +32,8 @@ struct Status {
 /// Kills the command with pid `leader` (inside) of `session` and its descendants in the frozen-and-thawed group
 /// `payload`. The caller sees to it that no checkpoint or rollback is under way.
 pub(crate) fn kill(payload: &Path, session: SessionId, leader: i32) -> Result<()> {
-    cgroup::freeze(payload, true)?;
-    let killed = kill_frozen(payload, session, leader);
+    let frozen = cgroup::freeze(payload, true);
+    let killed = frozen.and_then(|()| kill_frozen(payload, session, leader));
     // Thawed whatever happened: a killed process must run to end.
     cgroup::freeze(payload, false).and(killed)
 }

@@ -141,6 +141,8 @@ impl Sandbox {
 
     /// Starts a command as a new session.
     pub fn spawn(&self, command: CommandSpec) -> Result<Arc<Session>> {
+        // What init has begun to start is half a process, which init waits for: none must be stopped there.
+        let _whole = self.shared().whole.lock();
         self.shared().check(&self.name)?;
         spawn::spawn(self.shared(), self.first_id, command)
     }
