@@ -7,6 +7,7 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::io::Errno;
 
 /// How often the state is looked at before the caller goes to sleep: freezing takes 30-60 µs.
 const GLANCES: usize = 50;
@@ -62,13 +63,14 @@ impl Freezer {
                 tv_sec: left.as_secs() as i64,
                 tv_nsec: left.subsec_nanos().into(),
             };
-            poll(
-                &mut [PollFd::from_borrowed_fd(
-                    self.events.as_fd(),
-                    PollFlags::PRI,
-                )],
-                Some(&left),
-            )?;
+            let mut events = [PollFd::from_borrowed_fd(
+                self.events.as_fd(),
+                PollFlags::PRI,
+            )];
+            match poll(&mut events, Some(&left)) {
+                Ok(_) | Err(Errno::INTR) => {}
+                Err(e) => return Err(e.into()),
+            }
             if self.is_frozen()? {
                 return Ok(true);
             }

@@ -23,8 +23,9 @@ impl HostPid {
     /// # Errors
     /// It is gone.
     pub fn inner(self) -> io::Result<InnerPid> {
-        let status = fs::read_to_string(format!("/proc/{self}/status"))?;
-        status
+        // The name in it may hold any bytes but newlines.
+        let status = fs::read(format!("/proc/{self}/status"))?;
+        String::from_utf8_lossy(&status)
             .lines()
             .find_map(|l| {
                 l.strip_prefix("NSpid:")?

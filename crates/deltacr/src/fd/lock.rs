@@ -12,7 +12,7 @@ use super::install::run_all;
 use super::model::{Descriptors, Lock, LockKind, Object, Owner};
 use super::plan::Plan;
 use crate::error::{During, Result};
-use crate::ids::InnerPid;
+use crate::ids::{HostPid, InnerPid};
 use crate::remote::Batch;
 use crate::sys;
 
@@ -53,11 +53,7 @@ pub(crate) fn owner(holder: &Holder<'_>) -> Result<Option<Owner>> {
 
 /// The number inside of a process, thread or group leader.
 fn inner_number(host: i32) -> Option<i32> {
-    let status = std::fs::read_to_string(format!("/proc/{host}/status")).ok()?;
-    let line = status
-        .lines()
-        .find_map(|line| line.strip_prefix("NSpid:"))?;
-    line.split_whitespace().next_back()?.parse().ok()
+    HostPid(host).inner().ok().map(|pid| pid.0)
 }
 
 /// Takes the locks that should be held and lets go of those that should not. Must run when the tables are as `target` says.

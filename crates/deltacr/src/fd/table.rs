@@ -133,7 +133,7 @@ fn read_to_end(file: BorrowedFd<'_>, into: &mut Vec<u8>) -> io::Result<()> {
 
 /// The name of a process (`comm`), for messages.
 pub(crate) fn name_of(pid: HostPid) -> String {
-    std::fs::read_to_string(format!("/proc/{pid}/comm"))
-        .map(|name| name.trim_end().to_owned())
+    std::fs::read(format!("/proc/{pid}/comm"))
+        .map(|name| String::from_utf8_lossy(&name).trim_end().to_owned())
         .unwrap_or_default()
 }
