@@ -4,12 +4,14 @@ use std::io;
 
 use crate::error::{During, Error, Result};
 use crate::procfs::Procfs;
-use crate::remote::{Batch, Remote, longs};
+use crate::remote::{Batch, CallId, Remote, longs};
 
 /// `prctl`: a new timer gets the id that is asked for (Linux 6.15).
 const PR_TIMER_CREATE_RESTORE_IDS: i32 = 77;
 /// More than a program has; each takes two calls of a batch.
 const TIMERS_MAX: usize = 256;
+/// What making and setting one takes of a batch's heap: `struct sigevent`, its id and `struct itimerspec`.
+const TIMER_BYTES: usize = 64 + 8 + 32;
 
 /// One timer.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -139,8 +141,8 @@ pub(crate) fn restore(remote: &mut Remote, current: &[Timer], target: &[Timer]) 
     }
     let pid = remote.pid();
     let stays = |timer: &Timer| target.iter().any(|t| t.is_like(timer));
+    let doing = "restoring the POSIX timers";
     let mut batch = Batch::new();
-    let mut calls = Vec::new();
     for timer in current.iter().filter(|timer| !stays(timer)) {
         batch.call(libc::SYS_timer_delete, &[timer.id.into()]);
     }
@@ -153,8 +155,11 @@ pub(crate) fn restore(remote: &mut Remote, current: &[Timer], target: &[Timer]) 
             0.into(),
         ]
     };
-    calls.push(batch.call(libc::SYS_prctl, &mode(1)));
+    let mut calls = vec![batch.call(libc::SYS_prctl, &mode(1))];
     for timer in target {
+        if !batch.fits(3, TIMER_BYTES) {
+            run(remote, &std::mem::take(&mut batch), &mut calls).during(pid, doing)?;
+        }
         if !current.iter().any(|t| t.is_like(timer)) {
             let event = batch.input(&timer.event());
             let id = batch.input(&timer.id.to_le_bytes());
@@ -166,15 +171,15 @@ pub(crate) fn restore(remote: &mut Remote, current: &[Timer], target: &[Timer]) 
         calls.push(batch.call(libc::SYS_timer_settime, &args));
     }
     batch.call(libc::SYS_prctl, &mode(0));
-    let outcome = remote
-        .run(&batch)
-        .during(pid, "restoring the POSIX timers")?;
-    calls.into_iter().try_for_each(|call| {
-        outcome
-            .result(call)
-            .during(pid, "restoring the POSIX timers")
-            .map(drop)
-    })
+    run(remote, &batch, &mut calls).during(pid, doing)
+}
+
+/// Runs a batch in which these calls must succeed.
+fn run(remote: &mut Remote, batch: &Batch, calls: &mut Vec<CallId>) -> io::Result<()> {
+    let outcome = remote.run(batch)?;
+    calls
+        .drain(..)
+        .try_for_each(|call| outcome.result(call).map(drop))
 }
 
 #[cfg(test)]
