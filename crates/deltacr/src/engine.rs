@@ -27,6 +27,9 @@ use crate::timers;
 /// as long as what it waits for.
 const FREEZE_TIMEOUT: Duration = Duration::from_secs(5);
 
+/// How often a checkpoint is begun anew because a process was killed under it.
+const TRIES: usize = 5;
+
 /// How long the parts of an operation took, in order.
 pub type Phases = Vec<(&'static str, Duration)>;
 
@@ -131,16 +134,30 @@ impl Engine {
         cut: impl FnOnce() -> Result<T> + Send,
     ) -> Result<Checkpoint<T>> {
         on_own_thread(|| {
-            let mut watch = Stopwatch::start();
-            let mut held = Held::tree(env, &mut self.known, FREEZE_TIMEOUT)?;
-            let begin = Instant::now();
-            watch.lap("stop");
-            let captured = self.capture(env, &mut held, &mut watch);
-            held.remember(&mut self.known);
-            // What was captured of the shared memory is good for this checkpoint only.
-            let shared = self.shared.take();
-            let (mut image, pages) = captured?;
-            image.shared = Arc::new(shared);
+            let mut tries = 0;
+            let (mut held, captured, begin, mut watch) = loop {
+                let mut watch = Stopwatch::start();
+                let mut held = Held::tree(env, &mut self.known, FREEZE_TIMEOUT)?;
+                let begin = Instant::now();
+                watch.lap("stop");
+                let captured = self.capture(env, &mut held, &mut watch);
+                held.remember(&mut self.known);
+                // What was captured of the shared memory is good for this checkpoint only.
+                let shared = self.shared.take();
+                tries += 1;
+                match captured {
+                    Ok((mut image, pages)) => {
+                        image.shared = Arc::new(shared);
+                        break (held, (image, pages), begin, watch);
+                    }
+                    // One that was killed while it stood still is not what the others fail for.
+                    Err(e) if tries < TRIES && (e.is_death() || held.has_casualties()) => {
+                        held.release()?;
+                    }
+                    Err(e) => return Err(e),
+                }
+            };
+            let (image, pages) = captured;
             let cut = cut()?;
             watch.lap("files");
             held.release()?;
@@ -203,7 +220,9 @@ impl Engine {
 
     fn forget_the_dead(&mut self, held: &Held) {
         let alive: HashSet<HostPid> = held.threads().map(|thread| thread.host).collect();
-        self.trackers.retain(|host, _| alive.contains(host));
+        // A number may have been used again since.
+        let met = held.met_before(&self.known);
+        self.trackers.retain(|host, _| met.contains(host));
         self.waits.retain(|host, _| alive.contains(host));
     }
 
@@ -522,13 +541,14 @@ fn describe(
     let remote = &mut process.stopped.remote;
     let pid = remote.pid();
     let (attributes, brk) = attributes::capture(remote)?;
-    let pending =
+    let mut pending =
         Queue::capture(remote.host(), Scope::Process).during(pid, "reading the queued signals")?;
     let mut threads = Vec::with_capacity(process.stopped.threads.len());
     for thread in &mut process.stopped.threads {
         let wait = waits.entry(thread.host).or_default();
         threads.push(threads::capture(remote, thread, &pending, wait)?);
     }
+    pending.extend(remote.strays());
     let root = Place::of(env, procfs, pid, "root").during(pid, "reading its root directory")?;
     if !root.is_root() {
         let name = String::from_utf8_lossy(&process.stat.name).into_owned();

@@ -56,6 +56,16 @@ pub enum Error {
     },
 }
 
+impl Error {
+    /// Whether it tells that a process or thread was gone: a kill does not wait for a thaw.
+    pub(crate) fn is_death(&self) -> bool {
+        let (Self::Process { source, .. } | Self::Tree { source, .. }) = self else {
+            return false;
+        };
+        source.raw_os_error() == Some(libc::ESRCH)
+    }
+}
+
 fn named(name: &str) -> String {
     if name.is_empty() {
         String::new()

@@ -1,6 +1,6 @@
 //! Holding a whole tree: freeze, seize every thread, thaw; seized threads go on standing still.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::fs;
 use std::io;
 use std::time::{Duration, Instant};
@@ -11,7 +11,7 @@ use crate::freeze::Freezer;
 use crate::ids::{HostPid, InnerPid};
 use crate::procfs::{Procfs, Stat};
 use crate::remote::Remote;
-use crate::stop::{Stopped, StoppedThread, hold_thread};
+use crate::stop::{Stopped, StoppedThread};
 use crate::sys::ptrace::{self, Stop};
 
 /// How long a thread that cannot stop (it waits for its `vfork` child, say) holds up all others
@@ -71,12 +71,14 @@ impl Held {
             }
             match seize_all(env, &procfs, known, &mut freezer)? {
                 Some(processes) => {
-                    let zombies = zombies(&procfs, &processes)?;
-                    return Ok(Self {
+                    // From here on it is let go when it is dropped.
+                    let mut held = Self {
                         procfs,
                         processes,
-                        zombies,
-                    });
+                        zombies: BTreeMap::new(),
+                    };
+                    held.zombies = zombies(&held.procfs, &held.processes)?;
+                    return Ok(held);
                 }
                 None if start.elapsed() > timeout => return Err(not_frozen(env, timeout)),
                 None => std::thread::sleep(PAUSE),
@@ -100,6 +102,23 @@ impl Held {
 
     pub(crate) fn threads(&self) -> impl Iterator<Item = &StoppedThread> {
         self.processes.values().flat_map(|p| &p.stopped.threads)
+    }
+
+    /// The processes that were there at the last visit.
+    pub(crate) fn met_before(&self, known: &Acquaintances) -> HashSet<HostPid> {
+        let processes = self.processes.values();
+        processes
+            .map(|p| (p.stopped.remote.host(), p.stat.start))
+            .filter(|(host, start)| known.get(host).is_some_and(|k| k.start == *start))
+            .map(|(host, _)| host)
+            .collect()
+    }
+
+    /// Whether a process was killed since it was held: what is done with it fails.
+    pub(crate) fn has_casualties(&self) -> bool {
+        self.processes
+            .values()
+            .any(|process| is_dead(process.stopped.remote.host()))
     }
 
     /// Forgets processes that will be killed.
@@ -159,6 +178,13 @@ struct Found {
     threads: Vec<(HostPid, InnerPid)>,
 }
 
+/// Whether a process is gone or a zombie.
+fn is_dead(host: HostPid) -> bool {
+    let stat = fs::read(format!("/proc/{host}/stat")).ok();
+    let stat = stat.and_then(|text| crate::procfs::parse_stat(&text));
+    stat.is_none_or(|stat| matches!(stat.state, b'Z' | b'X'))
+}
+
 /// `None` if some thread could not stop although the tree was frozen, or was killed meanwhile; then all run again.
 fn seize_all(
     env: &dyn Environment,
@@ -168,22 +194,20 @@ fn seize_all(
 ) -> Result<Option<BTreeMap<InnerPid, HeldProcess>>> {
     let found = find(env, procfs, known).and_then(|found| {
         let mut seized = Vec::new();
-        match found
+        let all = found
             .iter()
-            .try_for_each(|process| seize(process, &mut seized))
-        {
-            Ok(()) => Ok(found),
-            Err(e) => {
-                let _ = freezer.thaw();
-                let_go(&seized, Duration::from_secs(1));
-                Err(e)
-            }
+            .flatten()
+            .try_for_each(|process| seize(process, &mut seized));
+        if let Err(e) = all {
+            let _ = freezer.thaw();
+            let_go(&seized, Duration::from_secs(1));
+            return none_if_killed(found.iter().flatten(), e);
         }
+        Ok(found)
     });
     freezer.thaw().during_tree("thawing the processes")?;
-    let found = match found {
-        Err(e) if is_death(&e) => return Ok(None),
-        found => found?,
+    let Some(found) = found? else {
+        return Ok(None);
     };
     let threads: Vec<HostPid> = found
         .iter()
@@ -197,36 +221,42 @@ fn seize_all(
         return Ok(None);
     }
     let mut processes = BTreeMap::new();
-    for process in found {
-        let pid = process.pid;
-        let held = hold(process, &stops).during(pid, "reading the registers")?;
-        processes.insert(pid, held);
+    for process in &found {
+        match hold(process, &stops).during(process.pid, "reading the registers") {
+            Ok(held) => processes.insert(process.pid, held),
+            Err(e) => {
+                for (_, held) in processes {
+                    // What cannot be let go now is when this thread ends.
+                    let _ = held.stopped.release();
+                }
+                let_go(&threads, Duration::from_secs(1));
+                return none_if_killed(found.iter(), e);
+            }
+        };
     }
     Ok(Some(processes))
 }
 
-/// Whether it tells that a process was gone: a kill does not wait for a thaw.
-fn is_death(error: &Error) -> bool {
-    let (Error::Process { source, .. } | Error::Tree { source, .. }) = error else {
-        return false;
-    };
-    source.kind() == io::ErrorKind::NotFound || source.raw_os_error() == Some(libc::ESRCH)
+/// An error that a death explains is none.
+fn none_if_killed<'a, T>(
+    mut found: impl Iterator<Item = &'a Found>,
+    error: Error,
+) -> Result<Option<T>> {
+    if error.is_death() || found.any(|process| is_dead(process.host)) {
+        return Ok(None);
+    }
+    Err(error)
 }
 
-fn hold(process: Found, stops: &HashMap<HostPid, Stop>) -> io::Result<HeldProcess> {
-    let threads: Vec<StoppedThread> = process
-        .threads
-        .iter()
-        .map(|(host, tid)| hold_thread(*tid, *host))
-        .collect::<io::Result<_>>()?;
+fn hold(process: &Found, stops: &HashMap<HostPid, Stop>) -> io::Result<HeldProcess> {
     let user_stop = match stops.get(&process.host) {
         Some(Stop::GroupStopped(signal)) => Some(*signal),
         _ => None,
     };
-    let stopped = Stopped::hold(process.pid, process.host, threads, process.area)?;
+    let stopped = Stopped::hold(process.pid, process.host, &process.threads, process.area)?;
     Ok(HeldProcess {
         stopped,
-        stat: process.stat,
+        stat: process.stat.clone(),
         birth: process.birth,
         user_stop,
         stop_with: None,
@@ -244,10 +274,11 @@ fn seize(process: &Found, seized: &mut Vec<HostPid>) -> Result<()> {
 
 fn refusal(process: &Found, source: io::Error) -> Error {
     let name = String::from_utf8_lossy(&process.stat.name).into_owned();
-    let tracer = fs::read_to_string(format!("/proc/{}/status", process.host))
+    let tracer = fs::read(format!("/proc/{}/status", process.host))
         .ok()
         .and_then(|s| {
-            s.lines()
+            String::from_utf8_lossy(&s)
+                .lines()
                 .find_map(|l| l.strip_prefix("TracerPid:")?.trim().parse::<i32>().ok())
         });
     match tracer {
@@ -315,7 +346,12 @@ fn let_go(threads: &[HostPid], timeout: Duration) {
     }
 }
 
-fn find(env: &dyn Environment, procfs: &Procfs, known: &Acquaintances) -> Result<Vec<Found>> {
+/// `None` if one was killed meanwhile.
+fn find(
+    env: &dyn Environment,
+    procfs: &Procfs,
+    known: &Acquaintances,
+) -> Result<Option<Vec<Found>>> {
     let list = fs::read_to_string(env.cgroup().join("cgroup.procs"))
         .during_tree("listing the processes")?;
     let mut hosts: Vec<i32> = list.lines().filter_map(|l| l.parse().ok()).collect();
@@ -323,7 +359,11 @@ fn find(env: &dyn Environment, procfs: &Procfs, known: &Acquaintances) -> Result
     hosts.dedup();
     let mut found = Vec::with_capacity(hosts.len());
     for host in hosts.into_iter().map(HostPid).filter(|host| host.0 != 0) {
-        found.push(meet(procfs, host, known).during_tree("looking at a process")?);
+        match meet(procfs, host, known) {
+            Ok(process) => found.push(process),
+            Err(_) if is_dead(host) => return Ok(None),
+            Err(e) => return Err(e).during_tree("looking at a process"),
+        }
     }
     // A parent's area is where its children have theirs.
     let areas: HashMap<InnerPid, Option<u64>> = found.iter().map(|p| (p.pid, p.area)).collect();
@@ -341,7 +381,7 @@ fn find(env: &dyn Environment, procfs: &Procfs, known: &Acquaintances) -> Result
             });
         }
     }
-    Ok(found)
+    Ok(Some(found))
 }
 
 fn meet(procfs: &Procfs, host: HostPid, known: &Acquaintances) -> io::Result<Found> {

@@ -161,6 +161,7 @@ impl Reconcile<'_> {
     pub(crate) fn state(&mut self, now: Option<Now>) -> Result<Attributes> {
         let remote = &mut self.process.stopped.remote;
         let pid = remote.pid();
+        remote.forget_strays();
         let attributes = match now {
             // A new program has reset some of them.
             Some(now) if now.exe.is(&self.image.exe) => now.attributes,

@@ -26,6 +26,11 @@ impl Queue {
         ptrace::queued_signals(tid, scope == Scope::Process).map(Self)
     }
 
+    /// Adds signals behind the others.
+    pub(crate) fn extend<'a>(&mut self, signals: impl Iterator<Item = &'a RawSiginfo>) {
+        self.0.extend(signals);
+    }
+
     fn signal_numbers(&self) -> impl Iterator<Item = i32> {
         self.0
             .iter()
@@ -52,14 +57,16 @@ impl Queue {
             return Ok(());
         }
         let mut batch = Batch::new();
-        let now = batch.input(&[0; 16]);
         for signal in self.signal_numbers() {
+            make_room(&mut batch, remote, host)?;
+            let now = batch.input(&[0; 16]);
             let set = batch.input(&(1_u64 << (signal - 1)).to_le_bytes());
             let args = [set.into(), 0.into(), now.into(), SIGSET.into()];
             batch.call(libc::SYS_rt_sigtimedwait, &args);
         }
         let pid = remote.pid();
         for (signal, info) in target.signal_numbers().zip(&target.0) {
+            make_room(&mut batch, remote, host)?;
             let info = batch.input(info);
             match scope {
                 Scope::Process => batch.call(
@@ -74,4 +81,12 @@ impl Queue {
         }
         remote.run_in(host, &batch).map(drop)
     }
+}
+
+/// Runs what a batch holds if no other signal fits; there may be thousands.
+fn make_room(batch: &mut Batch, remote: &mut Remote, host: HostPid) -> io::Result<()> {
+    if !batch.fits(1, size_of::<RawSiginfo>()) {
+        remote.run_in(host, &std::mem::take(batch))?;
+    }
+    Ok(())
 }

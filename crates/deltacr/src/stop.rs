@@ -48,24 +48,31 @@ impl Stopped {
         for tid in &threads {
             await_interruption(*tid)?;
         }
-        let threads = threads
-            .iter()
-            .map(|tid| hold_thread(if *tid == host { pid } else { InnerPid(tid.0) }, *tid))
-            .collect::<io::Result<_>>()?;
-        Self::hold(pid, host, threads, None)
+        let inner = |tid: &HostPid| if *tid == host { pid } else { InnerPid(tid.0) };
+        let threads: Vec<_> = threads.iter().map(|tid| (*tid, inner(tid))).collect();
+        Self::hold(pid, host, &threads, None)
     }
 
-    /// Takes up a process whose threads are all stopped and held; the first one is its leader.
+    /// Takes up a process whose threads are all stopped; the first one is its leader. If that fails, those that were taken
+    /// up are let go.
     pub(crate) fn hold(
         pid: InnerPid,
         host: HostPid,
-        threads: Vec<StoppedThread>,
+        threads: &[(HostPid, InnerPid)],
         area: Option<u64>,
     ) -> io::Result<Self> {
-        Ok(Self {
-            remote: Remote::new(pid, host, area)?,
-            threads,
-        })
+        let remote = Remote::new(pid, host, area)?;
+        let mut held = Self::take(remote, Vec::with_capacity(threads.len()));
+        for (host, tid) in threads {
+            match hold_thread(*tid, *host) {
+                Ok(thread) => held.threads.push(thread),
+                Err(e) => {
+                    held.release()?;
+                    return Err(e);
+                }
+            }
+        }
+        Ok(held)
     }
 
     /// The same for one that was driven before.
@@ -77,23 +84,26 @@ impl Stopped {
     ///
     /// # Errors
     /// A thread could not be let go; all others are, nonetheless.
-    pub fn release(self) -> io::Result<()> {
-        let mut result = Ok(());
+    pub fn release(mut self) -> io::Result<()> {
+        let mut result = self.remote.send_strays().or_else(unless_gone);
         for thread in &self.threads {
             let released = thread.release();
-            // A thread that was killed meanwhile needs no letting go.
-            if let Err(e) = released
-                && e.raw_os_error() != Some(libc::ESRCH)
-            {
-                result = Err(e);
-            }
+            result = result.and(released.or_else(unless_gone));
         }
         result
     }
 }
 
+/// A thread that was killed meanwhile needs no letting go.
+fn unless_gone(e: io::Error) -> io::Result<()> {
+    match e.raw_os_error() {
+        Some(libc::ESRCH) => Ok(()),
+        _ => Err(e),
+    }
+}
+
 impl StoppedThread {
-    fn release(&self) -> io::Result<()> {
+    pub(crate) fn release(&self) -> io::Result<()> {
         ptrace::set_registers(self.host, &self.regs)?;
         ptrace::set_signal_mask(self.host, self.mask)?;
         ptrace::detach(self.host)

@@ -183,8 +183,9 @@ fn settle(
 }
 
 fn voluntary_switches(tid: HostPid) -> io::Result<u64> {
-    let status = std::fs::read_to_string(format!("/proc/{tid}/status"))?;
-    status
+    // The name in it may hold any bytes but newlines.
+    let status = std::fs::read(format!("/proc/{tid}/status"))?;
+    String::from_utf8_lossy(&status)
         .lines()
         .find_map(|l| {
             l.strip_prefix("voluntary_ctxt_switches:")?

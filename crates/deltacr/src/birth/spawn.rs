@@ -41,7 +41,7 @@ pub(crate) fn child(
     if made.is_err() {
         let _ =
             process::pidfd_open(host).and_then(|p| process::pidfd_signal(p.as_fd(), libc::SIGKILL));
-        let _ = await_stop(host);
+        let _ = await_end(host);
     }
     parent.finish(parent.host())?;
     made
@@ -106,6 +106,10 @@ pub(crate) fn execute(remote: &mut Remote, exe: BorrowedFd<'_>) -> io::Result<()
         match await_stop(remote.host())? {
             Stop::Executed => break,
             Stop::Interrupted | Stop::GroupStopped(_) => ptrace::resume(remote.host())?,
+            Stop::Signal(libc::SIGTRAP | libc::SIGSTOP) if !remote.is_at_end(remote.host())? => {
+                remote.put_aside(remote.host())?;
+                ptrace::resume(remote.host())?;
+            }
             Stop::Signal(libc::SIGTRAP) => {
                 remote.outcome(&exec, len)?.result(call)?;
                 return Err(io::Error::other("exec came back"));

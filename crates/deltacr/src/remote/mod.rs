@@ -20,12 +20,16 @@ use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg}
 
 use crate::ids::{HostPid, InnerPid};
 use crate::sys::process::{self, SYSCALL};
-use crate::sys::ptrace::{self, Registers, Stop};
+use crate::sys::ptrace::{self, RawSiginfo, Registers, Stop};
 
 /// Bytes at the area's beginning that hold the stub.
 const STUB_ROOM: u64 = 4096;
 /// Size of the area.
 const AREA: u64 = 64 * 1024;
+/// Where else the area is tried: at multiples of this distance,
+const PLACES_APART: u64 = 64 << 30;
+/// of which there are so many below the end of the address space.
+const PLACES: u64 = (1 << 47) / PLACES_APART;
 /// The most descriptors that one message carries (the kernel's limit is 253).
 const FDS_A_MESSAGE: usize = 128;
 /// Every signal but the one that the stub ends with.
@@ -42,6 +46,15 @@ pub struct Remote {
     /// mode's care.
     base: Registers,
     memory: fs::File,
+    /// Signals of the program's own that came while its threads ran for the engine.
+    strays: Vec<Stray>,
+}
+
+/// A signal that a thread took off its queue while it ran for the engine. No mask keeps these from it: `SIGSTOP`, and
+/// `SIGTRAP`, with which the stub ends. The program gets it when it is let go.
+struct Stray {
+    tid: HostPid,
+    info: RawSiginfo,
 }
 
 impl Remote {
@@ -62,6 +75,7 @@ impl Remote {
             area: None,
             base,
             memory,
+            strays: Vec::new(),
         };
         remote.area = area.filter(|at| remote.holds_stub(*at));
         Ok(remote)
@@ -139,14 +153,53 @@ impl Remote {
     }
 
     /// Waits until a thread has come to the stub's end.
-    pub(crate) fn finish(&self, tid: HostPid) -> io::Result<()> {
+    pub(crate) fn finish(&mut self, tid: HostPid) -> io::Result<()> {
         loop {
             match await_stop(tid)? {
-                Stop::Signal(libc::SIGTRAP) => return Ok(()),
+                Stop::Signal(libc::SIGTRAP) if self.is_at_end(tid)? => return Ok(()),
+                Stop::Signal(libc::SIGTRAP | libc::SIGSTOP) => {
+                    self.put_aside(tid)?;
+                    ptrace::resume(tid)?;
+                }
                 Stop::Interrupted | Stop::GroupStopped(_) | Stop::Born => ptrace::resume(tid)?,
                 other => return Err(lost(other)),
             }
         }
+    }
+
+    /// Whether a thread stands behind the `int3` that ends the stub.
+    pub(crate) fn is_at_end(&self, tid: HostPid) -> io::Result<bool> {
+        let end = self.area.map(|at| at + process::stub().len() as u64);
+        Ok(Some(ptrace::registers(tid)?.rip) == end)
+    }
+
+    /// Keeps the signal that a thread has stopped for.
+    pub(crate) fn put_aside(&mut self, tid: HostPid) -> io::Result<()> {
+        let info = ptrace::siginfo(tid)?;
+        self.strays.push(Stray { tid, info });
+        Ok(())
+    }
+
+    /// The signals that were put aside, as they were queued.
+    pub(crate) fn strays(&self) -> impl Iterator<Item = &RawSiginfo> {
+        self.strays.iter().map(|stray| &stray.info)
+    }
+
+    /// The signals that were put aside belong to a state that is given up.
+    pub(crate) fn forget_strays(&mut self) {
+        self.strays.clear();
+    }
+
+    /// Sends the signals that were put aside once more. The sender that the program sees is the kernel.
+    pub(crate) fn send_strays(&mut self) -> io::Result<()> {
+        for Stray { tid, info } in self.strays.drain(..) {
+            let [signal, _, code] = [0, 4, 8].map(|at| signed(&info, at));
+            match code {
+                libc::SI_TKILL => process::thread_signal(self.host, tid, signal)?,
+                _ => process::pidfd_signal(self.pidfd.as_fd(), signal)?,
+            }
+        }
+        Ok(())
     }
 
     /// The range of addresses that the engine itself occupies in the process; no part of a
@@ -172,14 +225,19 @@ impl Remote {
     }
 
     fn map_area(&mut self) -> io::Result<u64> {
-        if let Some(at) = self.area {
-            return Ok(at);
+        match self.area {
+            Some(at) => Ok(at),
+            None => self.map_new_area(0, 0),
         }
+    }
+
+    /// Maps another area, where the kernel likes unless `flags` say otherwise.
+    fn map_new_area(&mut self, at: u64, flags: i32) -> io::Result<u64> {
         let args = [
-            0,
+            at,
             AREA,
             (libc::PROT_READ | libc::PROT_WRITE | libc::PROT_EXEC) as u64,
-            (libc::MAP_PRIVATE | libc::MAP_ANONYMOUS) as u64,
+            (libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | flags) as u64,
             u64::MAX,
             0,
         ];
@@ -188,12 +246,23 @@ impl Remote {
         Ok(at)
     }
 
-    /// Moves the area out of `ranges`, which the process needs for itself.
+    /// Moves the area out of what is `taken`: addresses that the process needs for itself.
+    ///
+    /// The kernel's choice is tried once, for what is next to a taken place is likely to be taken as well; then places
+    /// far apart from each other.
     pub(crate) fn clear_of(&mut self, taken: impl Fn(&Range<u64>) -> bool) -> io::Result<()> {
         let mut rejected = Vec::new();
-        while self.area.is_none() || taken(&self.area()) {
-            rejected.extend(self.area.take());
-            self.map_area()?;
+        if self.area.is_none() || taken(&self.area()) {
+            rejected.extend(self.area);
+            self.map_new_area(0, 0)?;
+        }
+        if taken(&self.area()) {
+            rejected.extend(self.area);
+            let place = (1..PLACES)
+                .map(|n| n * PLACES_APART)
+                .filter(|at| !taken(&(*at..at + AREA)))
+                .find_map(|at| self.map_new_area(at, libc::MAP_FIXED_NOREPLACE).ok());
+            place.ok_or(io::ErrorKind::OutOfMemory)?;
         }
         let mut batch = Batch::new();
         for at in rejected {
@@ -213,7 +282,7 @@ impl Remote {
 
     /// One system call without an area: the thread runs a `syscall` instruction that is there
     /// already, the one it waits in or the vDSO's.
-    fn step_syscall(&self, nr: i64, args: [u64; 6]) -> io::Result<u64> {
+    fn step_syscall(&mut self, nr: i64, args: [u64; 6]) -> io::Result<u64> {
         let mut regs = self.base;
         regs.rip = self.syscall_instruction()?;
         regs.orig_rax = u64::MAX;
@@ -229,7 +298,11 @@ impl Remote {
                     if now.rip != regs.rip {
                         break now;
                     }
+                    if signed(&ptrace::siginfo(self.host)?, 8) <= 0 {
+                        self.put_aside(self.host)?;
+                    }
                 }
+                Stop::Signal(libc::SIGSTOP) => self.put_aside(self.host)?,
                 Stop::Interrupted | Stop::GroupStopped(_) => {
                     ptrace::set_registers(self.host, &regs)?;
                 }
@@ -354,6 +427,11 @@ fn vdso_of(pid: HostPid) -> Option<u64> {
         .find(|l| l.ends_with(b" [vdso]"))?;
     let start = line.split(|b| *b == b'-').next()?;
     u64::from_str_radix(std::str::from_utf8(start).ok()?, 16).ok()
+}
+
+/// A 32-bit field of a `siginfo_t`: signal, error and code are at 0, 4 and 8.
+fn signed(info: &RawSiginfo, at: usize) -> i32 {
+    i32::from_le_bytes([info[at], info[at + 1], info[at + 2], info[at + 3]])
 }
 
 /// The bytes of a structure of 64-bit fields.

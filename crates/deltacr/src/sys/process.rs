@@ -44,6 +44,12 @@ pub(crate) fn pidfd_signal(pidfd: BorrowedFd<'_>, signal: i32) -> io::Result<()>
     }
 }
 
+/// Sends a signal to one thread of a process.
+pub(crate) fn thread_signal(pid: HostPid, tid: HostPid, signal: i32) -> io::Result<()> {
+    // SAFETY: takes three integers.
+    done(unsafe { libc::syscall(libc::SYS_tgkill, pid.0, tid.0, signal) })
+}
+
 /// Reads memory of a process; all or an error.
 pub(crate) fn read_memory(pid: HostPid, address: u64, into: &mut [u8]) -> io::Result<()> {
     let want = into.len();

@@ -134,6 +134,13 @@ pub(crate) fn set_signal_mask(tid: HostPid, mask: u64) -> io::Result<()> {
     request(libc::PTRACE_SETSIGMASK, tid, 8, &raw const mask as usize).map(drop)
 }
 
+/// What the kernel tells of the signal that a tracee stopped for.
+pub(crate) fn siginfo(tid: HostPid) -> io::Result<RawSiginfo> {
+    let mut info = [0_u8; 128];
+    request(libc::PTRACE_GETSIGINFO, tid, 0, info.as_mut_ptr() as usize)?;
+    Ok(info)
+}
+
 /// The queued signals of the thread, or of its process, without taking them off the queue.
 pub(crate) fn queued_signals(tid: HostPid, shared: bool) -> io::Result<Vec<RawSiginfo>> {
     #[repr(C)]
