@@ -361,7 +361,7 @@ fn find(
     for host in hosts.into_iter().map(HostPid).filter(|host| host.0 != 0) {
         match meet(procfs, host, known) {
             Ok(process) => found.push(process),
-            Err(_) if is_dead(host) => return Ok(None),
+            Err(e) if e.kind() == io::ErrorKind::NotFound || is_dead(host) => return Ok(None),
             Err(e) => return Err(e).during_tree("looking at a process"),
         }
     }
