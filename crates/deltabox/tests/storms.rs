@@ -2,12 +2,13 @@
 
 mod common;
 
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use std::time::Duration;
 
 use common::*;
-use deltabox::{Error, Sandbox};
+use deltabox::{CommandSpec, Error, Sandbox};
 
 const PYTHON: &str = "/usr/bin/python3";
 
@@ -29,18 +30,42 @@ fn while_checkpointing<T>(sandbox: &Sandbox, work: impl FnOnce() -> T) -> T {
     })
 }
 
-/// Runs a Python script under checkpoints; it must print `ok`.
-fn survives(script: &str) {
+/// A sandbox, if there is a Python on this machine.
+fn python_sandbox() -> Option<(Fixture, Arc<Sandbox>)> {
     if !std::path::Path::new(PYTHON).exists() {
         eprintln!("{PYTHON} is not installed: nothing was tested with it");
-        return;
+        return None;
     }
     let f = Fixture::new();
     let sandbox = f.sandbox();
-    let mut command = sh("");
-    command.argv = vec![PYTHON.into(), "-c".into(), script.into()];
-    command.timeout = Some(PATIENCE / 2);
-    let session = sandbox.spawn(command).unwrap();
+    Some((f, sandbox))
+}
+
+/// Runs a script that can be written to, for a limited time.
+fn python(script: &str) -> CommandSpec {
+    CommandSpec {
+        argv: vec![PYTHON.into(), "-c".into(), script.into()],
+        stdin: true,
+        timeout: Some(PATIENCE / 2),
+        ..CommandSpec::default()
+    }
+}
+
+/// Answers what it is told.
+fn cat() -> CommandSpec {
+    CommandSpec {
+        argv: vec!["cat".into()],
+        stdin: true,
+        ..CommandSpec::default()
+    }
+}
+
+/// Runs a Python script under checkpoints; it must print `ok`.
+fn survives(script: &str) {
+    let Some((_f, sandbox)) = python_sandbox() else {
+        return;
+    };
+    let session = sandbox.spawn(python(script)).unwrap();
     let ended = while_checkpointing(&sandbox, || wait(&session));
     let told = (text(&ended.stdout), text(&ended.stderr));
     assert!(!ended.timed_out, "a signal was lost: {told:?}");
@@ -180,4 +205,89 @@ for i in range(60):
 print('ok', flush=True)
 ",
     );
+}
+
+#[test]
+fn what_cannot_be_checkpointed_can_be_rolled_back() {
+    let traced = r"
+import ctypes, os, signal
+libc = ctypes.CDLL(None)
+pid = os.fork()
+if pid == 0:
+    libc.ptrace(0, 0, 0, 0)
+    os.kill(os.getpid(), signal.SIGSTOP)
+    signal.pause()
+os.waitpid(pid, 0)
+libc.ptrace(7, pid, 0, 0)
+print('ready', flush=True)
+signal.pause()
+";
+    let headless = r"
+import ctypes, threading, time
+threading.Thread(target=lambda: (time.sleep(0.1), print('ready', flush=True), time.sleep(1000))).start()
+ctypes.CDLL(None).pthread_exit(None)
+";
+    for script in [traced, headless] {
+        let Some((f, sandbox)) = python_sandbox() else {
+            return;
+        };
+        let witness = sandbox.spawn(cat()).unwrap();
+        let id = sandbox.checkpoint(None).unwrap().id;
+        let strange = sandbox.spawn(python(script)).unwrap();
+        read_until(&mut strange.events(0), "ready");
+        sandbox.checkpoint(None).unwrap_err();
+        let done = sandbox.rollback(id).unwrap();
+        assert!(done.fallback.is_some());
+        witness.write(b"hello\n").unwrap();
+        read_until(&mut witness.events(0), "hello");
+        assert_eq!(output(&sandbox, "ls /proc | grep -c python; true"), "0");
+        drop((sandbox, f));
+    }
+}
+
+#[test]
+fn long_queues_many_timers_and_odd_names_are_given_back() {
+    let Some((_f, sandbox)) = python_sandbox() else {
+        return;
+    };
+    let script = r"
+import ctypes, os, signal, sys
+libc = ctypes.CDLL(None, use_errno=True)
+libc.prctl(15, b'\xff\xfe(', 0, 0, 0)
+signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGRTMIN])
+for _ in range(1000):
+    os.kill(os.getpid(), signal.SIGRTMIN)
+class Event(ctypes.Structure):
+    _fields_ = [('value', ctypes.c_void_p), ('signo', ctypes.c_int), ('notify', ctypes.c_int), ('pad', ctypes.c_char * 48)]
+ids = []
+for i in range(250):
+    timer = ctypes.c_int()
+    event = Event(i, signal.SIGRTMIN, 0)
+    assert libc.syscall(222, 1, ctypes.byref(event), ctypes.byref(timer)) == 0
+    ids.append(timer.value)
+print('ready', flush=True)
+sys.stdin.readline()
+for timer in ids:
+    assert libc.syscall(226, timer) == 0
+n = 0
+while signal.sigtimedwait([signal.SIGRTMIN], 0):
+    n += 1
+print('queued', n, flush=True)
+sys.stdin.readline()
+";
+    let session = sandbox.spawn(python(script)).unwrap();
+    read_until(&mut session.events(0), "ready\n");
+    let id = sandbox.checkpoint(None).unwrap().id;
+    for _ in 0..2 {
+        let mut events = session.events(u64::MAX);
+        session.write(b"\n").unwrap();
+        read_until(&mut events, "queued 1000\n");
+        let done = sandbox.rollback(id).unwrap();
+        assert_eq!(done.fallback, None);
+    }
+    session.kill().unwrap();
+    sandbox.rollback(id).unwrap();
+    let mut events = session.events(u64::MAX);
+    session.write(b"\n").unwrap();
+    read_until(&mut events, "queued 1000\n");
 }

@@ -193,11 +193,32 @@ impl DeltaState {
             subject.switch(&target, epoch)
         };
         let env = subject.surroundings(Some(&target.sessions));
-        let done = if alive {
+        let mut done = if alive {
             self.engine.rollback(&env, &target.processes, switch)
         } else {
             switch().and_then(|_| self.engine.rebuild(&env, &target.processes))
         };
+        // What cannot be held as it is can be killed, and then made as it was.
+        if let Err(e @ (deltacr::Error::Unsupported { .. } | deltacr::Error::NotFrozen { .. })) =
+            &done
+            && !switched.swap(true, Ordering::Relaxed)
+        {
+            let why = e.to_string();
+            tracing::warn!(error = why, "the processes cannot be held; killing them");
+            // Their deaths belong to the future that is given up.
+            subject.shared.restoring.store(true, Ordering::Release);
+            done = self
+                .engine
+                .kill_all(&env)
+                .and_then(|()| switch())
+                .and_then(|_| {
+                    let done = self.engine.rebuild(&env, &target.processes)?;
+                    Ok(Rollback {
+                        fallback: Some(why),
+                        ..done
+                    })
+                });
+        }
         match done {
             Ok(done) => {
                 self.checkpoints.move_to(id);
