@@ -395,10 +395,7 @@ impl Engine {
         let mut pages = 0;
         let mut before = survey.processes;
         for (pid, image) in &target.processes {
-            let process = held
-                .processes
-                .get_mut(pid)
-                .expect("all of the image are there");
+            let process = member(&mut held.processes, *pid)?;
             let tracker = self
                 .trackers
                 .entry(process.stopped.remote.host())
@@ -428,10 +425,7 @@ impl Engine {
         watch.lap("descriptors");
         let mut attributes = BTreeMap::new();
         for (pid, image) in &target.processes {
-            let process = held
-                .processes
-                .get_mut(pid)
-                .expect("all of the image are there");
+            let process = member(&mut held.processes, *pid)?;
             let tracker = self
                 .trackers
                 .entry(process.stopped.remote.host())
@@ -447,10 +441,7 @@ impl Engine {
             attributes.insert(*pid, work.state(before.remove(pid))?);
         }
         for (pid, image) in &target.processes {
-            let process = held
-                .processes
-                .get_mut(pid)
-                .expect("all of the image are there");
+            let process = member(&mut held.processes, *pid)?;
             let now = &attributes[pid];
             attributes::restore_credentials(&mut process.stopped.remote, now, &image.attributes)?;
             process.stop_with = image.user_stop.filter(|_| process.user_stop.is_none());
@@ -529,6 +520,17 @@ fn remotes(held: &mut Held) -> fd::Procs<'_> {
         .iter_mut()
         .map(|(pid, p)| (*pid, &mut p.stopped.remote))
         .collect()
+}
+
+/// A process of the image, all of which are there if the image's families are whole.
+fn member(
+    processes: &mut BTreeMap<InnerPid, HeldProcess>,
+    pid: InnerPid,
+) -> Result<&mut HeldProcess> {
+    processes.get_mut(&pid).ok_or_else(|| Error::Corrupt {
+        pid,
+        what: "its parent is not in the image".to_owned(),
+    })
 }
 
 /// Everything of a process but its memory, and its program break.
