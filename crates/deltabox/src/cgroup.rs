@@ -7,6 +7,7 @@ use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use rustix::fs::{Mode, OFlags};
@@ -132,6 +133,8 @@ pub(crate) struct Cgroup {
     pending: Vec<Limit>,
     /// What was asked for and is not to be had.
     pub(crate) warnings: Vec<String>,
+    /// Another sandbox may be called so, and have groups of these names, by now.
+    removed: AtomicBool,
 }
 
 impl Cgroup {
@@ -151,6 +154,7 @@ impl Cgroup {
             v1: Vec::new(),
             pending: Vec::new(),
             warnings: Vec::new(),
+            removed: AtomicBool::new(false),
         };
         for part in [top.as_path(), &dir, &dir.join("init"), &dir.join("payload")] {
             make_dir(part).doing(format!("making the control group {}", part.display()))?;
@@ -247,20 +251,27 @@ impl Cgroup {
 
     /// Kills every process, init included, and removes the groups.
     pub(crate) fn remove(&self) -> Result<()> {
-        kill_all(&self.dir)?;
+        if self.removed.load(Ordering::Acquire) {
+            return Ok(());
+        }
+        self.kill()?;
         for dir in [&self.dir].into_iter().chain(&self.v1) {
             remove_tree(dir).doing(format!("removing the control group {}", dir.display()))?;
         }
+        self.removed.store(true, Ordering::Release);
         Ok(())
+    }
+
+    /// Kills every process, init included.
+    pub(crate) fn kill(&self) -> Result<()> {
+        kill_all(&self.dir)
     }
 }
 
 impl Drop for Cgroup {
     fn drop(&mut self) {
-        // After `remove`, nothing is there any more; else this is a creation that failed.
-        if self.dir.exists()
-            && let Err(e) = self.remove()
-        {
+        // Not removed yet: this is a creation that failed.
+        if let Err(e) = self.remove() {
             tracing::warn!("{e}");
         }
     }

@@ -311,6 +311,11 @@ impl Container {
         cgroup::processes(&self.payload).map_or(0, |p| p.len())
     }
 
+    /// Kills everything inside, init included.
+    pub(crate) fn kill(&self) -> Result<()> {
+        self.cgroup.kill()
+    }
+
     /// Kills everything inside, init included, and removes the control groups.
     pub(crate) fn close(&self) -> Result<()> {
         let removed = self.cgroup.remove();

@@ -165,8 +165,8 @@ impl Host {
         spec: SandboxSpec,
         files: impl FnOnce(IdMap, PathBuf) -> Result<Volume>,
     ) -> Result<Sandbox> {
-        let dir = Directory(self.sandbox_dir(&place.name));
-        let data = dir.0.join("files");
+        let dir = Directory::new(self.sandbox_dir(&place.name));
+        let data = dir.join("files");
         fs::create_dir_all(&data).doing(format!("making {}", data.display()))?;
         let first_id = self.first_id(place.range);
         let volume = files(
@@ -286,12 +286,13 @@ impl Host {
                 None => self.reserve_like(source)?,
             };
             let sandbox = self.fork_one(&place, &origin, &content, spec.clone())?;
-            Ok((place, Arc::new(sandbox)))
+            // In this order: of those that are given up, the sandbox goes before its name is free.
+            Ok((Arc::new(sandbox), place))
         });
         let forks = forks.collect::<Result<Vec<_>>>()?;
         Ok(forks
             .into_iter()
-            .map(|(place, sandbox)| {
+            .map(|(sandbox, place)| {
                 place.keep(Arc::clone(&sandbox));
                 sandbox
             })

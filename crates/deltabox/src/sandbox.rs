@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use deltafs::{IdMap, Volume};
 use parking_lot::Mutex;
@@ -31,14 +31,32 @@ pub struct Sandbox {
 }
 
 /// The sandbox's directory on the host; removed with it.
-pub(crate) struct Directory(pub(crate) PathBuf);
+pub(crate) struct Directory {
+    path: PathBuf,
+    /// Another sandbox may be called so, and use the path, by now.
+    removed: AtomicBool,
+}
 
 impl Directory {
+    pub(crate) fn new(path: PathBuf) -> Self {
+        let removed = AtomicBool::new(false);
+        Self { path, removed }
+    }
+
+    pub(crate) fn join(&self, name: &str) -> PathBuf {
+        self.path.join(name)
+    }
+
     fn remove(&self) -> Result<()> {
-        match std::fs::remove_dir_all(&self.0) {
-            Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(()),
-            other => other.doing(format!("removing {}", self.0.display())),
+        if self.removed.load(Ordering::Acquire) {
+            return Ok(());
         }
+        match std::fs::remove_dir_all(&self.path) {
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound => {}
+            other => other.doing(format!("removing {}", self.path.display()))?,
+        }
+        self.removed.store(true, Ordering::Release);
+        Ok(())
     }
 }
 
@@ -75,7 +93,7 @@ impl Sandbox {
         dir: Directory,
         common: Arc<Common>,
     ) -> Result<Self> {
-        let logs = dir.0.join("logs");
+        let logs = dir.join("logs");
         std::fs::create_dir(&logs).doing(format!("making {}", logs.display()))?;
         Ok(Self {
             state: Mutex::new(DeltaState::new(&name, common)?),
@@ -99,11 +117,10 @@ impl Sandbox {
 
     /// Kills all processes and removes all that belongs to it. Clients that still hold it find it failed.
     pub(crate) fn close(&self) -> Result<()> {
-        self.shared()
-            .failed
-            .lock()
-            .get_or_insert_with(|| "it was removed".to_owned());
         self.sessions.close();
+        // What is under way fails by that, and is over before anything can have the name of what it works on.
+        self.container().kill()?;
+        let _whole = self.shared().whole.lock();
         self.container().close()?;
         self.dir.remove()
     }
@@ -221,6 +238,7 @@ impl Sandbox {
     pub fn rollback(&self, id: CheckpointId) -> Result<RollbackReport> {
         let shared = self.shared();
         let _whole = shared.whole.lock();
+        shared.check_open(&self.name)?;
         let alive = shared.condition() == SandboxState::Running;
         let done = self.state.lock().rollback(self.subject(), id, alive);
         match done {
@@ -259,6 +277,7 @@ impl Sandbox {
     pub fn stop(&self) -> Result<()> {
         let shared = self.shared();
         let _whole = shared.whole.lock();
+        shared.check_open(&self.name)?;
         shared.stopped.store(true, Ordering::Release);
         self.state.lock().kill_all(self.subject())
     }

@@ -149,6 +149,9 @@ impl Session {
     pub fn kill(&self) -> Result<()> {
         let shared = self.shared()?;
         let _whole = shared.whole.lock();
+        if shared.is_closed() {
+            return Err(self.orphaned());
+        }
         descendants::kill(shared.container.payload(), self.id, self.pid)
     }
 
@@ -170,12 +173,14 @@ impl Session {
     }
 
     fn shared(&self) -> Result<Arc<Shared>> {
-        self.shared.upgrade().ok_or_else(|| {
-            Error::Invalid(format!(
-                "the sandbox of session {} has been removed",
-                self.id
-            ))
-        })
+        self.shared.upgrade().ok_or_else(|| self.orphaned())
+    }
+
+    fn orphaned(&self) -> Error {
+        Error::Invalid(format!(
+            "the sandbox of session {} has been removed",
+            self.id
+        ))
     }
 
     fn no_input(&self) -> Error {

@@ -222,7 +222,7 @@ impl Shared {
 
     fn run(&self) {
         let mut events = Vec::with_capacity(64);
-        while !self.closing.load(Ordering::Acquire) {
+        while !self.is_closed() {
             events.clear();
             let timeout = self.kill_late().map(|d| rustix::event::Timespec {
                 tv_sec: d.as_secs() as i64,
@@ -389,8 +389,25 @@ impl Shared {
         true
     }
 
+    /// Whether the sandbox has not been removed; what belonged to it may have the name of something else's by now.
+    pub(crate) fn check_open(&self, name: &str) -> Result<()> {
+        if !self.is_closed() {
+            return Ok(());
+        }
+        Err(Error::NoSandbox(name.to_owned()))
+    }
+
+    /// Whether the sandbox has been removed, or is about to be.
+    pub(crate) fn is_closed(&self) -> bool {
+        self.closing.load(Ordering::Acquire)
+    }
+
     /// How the sandbox is.
     pub(crate) fn condition(&self) -> SandboxState {
+        if self.is_closed() {
+            let reason = "it was removed".to_owned();
+            return SandboxState::Failed { reason };
+        }
         match &*self.failed.lock() {
             Some(reason) => SandboxState::Failed {
                 reason: reason.clone(),

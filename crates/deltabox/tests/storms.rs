@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use common::*;
-use deltabox::{CommandSpec, Error, Sandbox};
+use deltabox::{CommandSpec, Error, Sandbox, SandboxSpec};
 
 const PYTHON: &str = "/usr/bin/python3";
 
@@ -290,4 +290,28 @@ sys.stdin.readline()
     let mut events = session.events(u64::MAX);
     session.write(b"\n").unwrap();
     read_until(&mut events, "queued 1000\n");
+}
+
+#[test]
+fn who_still_holds_a_removed_sandbox_does_no_harm_to_its_successor() {
+    let f = Fixture::new();
+    let named = || SandboxSpec {
+        name: Some("phoenix".to_owned()),
+        ..SandboxSpec::default()
+    };
+    let old = f.host.create(named()).unwrap();
+    let id = old.checkpoint(None).unwrap().id;
+    f.host.remove("phoenix").unwrap();
+    let new = f.host.create(named()).unwrap();
+    let witness = new.spawn(cat()).unwrap();
+    old.run(&["true"]).unwrap_err();
+    old.checkpoint(None).unwrap_err();
+    old.rollback(id).unwrap_err();
+    drop(old);
+    witness.write(b"hello\n").unwrap();
+    read_until(&mut witness.events(0), "hello");
+    let id = new.checkpoint(None).unwrap().id;
+    new.rollback(id).unwrap();
+    assert_eq!(output(&new, "echo alive > /tmp/x; cat /tmp/x"), "alive");
+    assert!(f.dir.path().join("state/sandboxes/phoenix/logs").is_dir());
 }
