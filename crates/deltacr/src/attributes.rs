@@ -1,6 +1,7 @@
 //! What belongs to a process besides memory, descriptors and threads: credentials, limits, signal
 //! handlers, timers, umask and the like.
 
+use std::fs;
 use std::io;
 
 use crate::error::{During, Error, Result};
@@ -47,6 +48,8 @@ pub(crate) struct Attributes {
     death_signal: i32,
     subreaper: i32,
     personality: u64,
+    /// How likely the kernel is to kill it for want of memory, as `/proc/PID/oom_score_adj` says.
+    oom_score: Vec<u8>,
 }
 
 struct Questions {
@@ -173,7 +176,7 @@ impl Questions {
         })
     }
 
-    fn attributes(&self, o: &Outcome) -> io::Result<Attributes> {
+    fn attributes(&self, o: &Outcome, host: HostPid) -> io::Result<Attributes> {
         let copies = |list: &[DataRef]| list.iter().map(|d| o.bytes(*d).to_vec()).collect();
         Ok(Attributes {
             credentials: self.credentials(o)?,
@@ -189,6 +192,7 @@ impl Questions {
             death_signal: o.int(self.death_signal),
             subreaper: o.int(self.subreaper),
             personality: o.result(self.personality)?,
+            oom_score: fs::read(oom_score_file(host))?,
         })
     }
 }
@@ -196,12 +200,12 @@ impl Questions {
 /// Asks a stopped process for its attributes, and its program break: one batch of about 100 quick calls.
 pub(crate) fn capture(remote: &mut Remote) -> Result<(Attributes, u64)> {
     let questions = Questions::new();
-    let pid = remote.pid();
+    let (pid, host) = (remote.pid(), remote.host());
     remote
         .run(&questions.batch)
         .and_then(|o| {
             Ok((
-                questions.attributes(&o)?,
+                questions.attributes(&o, host)?,
                 o.result(questions.program_break)?,
             ))
         })
@@ -227,6 +231,10 @@ pub(crate) fn restore(
 ) -> Result<()> {
     let pid = remote.pid();
     restore_limits(remote.host(), current, target).during(pid, "restoring the limits")?;
+    if current.oom_score != target.oom_score {
+        let written = fs::write(oom_score_file(remote.host()), &target.oom_score);
+        written.during(pid, "restoring the OOM score")?;
+    }
     let mut b = Batch::new();
     let mut calls = Vec::new();
     if current.umask != target.umask {
@@ -327,6 +335,10 @@ fn run_all(remote: &mut Remote, batch: &Batch, calls: &[(&str, CallId)]) -> Resu
         })?;
     }
     Ok(())
+}
+
+fn oom_score_file(host: HostPid) -> String {
+    format!("/proc/{host}/oom_score_adj")
 }
 
 fn restore_limits(host: HostPid, current: &Attributes, target: &Attributes) -> io::Result<()> {

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use crate::attributes;
-use crate::birth;
+use crate::birth::{self, terminal::Terminals};
 use crate::end;
 use crate::env::Environment;
 use crate::error::{During, Error, Result};
@@ -412,16 +412,15 @@ impl Engine {
             work.directory(before.get(pid))?;
         }
         watch.lap("memory");
-        // What fails now is tried again.
-        let _ = birth::terminal::restore(env, held, target, &born);
+        let terminals = Terminals::missing(held, target, &born)?;
         let notes = fd::restore(
             &descriptors,
             &target.descriptors,
             &mut remotes(held),
             env,
             &self.shared,
+            &|procs| terminals.restore(env, procs),
         )?;
-        birth::terminal::restore(env, held, target, &born)?;
         watch.lap("descriptors");
         let mut attributes = BTreeMap::new();
         for (pid, image) in &target.processes {

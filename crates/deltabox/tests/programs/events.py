@@ -271,6 +271,40 @@ def pty_with_both_ends_inside():
 
 
 @case
+def pty_with_a_session_on_it():
+    pid, master = pty.fork()
+    if pid == 0:
+        os.execv("/bin/sh", ["sh"])
+    answers = bytearray()
+
+    def until(text):
+        while text not in answers:
+            if not select.select([master], [], [], 20)[0]:
+                raise AssertionError(f"no {text!r} in {bytes(answers)!r}")
+            answers.extend(os.read(master, 1000))
+        answers.clear()
+
+    os.write(master, b"PS1=; stty -echo; x=secret; echo be''gun\n")
+    until(b"begun\r\n")
+
+    def mutate():
+        os.write(master, b"x=spoiled; exit\n")
+        os.waitpid(pid, 0)
+        os.close(master)
+
+    def check():
+        os.write(master, b"echo $$:$x:\n")
+        until(f"{pid}:secret:".encode())
+        os.write(master, b"sleep 1000\n")
+        eventually(lambda: os.tcgetpgrp(master) != pid, "the job in the foreground")
+        os.write(master, b"\x03")
+        os.write(master, b"echo interrupted\n")
+        until(b"interrupted\r\n")
+
+    return mutate, check
+
+
+@case
 def device_nodes():
     opened = {name: os.open(f"/dev/{name}", os.O_RDWR) for name in ("null", "zero", "full")}
     random = os.open("/dev/urandom", os.O_RDONLY)

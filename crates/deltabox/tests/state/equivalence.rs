@@ -218,6 +218,7 @@ theme! { events:
     inotify_watches
     memfd_shared_with_a_child
     pty_with_both_ends_inside
+    pty_with_a_session_on_it
     device_nodes
 }
 

@@ -8,51 +8,70 @@ use rustix::fs::{Mode, OFlags, ResolveFlags, openat2};
 
 use crate::env::Environment;
 use crate::error::{During, Result};
+use crate::fd::Procs;
 use crate::hold::Held;
 use crate::ids::InnerPid;
 use crate::image::TreeImage;
 use crate::procfs::Stat;
-use crate::remote::Batch;
+use crate::remote::{Batch, Remote};
 
-/// Gives session leaders the terminals and foreground groups that they have in `target`. `born` are those
-/// that were made since the tree was held.
-///
-/// A terminal whose master is inside the tree exists only when descriptors are restored, and `/dev/tty` can be opened
-/// only when terminals are; so this is done before, as far as it goes, and after that.
-pub(crate) fn restore(
-    env: &dyn Environment,
-    held: &mut Held,
-    target: &TreeImage,
-    born: &BTreeSet<InnerPid>,
-) -> Result<()> {
-    let mut result = Ok(());
-    for (pid, image) in &target.processes {
-        if image.stat.session != *pid || image.stat.tty == 0 {
-            continue;
-        }
-        let stat = match held.processes.get(pid) {
-            Some(process) if !born.contains(pid) => process.stat.clone(),
-            _ => held
-                .procfs
-                .stat(*pid)
-                .during(*pid, "reading its terminal")?,
-        };
-        if (stat.tty, stat.foreground) != (image.stat.tty, image.stat.foreground) {
-            let take = stat.tty != image.stat.tty;
-            let given = give(env, held, *pid, &image.stat, take);
-            result = result.and(given.during(*pid, "restoring its terminal"));
-        }
-    }
-    result
+/// The session leaders that are to get a terminal or a foreground group.
+pub(crate) struct Terminals(Vec<Missing>);
+
+struct Missing {
+    leader: InnerPid,
+    wanted: Stat,
+    /// The terminal too, not only the foreground group.
+    take: bool,
 }
 
-fn give(
-    env: &dyn Environment,
-    held: &mut Held,
-    pid: InnerPid,
-    wanted: &Stat,
-    take: bool,
-) -> io::Result<()> {
+impl Terminals {
+    /// Finds those that lack what they have in `target`. `born` were made since the tree was held.
+    pub(crate) fn missing(
+        held: &Held,
+        target: &TreeImage,
+        born: &BTreeSet<InnerPid>,
+    ) -> Result<Self> {
+        let mut missing = Vec::new();
+        for (pid, image) in &target.processes {
+            if image.stat.session != *pid || image.stat.tty == 0 {
+                continue;
+            }
+            let stat = match held.processes.get(pid) {
+                Some(process) if !born.contains(pid) => process.stat.clone(),
+                _ => held
+                    .procfs
+                    .stat(*pid)
+                    .during(*pid, "reading its terminal")?,
+            };
+            let wanted = image.stat.clone();
+            let take = stat.tty != wanted.tty;
+            if take || stat.foreground != wanted.foreground {
+                missing.push(Missing {
+                    leader: *pid,
+                    wanted,
+                    take,
+                });
+            }
+        }
+        Ok(Self(missing))
+    }
+
+    /// Gives them what they lack. The terminals are there, and nothing has `/dev/tty` open anew yet.
+    pub(crate) fn restore(&self, env: &dyn Environment, procs: &mut Procs<'_>) -> Result<()> {
+        self.0.iter().try_for_each(|missing| {
+            let remote = procs
+                .get_mut(&missing.leader)
+                .ok_or(io::ErrorKind::NotFound);
+            remote
+                .map_err(io::Error::from)
+                .and_then(|remote| give(env, remote, &missing.wanted, missing.take))
+                .during(missing.leader, "restoring its terminal")
+        })
+    }
+}
+
+fn give(env: &dyn Environment, remote: &mut Remote, wanted: &Stat, take: bool) -> io::Result<()> {
     let number = pty_number(wanted.tty)
         .ok_or_else(|| io::Error::other("its terminal is no pseudo-terminal"))?;
     let flags = OFlags::RDWR | OFlags::NOCTTY | OFlags::CLOEXEC;
@@ -64,7 +83,6 @@ fn give(
         Mode::empty(),
         resolve,
     )?;
-    let remote = held.remote(pid).ok_or(io::ErrorKind::NotFound)?;
     let fd = remote.give_fds(&[tty.as_fd()])?[0];
     let mut batch = Batch::new();
     let took = take.then(|| {

@@ -28,7 +28,8 @@ pub fn check(target: &Descriptors) -> Result<()> {
 
 /// Makes the processes have open what `target` says, where `current` is what they have open now.
 /// A process that was built anew has nothing open and must not be in `current` ([`Descriptors::retain`]); what
-/// `current` says of processes that are not among `procs` is ignored. Sessions and controlling terminals must be right already.
+/// `current` says of processes that are not among `procs` is ignored. Sessions must be right already; `terminals` is
+/// called to give their leaders their controlling terminals, when those are there.
 /// `shared` holds the memfds as they are to be.
 /// Returns notes for the user: what could not be kept.
 ///
@@ -40,6 +41,7 @@ pub fn restore(
     procs: &mut Procs<'_>,
     env: &dyn Environment,
     shared: &SharedObjects,
+    terminals: &dyn Fn(&mut Procs<'_>) -> Result<()>,
 ) -> Result<Vec<String>> {
     let living;
     let current = if current.tables.keys().all(|pid| procs.contains_key(pid)) {
@@ -73,7 +75,7 @@ pub fn restore(
     restore.take_moving()?;
     restore.release_addresses()?;
     restore.close()?;
-    restore.make()?;
+    restore.make(terminals)?;
     restore.install(false)?;
     restore.listen()?;
     restore.make_connections()?;
@@ -139,17 +141,23 @@ impl Restore<'_, '_> {
     }
 
     /// Makes the objects that are not there, but for connections.
-    fn make(&mut self) -> Result<()> {
+    fn make(&mut self, terminals: &dyn Fn(&mut Procs<'_>) -> Result<()>) -> Result<()> {
+        // The other side of a pseudo-terminal can be opened when its master is there, and `/dev/tty` when the
+        // process has a controlling terminal.
+        self.make_those(|kind| matches!(kind, Kind::Master { .. }))?;
+        let last = |kind: &Kind| matches!(kind, Kind::ControllingTerminal);
+        self.make_those(|kind| !matches!(kind, Kind::Master { .. }) && !last(kind))?;
+        terminals(self.procs)?;
+        self.make_those(last)
+    }
+
+    fn make_those(&mut self, these: impl Fn(&Kind) -> bool) -> Result<()> {
         let target = self.target;
-        let is_master = |object: &Object| matches!(object.kind, Kind::Master { .. });
-        // The other side of a pseudo-terminal can be opened when its master is there.
-        for masters in [true, false] {
-            for (index, object) in target.objects.iter().enumerate() {
-                let missing = self.plan.reuse[index].is_none() && !self.is_connection(index);
-                if missing && is_master(object) == masters {
-                    let handle = self.make_object(index, object).map_err(named(object))?;
-                    self.handles.insert(index, handle);
-                }
+        for (index, object) in target.objects.iter().enumerate() {
+            let missing = self.plan.reuse[index].is_none() && !self.is_connection(index);
+            if missing && these(&object.kind) {
+                let handle = self.make_object(index, object).map_err(named(object))?;
+                self.handles.insert(index, handle);
             }
         }
         Ok(())

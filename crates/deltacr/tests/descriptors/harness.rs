@@ -237,7 +237,7 @@ impl Python {
         self.stopped(|procs| {
             let current = fd::survey(procs, world, &world.shared).unwrap();
             fd::check(target).unwrap();
-            fd::restore(&current, target, procs, world, &world.shared).unwrap()
+            fd::restore(&current, target, procs, world, &world.shared, &|_| Ok(())).unwrap()
         })
     }
 }
@@ -286,7 +286,10 @@ pub(crate) fn assert_rolls_back_with_a_new(
     let mut procs = procs(&mut stopped);
     close_all(procs.get_mut(&dead).unwrap());
     fd::check(image).unwrap();
-    fd::restore(&current, image, &mut procs, world, &world.shared).unwrap();
+    fd::restore(&current, image, &mut procs, world, &world.shared, &|_| {
+        Ok(())
+    })
+    .unwrap();
     let now = fd::capture(&procs, world, &world.shared).unwrap();
     drop(procs);
     for process in stopped {
@@ -319,6 +322,7 @@ pub(crate) fn assert_rebuilds(world: &World, image: &Descriptors, of: &mut Pytho
         &mut procs,
         world,
         &world.shared,
+        &|_| Ok(()),
     )
     .unwrap();
     let rebuilt = fd::capture(&procs, world, &world.shared).unwrap();
