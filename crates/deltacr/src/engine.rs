@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 
 use crate::attributes;
 use crate::birth::{self, terminal::Terminals};
+use crate::describe::describe;
 use crate::end;
 use crate::env::Environment;
 use crate::error::{During, Error, Result};
@@ -15,13 +16,10 @@ use crate::hold::{Acquaintances, Held, HeldProcess};
 use crate::ids::{HostPid, InnerPid};
 use crate::image::{ProcessImage, TreeImage};
 use crate::mem::{Memory, SharedObjects, Tracker};
-use crate::procfs::Procfs;
 use crate::reconcile::{self, Now, Reconcile};
 use crate::resume::Wait;
-use crate::signals::{Queue, Scope};
+use crate::stopwatch::{Phases, Stopwatch};
 use crate::store::PageStore;
-use crate::threads;
-use crate::timers;
 
 /// How long the processes may take to stand still. A process in an uninterruptible sleep takes
 /// as long as what it waits for.
@@ -29,30 +27,6 @@ const FREEZE_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// How often a checkpoint is begun anew because a process was killed under it.
 const TRIES: usize = 5;
-
-/// How long the parts of an operation took, in order.
-pub type Phases = Vec<(&'static str, Duration)>;
-
-/// Measures one part after another.
-pub(crate) struct Stopwatch {
-    last: Instant,
-    phases: Phases,
-}
-
-impl Stopwatch {
-    fn start() -> Self {
-        Self {
-            last: Instant::now(),
-            phases: Vec::new(),
-        }
-    }
-
-    fn lap(&mut self, name: &'static str) {
-        let now = Instant::now();
-        self.phases.push((name, now - self.last));
-        self.last = now;
-    }
-}
 
 /// A checkpoint of the processes, with what the caller captured at the same moment.
 pub struct Checkpoint<T> {
@@ -363,6 +337,30 @@ impl Engine {
         })
     }
 
+    /// The work on one process of those that are held.
+    fn reconcile<'a>(
+        &'a mut self,
+        env: &'a dyn Environment,
+        held: &'a mut Held,
+        pid: InnerPid,
+        image: &'a Arc<ProcessImage>,
+    ) -> Result<Reconcile<'a>> {
+        let process = member(&mut held.processes, pid)?;
+        let host = process.stopped.remote.host();
+        Ok(Reconcile {
+            env,
+            memory: Memory {
+                store: &self.store,
+                shared: &self.shared,
+                env,
+            },
+            procfs: &held.procfs,
+            process,
+            tracker: self.trackers.entry(host).or_default(),
+            image,
+        })
+    }
+
     /// Makes what is held the same as `target`.
     fn undo(
         &mut self,
@@ -387,27 +385,10 @@ impl Engine {
         self.shared
             .restore(&target.shared)
             .during_tree("restoring the shared memory")?;
-        let memory = Memory {
-            store: &self.store,
-            shared: &self.shared,
-            env,
-        };
-        let mut pages = 0;
         let mut before = survey.processes;
+        let mut pages = 0;
         for (pid, image) in &target.processes {
-            let process = member(&mut held.processes, *pid)?;
-            let tracker = self
-                .trackers
-                .entry(process.stopped.remote.host())
-                .or_default();
-            let mut work = Reconcile {
-                env,
-                memory,
-                procfs: &held.procfs,
-                process,
-                tracker,
-                image,
-            };
+            let mut work = self.reconcile(env, held, *pid, image)?;
             pages += work.memory(before.get_mut(pid))?;
             work.directory(before.get(pid))?;
         }
@@ -424,19 +405,7 @@ impl Engine {
         watch.lap("descriptors");
         let mut attributes = BTreeMap::new();
         for (pid, image) in &target.processes {
-            let process = member(&mut held.processes, *pid)?;
-            let tracker = self
-                .trackers
-                .entry(process.stopped.remote.host())
-                .or_default();
-            let mut work = Reconcile {
-                env,
-                memory,
-                procfs: &held.procfs,
-                process,
-                tracker,
-                image,
-            };
+            let mut work = self.reconcile(env, held, *pid, image)?;
             attributes.insert(*pid, work.state(before.remove(pid))?);
         }
         for (pid, image) in &target.processes {
@@ -530,52 +499,6 @@ fn member(
         pid,
         what: "its parent is not in the image".to_owned(),
     })
-}
-
-/// Everything of a process but its memory, and its program break.
-fn describe(
-    env: &dyn Environment,
-    procfs: &Procfs,
-    process: &mut HeldProcess,
-    waits: &mut HashMap<HostPid, Option<Wait>>,
-) -> Result<(ProcessImage, u64)> {
-    let remote = &mut process.stopped.remote;
-    let pid = remote.pid();
-    let (attributes, brk) = attributes::capture(remote)?;
-    let mut pending =
-        Queue::capture(remote.host(), Scope::Process).during(pid, "reading the queued signals")?;
-    let mut threads = Vec::with_capacity(process.stopped.threads.len());
-    for thread in &mut process.stopped.threads {
-        let wait = waits.entry(thread.host).or_default();
-        threads.push(threads::capture(remote, thread, &pending, wait)?);
-    }
-    pending.extend(remote.strays());
-    let root = Place::of(env, procfs, pid, "root").during(pid, "reading its root directory")?;
-    if !root.is_root() {
-        let name = String::from_utf8_lossy(&process.stat.name).into_owned();
-        let what = "it has a root directory of its own (chroot)".to_owned();
-        return Err(Error::Unsupported { pid, name, what });
-    }
-    let cwd = Place::of(env, procfs, pid, "cwd").during(pid, "reading its directory")?;
-    if cwd.is_removed(env) {
-        let name = String::from_utf8_lossy(&process.stat.name).into_owned();
-        let what = "its working directory was removed; have it go to another".to_owned();
-        return Err(Error::Unsupported { pid, name, what });
-    }
-    let image = ProcessImage {
-        stat: process.stat.clone(),
-        birth: process.birth,
-        command: procfs.command(pid),
-        user_stop: process.user_stop,
-        exe: Place::of(env, procfs, pid, "exe").during(pid, "reading its program")?,
-        cwd,
-        attributes,
-        timers: timers::capture(procfs, remote)?,
-        pending,
-        threads,
-        memory: Arc::default(),
-    };
-    Ok((image, brk))
 }
 
 /// Traces from a thread of its own: whatever happens in there, when it ends the kernel lets go of all

@@ -4,6 +4,7 @@
 
 mod attributes;
 mod birth;
+mod describe;
 mod end;
 mod engine;
 pub mod env;
@@ -21,11 +22,13 @@ pub mod remote;
 mod resume;
 mod signals;
 pub mod stop;
+mod stopwatch;
 pub mod store;
 mod sys;
 mod threads;
 mod timers;
 
-pub use engine::{Checkpoint, Engine, Phases, Rollback, Switched};
+pub use engine::{Checkpoint, Engine, Rollback, Switched};
 pub use error::{During, Error, Result};
 pub use image::{ProcessSummary, TreeImage};
+pub use stopwatch::Phases;

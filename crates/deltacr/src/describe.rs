@@ -1,0 +1,63 @@
+//! Taking down everything of a stopped process but its memory and descriptors.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use crate::attributes;
+use crate::env::Environment;
+use crate::error::{During, Error, Result};
+use crate::files::Place;
+use crate::hold::HeldProcess;
+use crate::ids::HostPid;
+use crate::image::ProcessImage;
+use crate::procfs::Procfs;
+use crate::resume::Wait;
+use crate::signals::{Queue, Scope};
+use crate::threads;
+use crate::timers;
+
+/// Everything of a process but its memory, and its program break.
+pub(crate) fn describe(
+    env: &dyn Environment,
+    procfs: &Procfs,
+    process: &mut HeldProcess,
+    waits: &mut HashMap<HostPid, Option<Wait>>,
+) -> Result<(ProcessImage, u64)> {
+    let remote = &mut process.stopped.remote;
+    let pid = remote.pid();
+    let (attributes, brk) = attributes::capture(remote)?;
+    let mut pending =
+        Queue::capture(remote.host(), Scope::Process).during(pid, "reading the queued signals")?;
+    let mut threads = Vec::with_capacity(process.stopped.threads.len());
+    for thread in &mut process.stopped.threads {
+        let wait = waits.entry(thread.host).or_default();
+        threads.push(threads::capture(remote, thread, &pending, wait)?);
+    }
+    pending.extend(remote.strays());
+    let root = Place::of(env, procfs, pid, "root").during(pid, "reading its root directory")?;
+    if !root.is_root() {
+        let name = String::from_utf8_lossy(&process.stat.name).into_owned();
+        let what = "it has a root directory of its own (chroot)".to_owned();
+        return Err(Error::Unsupported { pid, name, what });
+    }
+    let cwd = Place::of(env, procfs, pid, "cwd").during(pid, "reading its directory")?;
+    if cwd.is_removed(env) {
+        let name = String::from_utf8_lossy(&process.stat.name).into_owned();
+        let what = "its working directory was removed; have it go to another".to_owned();
+        return Err(Error::Unsupported { pid, name, what });
+    }
+    let image = ProcessImage {
+        stat: process.stat.clone(),
+        birth: process.birth,
+        command: procfs.command(pid),
+        user_stop: process.user_stop,
+        exe: Place::of(env, procfs, pid, "exe").during(pid, "reading its program")?,
+        cwd,
+        attributes,
+        timers: timers::capture(procfs, remote)?,
+        pending,
+        threads,
+        memory: Arc::default(),
+    };
+    Ok((image, brk))
+}
