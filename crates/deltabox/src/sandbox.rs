@@ -119,7 +119,12 @@ impl Sandbox {
     pub(crate) fn close(&self) -> Result<()> {
         self.sessions.close();
         // What is under way fails by that, and is over before anything can have the name of what it works on.
-        self.container().kill()?;
+        if let Err(e) = self.container().kill() {
+            // Who waits in the kernel for an answer about files can end when none will come any more.
+            tracing::warn!("{e}; ending its files");
+            self.volume.shutdown();
+            self.container().kill()?;
+        }
         let _whole = self.shared().whole.lock();
         self.container().close()?;
         self.dir.remove()

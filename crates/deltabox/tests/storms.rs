@@ -315,3 +315,38 @@ fn who_still_holds_a_removed_sandbox_does_no_harm_to_its_successor() {
     assert_eq!(output(&new, "echo alive > /tmp/x; cat /tmp/x"), "alive");
     assert!(f.dir.path().join("state/sandboxes/phoenix/logs").is_dir());
 }
+
+#[test]
+fn a_parent_that_waits_for_its_vfork_child_is_waited_for() {
+    let script = r"
+import os, sys
+os.mkfifo('/tmp/gate')
+if os.fork() == 0:
+    sys.stdin.readline()
+    os.close(os.open('/tmp/gate', os.O_WRONLY))
+    os._exit(0)
+print('ready', flush=True)
+# The child waits for the gate before it executes anything, and its parent for the child.
+pid = os.posix_spawn('/bin/true', ['true'], {}, file_actions=[(os.POSIX_SPAWN_OPEN, 0, '/tmp/gate', os.O_RDONLY, 0)])
+os.waitpid(pid, 0)
+print('ok', flush=True)
+";
+    let Some((_f, sandbox)) = python_sandbox() else {
+        return;
+    };
+    let session = sandbox.spawn(python(script)).unwrap();
+    read_until(&mut session.events(0), "ready");
+    // Those three, init and the ones that count.
+    let all_there = || output(&sandbox, "ls /proc | grep -c '^[0-9]'") == "7";
+    assert!((0..1000).any(|_| all_there()));
+    let error = sandbox.checkpoint(None).unwrap_err().to_string();
+    assert!(error.contains("python3"), "{error}");
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            std::thread::sleep(Duration::from_millis(1500));
+            session.write(b"\n").unwrap();
+        });
+        sandbox.checkpoint(None).unwrap();
+    });
+    assert_eq!(text(&wait(&session).stdout), "ready\nok\n");
+}

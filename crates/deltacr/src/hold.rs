@@ -64,12 +64,14 @@ impl Held {
         let mut freezer = Freezer::open(env.cgroup()).during_tree("opening the freezer")?;
         let procfs = Procfs::open(env).during_tree("opening /proc of the sandbox")?;
         let start = Instant::now();
+        // Seized threads that did not stop yet: they are this thread's until they do.
+        let mut late = HashSet::new();
         loop {
             let left = timeout.saturating_sub(start.elapsed());
             if !freezer.freeze(left).during_tree("freezing the processes")? {
                 return Err(not_frozen(env, timeout));
             }
-            match seize_all(env, &procfs, known, &mut freezer)? {
+            match seize_all(env, &procfs, known, &mut freezer, &mut late)? {
                 Some(processes) => {
                     // From here on it is let go when it is dropped.
                     let mut held = Self {
@@ -191,16 +193,17 @@ fn seize_all(
     procfs: &Procfs,
     known: &Acquaintances,
     freezer: &mut Freezer,
+    late: &mut HashSet<HostPid>,
 ) -> Result<Option<BTreeMap<InnerPid, HeldProcess>>> {
     let found = find(env, procfs, known).and_then(|found| {
         let mut seized = Vec::new();
         let all = found
             .iter()
             .flatten()
-            .try_for_each(|process| seize(process, &mut seized));
+            .try_for_each(|process| seize(process, &mut seized, late));
         if let Err(e) = all {
             let _ = freezer.thaw();
-            let_go(&seized, Duration::from_secs(1));
+            *late = let_go(&seized);
             return none_if_killed(found.iter().flatten(), e);
         }
         Ok(found)
@@ -213,11 +216,9 @@ fn seize_all(
         .iter()
         .flat_map(|p| p.threads.iter().map(|(host, _)| *host))
         .collect();
-    let Some(stops) = await_all(&threads) else {
-        return Ok(None);
-    };
-    if stops.values().any(|stop| matches!(stop, Stop::Gone(_))) {
-        let_go(&threads, Duration::from_secs(1));
+    let stops = await_all(&threads);
+    if stops.len() < threads.len() || stops.values().any(|stop| matches!(stop, Stop::Gone(_))) {
+        *late = let_go(&threads);
         return Ok(None);
     }
     let mut processes = BTreeMap::new();
@@ -229,7 +230,7 @@ fn seize_all(
                     // What cannot be let go now is when this thread ends.
                     let _ = held.stopped.release();
                 }
-                let_go(&threads, Duration::from_secs(1));
+                *late = let_go(&threads);
                 return none_if_killed(found.iter(), e);
             }
         };
@@ -263,9 +264,12 @@ fn hold(process: &Found, stops: &HashMap<HostPid, Stop>) -> io::Result<HeldProce
     })
 }
 
-fn seize(process: &Found, seized: &mut Vec<HostPid>) -> Result<()> {
+fn seize(process: &Found, seized: &mut Vec<HostPid>, late: &HashSet<HostPid>) -> Result<()> {
     for (host, _) in &process.threads {
-        ptrace::seize(*host).map_err(|source| refusal(process, source))?;
+        match ptrace::seize(*host) {
+            Err(_) if late.contains(host) => {}
+            other => other.map_err(|source| refusal(process, source))?,
+        }
         seized.push(*host);
         ptrace::interrupt(*host).during(process.pid, "stopping a thread")?;
     }
@@ -299,8 +303,8 @@ fn refusal(process: &Found, source: io::Error) -> Error {
     }
 }
 
-/// How each thread stopped; `None`, and all are running again, if one does not.
-fn await_all(threads: &[HostPid]) -> Option<HashMap<HostPid, Stop>> {
+/// How each thread stopped, of those that did in time.
+fn await_all(threads: &[HostPid]) -> HashMap<HostPid, Stop> {
     let mut stops = HashMap::with_capacity(threads.len());
     let end = Instant::now() + PATIENCE;
     loop {
@@ -314,22 +318,18 @@ fn await_all(threads: &[HostPid]) -> Option<HashMap<HostPid, Stop>> {
                 stops.insert(host, stop);
             }
         }
-        if stops.len() == threads.len() {
-            return Some(stops);
-        }
-        if Instant::now() > end {
-            let_go(threads, Duration::from_secs(1));
-            return None;
+        if stops.len() == threads.len() || Instant::now() > end {
+            return stops;
         }
         std::thread::yield_now();
     }
 }
 
-/// Lets threads run on that were seized and interrupted; those that stop only later too. Any that
-/// never stop are let go by the kernel when this thread ends.
-fn let_go(threads: &[HostPid], timeout: Duration) {
-    let end = Instant::now() + timeout;
-    let mut left: Vec<HostPid> = threads.to_vec();
+/// Lets threads run on that were seized and interrupted. Returns those that have not stopped yet, which are let go by the
+/// kernel when this thread ends.
+fn let_go(threads: &[HostPid]) -> HashSet<HostPid> {
+    let end = Instant::now() + PATIENCE;
+    let mut left: HashSet<HostPid> = threads.iter().copied().collect();
     while !left.is_empty() && Instant::now() < end {
         left.retain(|host| {
             // It stopped in an earlier wait already; or it stops, or is found dead, now.
@@ -344,6 +344,7 @@ fn let_go(threads: &[HostPid], timeout: Duration) {
         });
         std::thread::yield_now();
     }
+    left
 }
 
 /// `None` if one was killed meanwhile.
