@@ -350,3 +350,30 @@ print('ok', flush=True)
     });
     assert_eq!(text(&wait(&session).stdout), "ready\nok\n");
 }
+
+#[test]
+fn a_trap_signal_that_is_ignored_goes_on_being_ignored() {
+    let f = Fixture::new();
+    let sandbox = f.sandbox();
+    let mut command =
+        sh("trap '' TRAP; sleep 1000 & while read line; do kill -TRAP $$ $!; echo got $line; done");
+    command.stdin = true;
+    let session = sandbox.spawn(command).unwrap();
+    let say = |word: &str| {
+        let mut events = session.events(u64::MAX);
+        session.write(format!("{word}\n").as_bytes()).unwrap();
+        read_until(&mut events, &format!("got {word}\n"));
+    };
+    say("first");
+    let id = sandbox.checkpoint(None).unwrap().id;
+    say("after the checkpoint");
+    sandbox.rollback(id).unwrap();
+    say("after the rollback");
+    session.kill().unwrap();
+    sandbox.rollback(id).unwrap();
+    say("made again");
+    say("twice");
+    let sleeps =
+        "ls /proc | grep '^[0-9]*$' | while read p; do cat /proc/$p/comm; done | grep -c sleep";
+    assert_eq!(output(&sandbox, sleeps), "1");
+}

@@ -12,6 +12,10 @@ use crate::sys::process;
 /// `sizeof(sigset_t)` of the kernel.
 const SIGSET: u64 = 8;
 const SIGNALS: i32 = 64;
+/// Where the action for `SIGTRAP` is among those of all signals.
+const TRAP: usize = libc::SIGTRAP as usize - 1;
+/// The handler of a signal that is ignored.
+const IGNORE: [u8; 8] = (libc::SIG_IGN as u64).to_le_bytes();
 const RLIMITS: u32 = 16;
 const ITIMERS: u64 = 3;
 const GROUPS_MAX: usize = 256;
@@ -50,6 +54,22 @@ pub(crate) struct Attributes {
     personality: u64,
     /// How likely the kernel is to kill it for want of memory, as `/proc/PID/oom_score_adj` says.
     oom_score: Vec<u8>,
+}
+
+impl Attributes {
+    /// Notes that `SIGTRAP` is ignored, which asking for it has changed.
+    pub(crate) fn ignore_trap(&mut self) {
+        if let Some(handler) = self.actions.get_mut(TRAP).and_then(|a| a.get_mut(..8)) {
+            handler.copy_from_slice(&IGNORE);
+        }
+    }
+
+    /// Whether `SIGTRAP` is ignored.
+    pub(crate) fn ignores_trap(&self) -> bool {
+        self.actions
+            .get(TRAP)
+            .is_some_and(|a| a.starts_with(&IGNORE))
+    }
 }
 
 struct Questions {

@@ -25,7 +25,10 @@ pub(crate) fn describe(
 ) -> Result<(ProcessImage, u64)> {
     let remote = &mut process.stopped.remote;
     let pid = remote.pid();
-    let (attributes, brk) = attributes::capture(remote)?;
+    let (mut attributes, brk) = attributes::capture(remote)?;
+    if process.ignores_trap {
+        attributes.ignore_trap();
+    }
     let mut pending =
         Queue::capture(remote.host(), Scope::Process).during(pid, "reading the queued signals")?;
     let mut threads = Vec::with_capacity(process.stopped.threads.len());

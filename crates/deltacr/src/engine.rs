@@ -412,6 +412,7 @@ impl Engine {
             let process = member(&mut held.processes, *pid)?;
             let now = &attributes[pid];
             attributes::restore_credentials(&mut process.stopped.remote, now, &image.attributes)?;
+            process.ignores_trap = image.attributes.ignores_trap();
             process.stop_with = image.user_stop.filter(|_| process.user_stop.is_none());
         }
         watch.lap("processes");

@@ -43,6 +43,8 @@ pub(crate) struct HeldProcess {
     /// The signal by which its user had stopped it (job control), if so. The kernel takes the stop up again when the
     /// process is let go.
     pub(crate) user_stop: Option<i32>,
+    /// It is to ignore `SIGTRAP` when it is let go. A batch's end makes the kernel forget that.
+    pub(crate) ignores_trap: bool,
     /// A stop signal that it is to get when it is let go.
     pub(crate) stop_with: Option<i32>,
 }
@@ -131,7 +133,13 @@ impl Held {
     /// Lets everything run on.
     pub(crate) fn release(&mut self) -> Result<()> {
         let mut result = Ok(());
-        for (pid, process) in std::mem::take(&mut self.processes) {
+        for (pid, mut process) in std::mem::take(&mut self.processes) {
+            if process.ignores_trap
+                && let Err(e) = process.stopped.remote.ignore_trap()
+                && e.raw_os_error() != Some(libc::ESRCH)
+            {
+                result = Err(e).during(pid, "making it ignore SIGTRAP again");
+            }
             if let Some(signal) = process.stop_with {
                 let _ = crate::sys::process::pidfd_signal(process.stopped.remote.pidfd(), signal);
             }
@@ -260,6 +268,7 @@ fn hold(process: &Found, stops: &HashMap<HostPid, Stop>) -> io::Result<HeldProce
         stat: process.stat.clone(),
         birth: process.birth,
         user_stop,
+        ignores_trap: process.stat.ignores_trap,
         stop_with: None,
     })
 }

@@ -34,6 +34,8 @@ pub(crate) struct Stat {
     pub(crate) exit_signal: i32,
     /// Wait status of a zombie.
     pub(crate) exit_status: i32,
+    /// It ignores `SIGTRAP`.
+    pub(crate) ignores_trap: bool,
 }
 
 /// A file, by device and inode.
@@ -154,6 +156,7 @@ pub(crate) fn parse_stat(text: &[u8]) -> Option<Stat> {
         start: fields.get(22 - 3)?.parse().ok()?,
         exit_signal: number(38)? as i32,
         exit_status: number(52)? as i32,
+        ignores_trap: number(33)? & 1 << (libc::SIGTRAP - 1) != 0,
     })
 }
 

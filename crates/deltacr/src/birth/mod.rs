@@ -374,6 +374,7 @@ fn admit(held: &Held, remote: Remote, birth: u64) -> Result<HeldProcess> {
         stat,
         birth,
         user_stop: None,
+        ignores_trap: false,
         stop_with: None,
     })
 }

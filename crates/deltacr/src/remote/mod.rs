@@ -316,6 +316,38 @@ impl Remote {
         Ok(got as u64)
     }
 
+    /// Makes the process ignore `SIGTRAP`. The kernel ends that when it has to force the signal on the process, as it does
+    /// at the end of every batch; so this call is made without one.
+    pub(crate) fn ignore_trap(&mut self) -> io::Result<()> {
+        let Some(area) = self.area else {
+            return Ok(());
+        };
+        let action = area + STUB_ROOM;
+        let bytes = longs(&[libc::SIG_IGN as u64, 0, 0, 0]);
+        process::write_memory(self.host, action, &[IoSlice::new(&bytes)])?;
+        let mut regs = self.base;
+        regs.rip = self.syscall_instruction()?;
+        regs.orig_rax = u64::MAX;
+        regs.rax = libc::SYS_rt_sigaction as u64;
+        (regs.rdi, regs.rsi, regs.rdx, regs.r10) = (libc::SIGTRAP as u64, action, 0, 8);
+        ptrace::set_registers(self.host, &regs)?;
+        // Into the call, and out of it.
+        for _ in 0..2 {
+            ptrace::to_system_call(self.host)?;
+            match await_stop(self.host)? {
+                Stop::SystemCall => {}
+                other => return Err(lost(other)),
+            }
+        }
+        // A thread that is let go from here would not restart the call that it was stopped in.
+        ptrace::interrupt(self.host)?;
+        ptrace::resume(self.host)?;
+        match await_stop(self.host)? {
+            Stop::Interrupted | Stop::GroupStopped(_) => Ok(()),
+            other => Err(lost(other)),
+        }
+    }
+
     fn syscall_instruction(&self) -> io::Result<u64> {
         let is_syscall = |at: u64| {
             let mut found = [0; 2];

@@ -14,6 +14,7 @@ const OPTIONS: libc::c_int = libc::PTRACE_O_TRACECLONE
     | libc::PTRACE_O_TRACEFORK
     | libc::PTRACE_O_TRACEVFORK
     | libc::PTRACE_O_TRACEEXEC
+    | libc::PTRACE_O_TRACESYSGOOD
     | libc::PTRACE_O_SUSPEND_SECCOMP;
 
 const NT_X86_XSTATE: usize = 0x202;
@@ -64,6 +65,11 @@ pub(crate) fn resume_with(tid: HostPid, signal: i32) -> io::Result<()> {
 /// Lets a stopped tracee run one instruction.
 pub(crate) fn step(tid: HostPid) -> io::Result<()> {
     request(libc::PTRACE_SINGLESTEP, tid, 0, 0).map(drop)
+}
+
+/// Lets a stopped tracee run until it enters or leaves a system call.
+pub(crate) fn to_system_call(tid: HostPid) -> io::Result<()> {
+    request(libc::PTRACE_SYSCALL, tid, 0, 0).map(drop)
 }
 
 /// Lets a stopped tracee go for good.
@@ -205,6 +211,8 @@ pub(crate) fn event_message(tid: HostPid) -> io::Result<u64> {
 pub(crate) enum Stop {
     /// On its way to receive this signal.
     Signal(i32),
+    /// At the entry or exit of a system call, after [`to_system_call`].
+    SystemCall,
     /// By [`interrupt`], or as a new-born tracee.
     Interrupted,
     /// The same, but its process is stopped besides, by this signal.
@@ -239,6 +247,7 @@ pub(crate) fn wait(tid: HostPid, patient: bool) -> io::Result<Option<Stop>> {
         return Ok(Some(Stop::Gone(status)));
     }
     Ok(Some(match status >> 16 {
+        0 if libc::WSTOPSIG(status) == libc::SIGTRAP | 0x80 => Stop::SystemCall,
         0 => Stop::Signal(libc::WSTOPSIG(status)),
         libc::PTRACE_EVENT_EXEC => Stop::Executed,
         libc::PTRACE_EVENT_FORK | libc::PTRACE_EVENT_VFORK | libc::PTRACE_EVENT_CLONE => Stop::Born,
