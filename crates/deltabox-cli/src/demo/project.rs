@@ -117,7 +117,8 @@ impl Project {
             requirements: None,
             target: "difflib.py",
             spare: "email",
-            test: format!("timeout 100 python3 -c '{code}'"),
+            // Some edits make it loop for ever, some only with certain hashes.
+            test: format!("PYTHONHASHSEED=0 timeout 20 python3 -c '{code}'"),
             instance: None,
         }
     }
