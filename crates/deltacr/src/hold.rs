@@ -1,6 +1,6 @@
 //! Holding a whole tree: freeze, seize every thread, thaw; seized threads go on standing still.
 
-use std::collections::{BTreeMap, HashMap, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::fs;
 use std::io;
 use std::time::{Duration, Instant};
@@ -102,6 +102,14 @@ impl Held {
 
     pub(crate) fn remote(&mut self, pid: InnerPid) -> Option<&mut Remote> {
         self.processes.get_mut(&pid).map(|p| &mut p.stopped.remote)
+    }
+
+    /// What a process is. Those that are not among `born` are as they were when they were stopped.
+    pub(crate) fn stat(&self, pid: InnerPid, born: &BTreeSet<InnerPid>) -> Result<Stat> {
+        match self.processes.get(&pid) {
+            Some(process) if !born.contains(&pid) => Ok(process.stat.clone()),
+            _ => self.procfs.stat(pid).during(pid, "reading what it is"),
+        }
     }
 
     pub(crate) fn threads(&self) -> impl Iterator<Item = &StoppedThread> {

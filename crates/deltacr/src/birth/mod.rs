@@ -258,18 +258,10 @@ impl<'a> Delivery<'a> {
         Ok(())
     }
 
-    /// Those that were not born just now are as they were when they were stopped.
-    fn stat(&self, pid: InnerPid) -> Result<Stat> {
-        match self.held.processes.get(&pid) {
-            Some(process) if !self.born.contains(&pid) => Ok(process.stat.clone()),
-            _ => self.held.procfs.stat(pid).during(pid, "reading what it is"),
-        }
-    }
-
     fn groups(&mut self) -> Result<()> {
         let mut astray: Vec<(InnerPid, InnerPid)> = Vec::new();
         for (pid, image) in &self.target.processes {
-            let stat = self.stat(*pid)?;
+            let stat = self.held.stat(*pid, &self.born)?;
             if stat.group != image.stat.group {
                 astray.push((*pid, image.stat.group));
             }

@@ -27,14 +27,8 @@ pub(crate) fn child(
     exit_signal: i32,
     exe: BorrowedFd<'_>,
 ) -> io::Result<Remote> {
-    let mut clone = Batch::new();
     let flags = libc::CLONE_VM | libc::CLONE_VFORK | (exit_signal & 0xff);
-    clone.call(
-        libc::SYS_clone,
-        &[flags.into(), 0.into(), 0.into(), 0.into(), 0.into()],
-    );
-    parent.start(parent.host(), &clone)?;
-    let host = await_birth(parent.host())?;
+    let host = clone(parent, flags)?;
     // From here on the parent waits in the kernel until its child has a program of its own.
     ptrace::resume(parent.host())?;
     let made = become_program(pid, host, parent.area_address(), exe);
@@ -135,32 +129,14 @@ pub(crate) fn execute(remote: &mut Remote, exe: BorrowedFd<'_>) -> io::Result<()
 /// A process that only exists to have a number, and to have children in its session or group.
 /// It is a copy of `parent`, waiting to be told what to do.
 pub(crate) fn copy(parent: &mut Remote, pid: InnerPid, flags: i32) -> io::Result<Remote> {
-    let mut clone = Batch::new();
-    clone.call(
-        libc::SYS_clone,
-        &[flags.into(), 0.into(), 0.into(), 0.into(), 0.into()],
-    );
-    parent.start(parent.host(), &clone)?;
-    let host = await_birth(parent.host())?;
-    ptrace::resume(parent.host())?;
-    parent.finish(parent.host())?;
-    await_interruption(host)?;
+    let host = clone_through(parent, flags)?;
     block_signals(host)?;
     Remote::new(pid, host, parent.area_address())
 }
 
 /// Adds a thread to a process. The caller has seen to its number.
 pub(crate) fn thread(remote: &mut Remote, tid: InnerPid) -> io::Result<StoppedThread> {
-    let mut clone = Batch::new();
-    clone.call(
-        libc::SYS_clone,
-        &[THREAD_FLAGS.into(), 0.into(), 0.into(), 0.into(), 0.into()],
-    );
-    remote.start(remote.host(), &clone)?;
-    let host = await_birth(remote.host())?;
-    ptrace::resume(remote.host())?;
-    remote.finish(remote.host())?;
-    await_interruption(host)?;
+    let host = clone_through(remote, THREAD_FLAGS)?;
     let found = host.inner()?;
     if found != tid {
         hold_thread(found, host)?;
@@ -219,6 +195,26 @@ pub(crate) fn die(remote: &Remote, signal: i32) -> io::Result<()> {
         other => return Err(lost(other)),
     }
     await_end(remote.host())
+}
+
+/// Begins a `clone` in a stopped process, which is left where it reports the birth. Returns the new-born, which is about to stop.
+fn clone(parent: &mut Remote, flags: i32) -> io::Result<HostPid> {
+    let mut clone = Batch::new();
+    clone.call(
+        libc::SYS_clone,
+        &[flags.into(), 0.into(), 0.into(), 0.into(), 0.into()],
+    );
+    parent.start(parent.host(), &clone)?;
+    await_birth(parent.host())
+}
+
+/// The whole of a `clone` that does not keep the parent waiting; both stand still.
+fn clone_through(parent: &mut Remote, flags: i32) -> io::Result<HostPid> {
+    let host = clone(parent, flags)?;
+    ptrace::resume(parent.host())?;
+    parent.finish(parent.host())?;
+    await_interruption(host)?;
+    Ok(host)
 }
 
 /// Waits for a thread's report that it has a child. If the call failed there is none.

@@ -37,13 +37,7 @@ impl Terminals {
             if image.stat.session != *pid || image.stat.tty == 0 {
                 continue;
             }
-            let stat = match held.processes.get(pid) {
-                Some(process) if !born.contains(pid) => process.stat.clone(),
-                _ => held
-                    .procfs
-                    .stat(*pid)
-                    .during(*pid, "reading its terminal")?,
-            };
+            let stat = held.stat(*pid, born)?;
             let wanted = image.stat.clone();
             let take = stat.tty != wanted.tty;
             if take || stat.foreground != wanted.foreground {
