@@ -18,6 +18,7 @@ use anyhow::{Context, Result};
 use clap::{Parser, Subcommand};
 
 use rows::Rows;
+use tempfile::TempDir;
 
 /// Measures DeltaBox on this machine. Needs root.
 #[derive(Debug, Parser)]
@@ -45,6 +46,8 @@ enum Suite {
     Cr,
     /// Forks of an idle sandbox
     Fork,
+    /// DeltaFS beside overlayfs
+    Fs,
 }
 
 /// What all suites are told.
@@ -59,6 +62,17 @@ impl Options {
     fn wants(&self, case: &str) -> bool {
         self.case.as_deref().is_none_or(|text| case.contains(text))
     }
+
+    /// A directory that is removed at the end.
+    fn temporary_dir(&self) -> Result<TempDir> {
+        let mut name = tempfile::Builder::new();
+        name.prefix("deltabox-bench-");
+        match &self.state_dir {
+            Some(parent) => name.tempdir_in(parent),
+            None => name.tempdir(),
+        }
+        .context("making a temporary directory")
+    }
 }
 
 fn main() -> Result<()> {
@@ -72,6 +86,7 @@ fn main() -> Result<()> {
     match cli.suite {
         Suite::Cr => suites::cr::run(&options, &mut rows)?,
         Suite::Fork => suites::fork::run(&options, &mut rows)?,
+        Suite::Fs => suites::fs::run_suite(&options, &mut rows)?,
     }
     println!("{}", rows.table());
     if let Some(path) = cli.json {

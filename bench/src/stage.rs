@@ -2,7 +2,7 @@
 
 use std::ops::Deref;
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 use deltabox::{Host, HostConfig};
 use tempfile::TempDir;
 
@@ -16,13 +16,7 @@ pub(crate) struct Stage {
 
 impl Stage {
     pub(crate) fn open(options: &Options) -> Result<Self> {
-        let mut name = tempfile::Builder::new();
-        name.prefix("deltabox-bench-");
-        let dir = match &options.state_dir {
-            Some(parent) => name.tempdir_in(parent),
-            None => name.tempdir(),
-        };
-        let dir = dir.context("making a directory for the sandboxes' state")?;
+        let dir = options.temporary_dir()?;
         let host = Host::open(HostConfig {
             state_dir: dir.path().to_owned(),
         })?;

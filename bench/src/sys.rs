@@ -148,6 +148,16 @@ fn complete(copied: isize, wanted: usize) -> io::Result<()> {
     }
 }
 
+/// Gives this thread, and the threads and programs that it starts, a mount namespace of their own: what is mounted
+/// in it ends with them.
+pub(crate) fn own_mounts() -> io::Result<()> {
+    use rustix::mount::MountPropagationFlags;
+    // SAFETY: no descriptor table is unshared, so nothing that holds a descriptor is affected.
+    unsafe { rustix::thread::unshare_unsafe(rustix::thread::UnshareFlags::NEWNS) }?;
+    let private = MountPropagationFlags::PRIVATE | MountPropagationFlags::REC;
+    Ok(rustix::mount::mount_change("/", private)?)
+}
+
 /// Begins to trace a thread and tells it to stop.
 pub(crate) fn seize(tid: i32) -> io::Result<()> {
     ptrace(libc::PTRACE_SEIZE, tid)?;

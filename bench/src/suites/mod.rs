@@ -2,3 +2,4 @@
 
 pub(crate) mod cr;
 pub(crate) mod fork;
+pub(crate) mod fs;

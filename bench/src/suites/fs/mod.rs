@@ -1,0 +1,118 @@
+//! DeltaFS beside overlayfs and a plain directory: ordinary work on the same files, and what only a volume can do.
+
+mod base;
+mod sites;
+mod switch;
+mod workloads;
+
+use std::path::Path;
+use std::process::{Command, Stdio};
+
+use anyhow::{Context, Result, ensure};
+use tempfile::TempDir;
+
+use crate::Options;
+use crate::rows::{Rows, Samples};
+use base::Packages;
+use sites::{KINDS, Kind, Site};
+use workloads::{Tree, Workload};
+
+const SUITE: &str = "fs";
+
+/// Bytes of the large file: 1 GiB, or what the quick run makes do with.
+const LARGE: [u64; 2] = [256 << 20, 1 << 30];
+
+/// Measures all cases.
+pub(crate) fn run_suite(options: &Options, rows: &mut Rows) -> Result<()> {
+    crate::sys::own_mounts().context("taking a mount namespace of its own")?;
+    let dir = options.temporary_dir()?;
+    let all = workloads::ALL.iter().chain([&workloads::FIRST_WRITE]);
+    let wanted: Vec<&Workload> = all.filter(|w| options.wants(w.name)).collect();
+    if !wanted.is_empty() {
+        beside_overlayfs(options, &dir, &wanted, rows)?;
+    }
+    switch::run(options, dir.path(), rows)
+}
+
+fn beside_overlayfs(
+    options: &Options,
+    dir: &TempDir,
+    wanted: &[&Workload],
+    rows: &mut Rows,
+) -> Result<()> {
+    eprintln!("making the base ...");
+    let base = dir.path().join("base");
+    std::fs::create_dir(&base)?;
+    let packages = base::fill(&base, LARGE[usize::from(!options.quick)])?;
+    let mut warm = Vec::new();
+    for kind in KINDS {
+        warm.push(Site::open(kind, &base, dir.path(), true)?);
+    }
+    for workload in wanted {
+        eprintln!("{} ...", workload.name);
+        let mut samples = [(); 3].map(|()| Samples::default());
+        let repetitions = workload.repetitions[usize::from(!options.quick)];
+        // One after another, beginning with another one each time: what disturbs the machine disturbs all alike.
+        for repetition in 0..=repetitions {
+            for turn in 0..KINDS.len() {
+                let which = (turn + repetition as usize) % KINDS.len();
+                let time = once(workload, KINDS[which], &warm[which], &base, dir, &packages);
+                let time = time.with_context(|| format!("{} on {:?}", workload.name, KINDS[which]));
+                if repetition > 0 {
+                    samples[which].time(time?);
+                } else {
+                    time?;
+                }
+            }
+        }
+        let [native, overlay, delta] = &samples;
+        rows.add(SUITE, workload.name, "native", "ms", native, Some(overlay));
+        rows.add(SUITE, workload.name, "overlayfs", "ms", overlay, None);
+        rows.add(SUITE, workload.name, "deltafs", "ms", delta, Some(overlay));
+    }
+    Ok(())
+}
+
+fn once(
+    workload: &Workload,
+    kind: Kind,
+    warm: &Site,
+    base: &Path,
+    dir: &TempDir,
+    packages: &Packages,
+) -> Result<std::time::Duration> {
+    if workload.tree == Tree::Warm || kind == Kind::Native {
+        return (workload.run)(warm.root(), packages);
+    }
+    let fresh = Site::open(kind, base, dir.path(), false)?;
+    (workload.run)(fresh.root(), packages)
+}
+
+/// Runs a program to its end; what it prints is not shown.
+fn run(command: &mut Command) -> Result<()> {
+    let output = command.stdin(Stdio::null()).output();
+    let output = output.with_context(|| format!("running {command:?}"))?;
+    ensure!(
+        output.status.success(),
+        "{command:?} failed: {}",
+        String::from_utf8_lossy(&output.stderr)
+    );
+    Ok(())
+}
+
+/// Git in a directory, without any configuration but what is needed.
+fn git(dir: &Path) -> Command {
+    let mut git = Command::new("git");
+    git.arg("-C").arg(dir);
+    for setting in [
+        "user.name=bench",
+        "user.email=bench@localhost",
+        "gc.auto=0",
+        "advice.detachedHead=false",
+    ] {
+        git.args(["-c", setting]);
+    }
+    git.env("GIT_CONFIG_NOSYSTEM", "1")
+        .env("GIT_CONFIG_GLOBAL", "/dev/null");
+    git
+}

@@ -1,0 +1,119 @@
+//! The three places where a workload runs: a plain directory, an overlayfs and a DeltaFS over the same base.
+
+use std::fs::{self, File};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use anyhow::{Context, Result};
+use deltafs::{IdMap, Options, Volume};
+use rustix::fs::CWD;
+use rustix::mount::{MountFlags, MoveMountFlags, OpenTreeFlags, UnmountFlags};
+use tempfile::TempDir;
+
+use super::run;
+
+/// Threads that serve the volume; as many as a sandbox has.
+const THREADS: usize = 2;
+
+/// Which filesystem.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Kind {
+    /// A copy of the base on the filesystem that also holds the base.
+    Native,
+    Overlay,
+    Delta,
+}
+
+pub(super) const KINDS: [Kind; 3] = [Kind::Native, Kind::Overlay, Kind::Delta];
+
+/// A tree that begins as the base; unmounted when it is dropped.
+pub(super) struct Site {
+    root: PathBuf,
+    mounted: bool,
+    volume: Option<Volume>,
+    /// Where changes go.
+    _data: TempDir,
+}
+
+impl Site {
+    /// Makes it below `dir`, which lies on the filesystem of the base. A copy of the base is made only if
+    /// `copy` says so; otherwise the native tree is the base itself.
+    pub(super) fn open(kind: Kind, base: &Path, dir: &Path, copy: bool) -> Result<Self> {
+        let data = TempDir::new_in(dir)?;
+        let root = data.path().join("root");
+        fs::create_dir(&root)?;
+        let site = |root, mounted, volume, data| Self {
+            root,
+            mounted,
+            volume,
+            _data: data,
+        };
+        Ok(match kind {
+            Kind::Native if copy => {
+                let all = base.join(".");
+                run(Command::new("cp").arg("-a").args([all, root.clone()]))?;
+                site(root, false, None, data)
+            }
+            Kind::Native => site(base.to_owned(), false, None, data),
+            Kind::Overlay => {
+                mount_overlay(base, data.path(), &root)?;
+                site(root, true, None, data)
+            }
+            Kind::Delta => {
+                let volume = mount_delta(base, data.path(), &root)?;
+                site(root, true, Some(volume), data)
+            }
+        })
+    }
+
+    /// The tree.
+    pub(super) fn root(&self) -> &Path {
+        &self.root
+    }
+
+    /// The volume behind it, of a DeltaFS.
+    pub(super) fn volume(&self) -> Result<&Volume> {
+        self.volume.as_ref().context("not a DeltaFS")
+    }
+}
+
+impl Drop for Site {
+    fn drop(&mut self) {
+        if self.mounted {
+            // Left mounted, it would go with the mount namespace of this process.
+            let _ = rustix::mount::unmount(&self.root, UnmountFlags::DETACH);
+        }
+    }
+}
+
+fn mount_overlay(base: &Path, data: &Path, root: &Path) -> Result<()> {
+    let (upper, work) = (data.join("upper"), data.join("work"));
+    fs::create_dir(&upper)?;
+    fs::create_dir(&work)?;
+    let options = format!(
+        "lowerdir={},upperdir={},workdir={}",
+        base.display(),
+        upper.display(),
+        work.display()
+    );
+    let options = std::ffi::CString::new(options)?;
+    rustix::mount::mount("overlay", root, "overlay", MountFlags::empty(), &*options)
+        .context("mounting an overlayfs")
+}
+
+fn mount_delta(base: &Path, data: &Path, root: &Path) -> Result<Volume> {
+    let volume = Volume::create(Options {
+        base: File::open(base)?.into(),
+        hidden: Vec::new(),
+        ids: IdMap::IDENTITY,
+        data_dir: data.to_owned(),
+        threads: THREADS,
+    })?;
+    let flags = OpenTreeFlags::OPEN_TREE_CLONE
+        | OpenTreeFlags::OPEN_TREE_CLOEXEC
+        | OpenTreeFlags::AT_EMPTY_PATH;
+    let mount = rustix::mount::open_tree(volume.mount(), "", flags)?;
+    let flags = MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH;
+    rustix::mount::move_mount(&mount, "", CWD, root, flags).context("placing the DeltaFS")?;
+    Ok(volume)
+}
