@@ -53,6 +53,26 @@ pub enum Error {
         #[source]
         source: io::Error,
     },
+    /// A layer on disk could not be written or read, or is damaged.
+    #[error(transparent)]
+    Layer(#[from] deltalog::Error),
+    /// Blocks of a layer could not be copied from or to the block file.
+    #[error("cannot copy blocks of file data {what}")]
+    Blocks {
+        /// From where to where.
+        what: &'static str,
+        /// The kernel's answer.
+        #[source]
+        source: io::Error,
+    },
+    /// The base is not what a layer on disk was made over.
+    #[error("the base has changed since the layer in {} was written: {what}", layer.display())]
+    BaseChanged {
+        /// The layer's directory.
+        layer: PathBuf,
+        /// What is another.
+        what: String,
+    },
     /// The kernel would not drop what it had cached of an inode.
     #[error("cannot invalidate the kernel's cache of inode {ino}")]
     Invalidate {

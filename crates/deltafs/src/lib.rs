@@ -16,6 +16,7 @@ mod acl;
 mod base;
 mod data;
 mod diff;
+mod disk;
 mod error;
 mod file;
 mod fuse;
@@ -30,6 +31,7 @@ mod volume;
 mod xattr;
 
 pub use diff::{Change, ChangeKind, diff};
+pub use disk::{LayerInfo, Loader, verify_layer};
 pub use error::{Error, Result};
 pub use ids::IdMap;
 pub use volume::{Options, RollbackStats, Snapshot, Stats, Volume};

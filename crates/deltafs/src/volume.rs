@@ -5,6 +5,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use parking_lot::Mutex;
 use rustix::fs::{AtFlags, Mode, OFlags, ResolveFlags, StatxFlags};
@@ -57,6 +58,8 @@ pub struct Snapshot(Arc<Frozen>);
 #[derive(Debug)]
 struct Frozen {
     view: View,
+    /// The first inode number that its layer on disk does not know; zero without one.
+    numbered: AtomicU64,
     /// Dropped after the view, when the view's blocks are free.
     _trim: TrimOnDrop,
 }
@@ -114,12 +117,16 @@ impl Volume {
             source,
         })?;
         let tree = Arc::new(Tree::new(base, data));
+        Self::first(View::new(tree), options.ids, options.threads)
+    }
+
+    /// The first volume of a tree.
+    pub(crate) fn first(view: View, ids: IdMap, threads: usize) -> Result<Self> {
         let reclaimer = Reclaimer::start().map_err(|source| Error::Mount {
             what: "starting a thread",
             source,
         })?;
-        let view = View::new(tree);
-        Self::start(view, options.ids, options.threads, Arc::new(reclaimer))
+        Self::start(view, ids, threads, Arc::new(reclaimer))
     }
 
     fn start(view: View, ids: IdMap, threads: usize, reclaimer: Arc<Reclaimer>) -> Result<Self> {
@@ -154,10 +161,7 @@ impl Volume {
         let mut view = self.server.view().write();
         let frozen = view.clone();
         view.seal();
-        Snapshot(Arc::new(Frozen {
-            _trim: TrimOnDrop(Arc::clone(frozen.tree())),
-            view: frozen,
-        }))
+        Snapshot::new(frozen, 0)
     }
 
     /// Shows the state of a snapshot from now on; costs what differs between the two states.
@@ -339,6 +343,23 @@ impl Volume {
 }
 
 impl Snapshot {
+    pub(crate) fn new(view: View, numbered: Ino) -> Self {
+        Self(Arc::new(Frozen {
+            _trim: TrimOnDrop(Arc::clone(view.tree())),
+            numbered: AtomicU64::new(numbered),
+            view,
+        }))
+    }
+
+    /// The first inode number that its layer on disk does not know; zero without one.
+    pub(crate) fn numbered(&self) -> Ino {
+        self.0.numbered.load(Ordering::Acquire)
+    }
+
+    pub(crate) fn set_numbered(&self, first: Ino) {
+        self.0.numbered.store(first, Ordering::Release);
+    }
+
     pub(crate) fn view(&self) -> &View {
         &self.0.view
     }
@@ -353,7 +374,7 @@ fn directory() -> OFlags {
     OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC
 }
 
-fn check_ids(ids: IdMap) -> Result<()> {
+pub(crate) fn check_ids(ids: IdMap) -> Result<()> {
     if ids.is_wide_enough() {
         Ok(())
     } else {

@@ -15,7 +15,7 @@ use std::path::{Path, PathBuf};
 
 use common::mapper::{self, Mapper};
 use common::{Fixture, Mounted, fixture};
-use deltafs::{IdMap, Snapshot};
+use deltafs::{IdMap, Loader, Options, Snapshot};
 use dump::Dump;
 use ops::Op;
 use proptest::prelude::*;
@@ -166,6 +166,35 @@ impl Worlds {
         fork.write("only in the fork", "x");
     }
 
+    /// Writes all checkpoints to disk, each against one before it, and goes on with what is read back.
+    fn restart(&mut self) {
+        let layers = tempfile::tempdir().unwrap();
+        let dir = |at: usize| layers.path().join(at.to_string());
+        let before = |at: usize| (at > 0).then(|| (at * 7 + 3) % at);
+        for (at, saved) in self.saved.iter().enumerate() {
+            fs::create_dir(dir(at)).unwrap();
+            let before = before(at).map(|before| &self.saved[before].snapshot);
+            saved.snapshot.save(&dir(at), before).unwrap();
+            deltafs::verify_layer(&dir(at)).unwrap();
+        }
+        self.open.clear();
+        let mut loader = Loader::new(Options {
+            base: File::open(self.ours.base.path()).unwrap().into(),
+            hidden: Vec::new(),
+            ids: IdMap::IDENTITY,
+            data_dir: self.ours.data.path().to_owned(),
+            threads: 2,
+        })
+        .unwrap();
+        for at in 0..self.saved.len() {
+            let before = before(at).map(|before| &self.saved[before].snapshot);
+            let loaded = loader.load(&dir(at), before).unwrap();
+            self.saved[at].snapshot = loaded;
+        }
+        assert!(loader.changed_base().is_empty());
+        self.ours.volume = Mounted::new(loader.mount().unwrap());
+    }
+
     fn compare(&self) {
         Dump::of(self.theirs.path()).compare(&Dump::of(&self.ours.volume.at("")));
         for file in &self.open {
@@ -202,6 +231,14 @@ proptest! {
         }
         worlds.compare();
         for which in 0..worlds.saved.len() {
+            worlds.rollback(which);
+        }
+        worlds.restart();
+        for which in 0..worlds.saved.len() {
+            worlds.rollback(which);
+        }
+        worlds.restart();
+        for which in (0..worlds.saved.len()).rev() {
             worlds.rollback(which);
         }
     }

@@ -24,12 +24,12 @@ use crate::xattr::{XattrMap, Xattrs};
 #[derive(Debug)]
 pub(crate) struct BaseInode {
     base: Weak<Base>,
-    ino: Ino,
-    host: HostId,
-    parent: Option<Arc<BaseInode>>,
-    name: Name,
+    pub(super) ino: Ino,
+    pub(super) host: HostId,
+    pub(super) parent: Option<Arc<BaseInode>>,
+    pub(super) name: Name,
     /// Filled when first asked for; the base does not change.
-    node: Mutex<Option<NodeRef>>,
+    pub(super) node: Mutex<Option<NodeRef>>,
     xattrs: OnceLock<Option<Arc<XattrMap>>>,
 }
 
@@ -203,7 +203,7 @@ impl BaseInode {
     }
 
     /// The directory's `O_PATH` descriptor.
-    fn dir(&self) -> Result<Arc<OwnedFd>, Errno> {
+    pub(super) fn dir(&self) -> Result<Arc<OwnedFd>, Errno> {
         let base = self.base()?;
         let mut missing = vec![self];
         let mut fd = base.dirs.lock().get(self.ino);

@@ -6,10 +6,10 @@
 mod host;
 mod inode;
 mod kept;
+mod stored;
 
 use std::collections::{HashMap, HashSet};
 use std::fs::File;
-use std::hash::{BuildHasher, RandomState};
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -17,11 +17,13 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use parking_lot::Mutex;
 use rustix::io::Errno;
+use siphasher::sip::SipHasher13;
 
 use host::{HostId, find_hidden, host_id, single_filesystem, stat};
 use inode::Listing;
 pub(crate) use inode::{BaseInode, ListEntry};
 use kept::Kept;
+pub(crate) use stored::StoredInode;
 
 use crate::node::{DIRECTORY, EntryKey, Ino, Name, ROOT, TYPE_MASK};
 
@@ -37,7 +39,8 @@ const MAX_LISTED: usize = 500_000;
 pub(crate) struct Base {
     root: OwnedFd,
     hidden: HashSet<HostId>,
-    hasher: RandomState,
+    /// The keys of the hash that orders names.
+    keys: (u64, u64),
     next_ino: AtomicU64,
     table: Mutex<Table>,
     listings: Mutex<Kept<Listing>>,
@@ -54,6 +57,15 @@ struct Table {
 impl Base {
     /// Takes a directory as the base. What lies at `hidden` (absolute, seen from the base) does not show.
     pub(crate) fn new(root: OwnedFd, hidden: &[PathBuf]) -> Result<Arc<Self>, Errno> {
+        Self::with_keys(root, hidden, stored::random_keys()?)
+    }
+
+    /// The same, with names in the order that they had with these keys.
+    pub(crate) fn with_keys(
+        root: OwnedFd,
+        hidden: &[PathBuf],
+        keys: (u64, u64),
+    ) -> Result<Arc<Self>, Errno> {
         let root = single_filesystem(root);
         let attributes = stat(&root, b"")?;
         if u32::from(attributes.stx_mode) & TYPE_MASK != DIRECTORY {
@@ -66,7 +78,7 @@ impl Base {
         let base = Arc::new(Self {
             root,
             hidden,
-            hasher: RandomState::new(),
+            keys,
             next_ino: AtomicU64::new(ROOT + 1),
             table: Mutex::default(),
             listings: Mutex::new(Kept::new(MAX_LISTED)),
@@ -91,7 +103,8 @@ impl Base {
     pub(crate) fn key(&self, name: &Name) -> EntryKey {
         // One bit is the sign of `off_t`, one keeps the offset after the last entry in range. Two names of
         // one directory with the same 62-bit keyed hash are not to be expected.
-        let cookie = (self.hasher.hash_one(&name[..]) >> 2).max(FIRST_COOKIE);
+        let hash = SipHasher13::new_with_keys(self.keys.0, self.keys.1).hash(name);
+        let cookie = (hash >> 2).max(FIRST_COOKIE);
         EntryKey {
             cookie,
             name: Arc::clone(name),

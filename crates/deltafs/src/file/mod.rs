@@ -2,6 +2,7 @@
 
 mod read;
 mod seek;
+mod stored;
 
 use std::io;
 use std::ops::Range;
@@ -11,6 +12,7 @@ use imbl::OrdMap;
 use rustix::io::Errno;
 
 pub(crate) use read::ReadPlan;
+pub(crate) use stored::{StoredBase, StoredBlock};
 
 use crate::base::BaseInode;
 use crate::data::{BLOCK, BLOCK_LEN, Block, DataStore};

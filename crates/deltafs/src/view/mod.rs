@@ -5,6 +5,7 @@
 mod attr;
 mod list;
 mod namespace;
+mod stored;
 
 use std::ffi::OsString;
 use std::os::unix::ffi::OsStringExt;
