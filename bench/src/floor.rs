@@ -27,9 +27,15 @@ pub(crate) struct Floor {
     pub(crate) rollback: Samples,
 }
 
+/// What the two operations took once.
+pub(crate) struct Times {
+    checkpoint: Duration,
+    pub(crate) rollback: Duration,
+}
+
 impl Floor {
     /// Measures once. The record of written pages is emptied, so that the sandbox cannot be checkpointed any more.
-    pub(crate) fn measure(&mut self, programs: &Programs) -> Result<()> {
+    pub(crate) fn measure(&mut self, programs: &Programs) -> Result<Times> {
         let pagemaps = programs.pids.iter().map(|pid| {
             let path = format!("/proc/{pid}/pagemap");
             File::open(&path).with_context(|| format!("opening {path}"))
@@ -72,9 +78,13 @@ impl Floor {
         self.copy_back.time(copy_back);
         self.pages
             .count(written.iter().map(|w| w.bytes() as u64 / 4096).sum());
-        self.checkpoint.time(stop + scan + copy_out + release);
-        self.rollback.time(stop + scan + copy_back + release);
-        Ok(())
+        let times = Times {
+            checkpoint: stop + scan + copy_out + release,
+            rollback: stop + scan + copy_back + release,
+        };
+        self.checkpoint.time(times.checkpoint);
+        self.rollback.time(times.rollback);
+        Ok(times)
     }
 }
 

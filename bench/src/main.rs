@@ -4,6 +4,7 @@
 
 mod dialogue;
 mod floor;
+mod operation;
 mod processes;
 mod rows;
 mod stage;
@@ -46,6 +47,8 @@ enum Suite {
     Cr,
     /// Forks of an idle sandbox
     Fork,
+    /// Steps that write to much memory
+    Large,
     /// DeltaFS beside overlayfs
     Fs,
 }
@@ -86,6 +89,7 @@ fn main() -> Result<()> {
     match cli.suite {
         Suite::Cr => suites::cr::run(&options, &mut rows)?,
         Suite::Fork => suites::fork::run(&options, &mut rows)?,
+        Suite::Large => suites::large::run(&options, &mut rows)?,
         Suite::Fs => suites::fs::run_suite(&options, &mut rows)?,
     }
     println!("{}", rows.table());

@@ -98,7 +98,7 @@ impl Workload {
 }
 
 /// Ours first: a Python outside the standard directories is found inside too.
-fn search_path() -> String {
+pub(crate) fn search_path() -> String {
     let standard = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
     match std::env::var("PATH") {
         Ok(path) => format!("{standard}:{path}"),

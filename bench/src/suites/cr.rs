@@ -1,12 +1,11 @@
 //! Checkpoint and rollback of running programs, swept over files changed and the depth of the tree.
 
-use std::time::Duration;
-
 use anyhow::{Context, Result};
-use deltabox::{CheckpointId, Phases};
+use deltabox::CheckpointId;
 
 use crate::Options;
 use crate::floor::Floor;
+use crate::operation::Operation;
 use crate::processes::Programs;
 use crate::rows::{Rows, Samples};
 use crate::stage::Stage;
@@ -53,14 +52,6 @@ struct Case<'a> {
     files: u32,
     depth: u32,
     repetitions: u32,
-}
-
-/// What one operation took.
-#[derive(Default)]
-struct Operation {
-    total: Samples,
-    phases: Vec<(String, Samples)>,
-    pages: Samples,
 }
 
 #[derive(Default)]
@@ -124,30 +115,6 @@ impl Case<'_> {
     }
 }
 
-impl Operation {
-    fn add(&mut self, total: Duration, phases: &Phases, pages: u64) {
-        self.total.time(total);
-        self.pages.count(pages);
-        for (name, time) in &phases.0 {
-            let at = self.phases.iter().position(|(known, _)| known == name);
-            let at = at.unwrap_or_else(|| {
-                self.phases.push((name.clone(), Samples::default()));
-                self.phases.len() - 1
-            });
-            self.phases[at].1.time(*time);
-        }
-    }
-
-    fn tell(&self, case: &str, name: &str, rows: &mut Rows) {
-        for (phase, samples) in &self.phases {
-            let metric = format!("{name}: {phase}");
-            rows.add(SUITE, case, &metric, "ms", samples, None);
-        }
-        let metric = format!("{name} pages");
-        rows.add(SUITE, case, &metric, "pages", &self.pages, None);
-    }
-}
-
 impl Measured {
     fn tell(&self, case: &str, rows: &mut Rows) {
         let floor = &self.floor;
@@ -172,7 +139,7 @@ impl Measured {
         add("floor: copy out", "ms", &floor.copy_out, None);
         add("floor: copy back", "ms", &floor.copy_back, None);
         add("floor pages", "pages", &floor.pages, None);
-        self.checkpoint.tell(case, "checkpoint", rows);
-        self.rollback.tell(case, "rollback", rows);
+        self.checkpoint.tell(SUITE, case, "checkpoint", rows);
+        self.rollback.tell(SUITE, case, "rollback", rows);
     }
 }

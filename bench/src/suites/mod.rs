@@ -3,3 +3,4 @@
 pub(crate) mod cr;
 pub(crate) mod fork;
 pub(crate) mod fs;
+pub(crate) mod large;
