@@ -8,7 +8,6 @@ use deltabox_init::{Event, Reply, Request, Step};
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::Errno;
 use rustix::net::RecvFlags;
-use rustix::process::{WaitOptions, wait};
 
 use crate::sys::{self, Fork};
 use crate::{At, Failure, child};
@@ -86,24 +85,22 @@ impl Init {
         }
     }
 
-    /// Reaps every dead child, orphans that it inherited included, and reports it.
+    /// Reports every dead child, orphans that it inherited included, and reaps it after that: whoever sees no dead child of
+    /// init any more finds the reports of all of them on the socket.
     fn reap(&self) -> io::Result<()> {
         // The signal is only a hint that there is something to wait for; several may have become one.
         let mut signals = [0; 128 * 8];
         while rustix::io::read(&self.children, &mut signals).is_ok() {}
         loop {
-            match wait(WaitOptions::NOHANG) {
-                Ok(Some((pid, status))) => {
-                    let event = Event::Exited {
-                        pid: pid.as_raw_nonzero().get(),
-                        status: status.as_raw(),
-                    };
-                    wire::send(&self.events, &event.encode(), &[])?;
-                }
-                Ok(None) | Err(Errno::CHILD) => return Ok(()),
-                Err(Errno::INTR) => {}
-                Err(e) => return Err(e.into()),
-            }
+            let (pid, status) = match sys::dead_child() {
+                Ok(Some(dead)) => dead,
+                Ok(None) => return Ok(()),
+                Err(e) if e.raw_os_error() == Some(libc::ECHILD) => return Ok(()),
+                Err(e) if e.kind() == io::ErrorKind::Interrupted => continue,
+                Err(e) => return Err(e),
+            };
+            wire::send(&self.events, &Event::Exited { pid, status }.encode(), &[])?;
+            sys::reap(pid)?;
         }
     }
 

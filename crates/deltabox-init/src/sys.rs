@@ -292,3 +292,26 @@ pub(crate) fn pause_for_ever() -> ! {
         unsafe { libc::pause() };
     }
 }
+
+/// A child that has ended and is still to be waited for: its number and wait status.
+pub(crate) fn dead_child() -> io::Result<Option<(i32, i32)>> {
+    // SAFETY: the structure is plain data, for which all zeros are a value.
+    let mut info: libc::siginfo_t = unsafe { std::mem::zeroed() };
+    let flags = libc::WEXITED | libc::WNOHANG | libc::WNOWAIT;
+    // SAFETY: `info` is live and writable.
+    check(unsafe { libc::waitid(libc::P_ALL, 0, &raw mut info, flags) }.into())?;
+    // SAFETY: both fields are there in what waitid writes; without a dead child they are left zero.
+    let (pid, status) = unsafe { (info.si_pid(), info.si_status()) };
+    let status = match info.si_code {
+        libc::CLD_EXITED => (status & 0xff) << 8,
+        libc::CLD_DUMPED => status | 0x80,
+        _ => status,
+    };
+    Ok((pid != 0).then_some((pid, status)))
+}
+
+/// Takes note of a dead child's end, so that its number is free.
+pub(crate) fn reap(pid: i32) -> io::Result<()> {
+    // SAFETY: the status may be left out.
+    check(unsafe { libc::waitpid(pid, std::ptr::null_mut(), libc::WNOHANG) }.into()).map(drop)
+}

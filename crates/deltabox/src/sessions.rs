@@ -10,6 +10,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use deltabox_init::Event;
+use deltacr::Deaths;
 use parking_lot::{Condvar, Mutex};
 use rustix::event::epoll;
 use rustix::io::Errno;
@@ -437,8 +438,10 @@ impl Shared {
     }
 
     /// Reads everything into the logs and takes note of all deaths so far. The caller has stopped the processes.
-    pub(crate) fn drain(&self) -> io::Result<()> {
-        self.container.sync()?;
+    pub(crate) fn drain(&self, deaths: Deaths) -> io::Result<()> {
+        if deaths == Deaths::Pending {
+            self.container.sync()?;
+        }
         self.take_events();
         for session in self.table.lock().sessions.values() {
             let mut state = session.state.lock();

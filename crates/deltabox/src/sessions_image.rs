@@ -7,6 +7,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
+use deltacr::Deaths;
 use deltacr::env::ExternalId;
 use parking_lot::{Condvar, Mutex};
 
@@ -78,16 +79,18 @@ impl Shared {
     }
 
     /// Ends what [`Shared::begin_restore`] began. The processes of the image are there, and still stopped.
-    pub(crate) fn finish_restore(&self, image: &SessionsImage) -> io::Result<()> {
-        let done = self.settle(image);
+    pub(crate) fn finish_restore(&self, image: &SessionsImage, deaths: Deaths) -> io::Result<()> {
+        let done = self.settle(image, deaths);
         self.restoring.store(false, Ordering::Release);
         // Deadlines have moved.
         self.wake();
         done
     }
 
-    fn settle(&self, image: &SessionsImage) -> io::Result<()> {
-        self.container.sync()?;
+    fn settle(&self, image: &SessionsImage, deaths: Deaths) -> io::Result<()> {
+        if deaths == Deaths::Pending {
+            self.container.sync()?;
+        }
         self.take_events();
         for (id, kept) in image.0.iter() {
             // In a fork these are not the sessions that the image was taken of.

@@ -4,8 +4,11 @@
 use std::fs;
 use std::io;
 
+use rustix::fs::CWD;
+
 use crate::error::{During, Error, Result};
 use crate::ids::HostPid;
+use crate::procfs;
 use crate::remote::{Arg, Batch, CallId, DataRef, Outcome, Remote};
 use crate::sys::process;
 
@@ -72,8 +75,8 @@ impl Attributes {
     }
 }
 
-struct Questions {
-    batch: Batch,
+/// Where in a batch the questions to a process are.
+pub(crate) struct Questions {
     users: DataRef,
     groups: DataRef,
     supplementary: (CallId, DataRef),
@@ -116,17 +119,17 @@ fn capability_header() -> Vec<u8> {
 }
 
 impl Questions {
-    fn new() -> Self {
-        let mut b = Batch::new();
-        let users = three_ids(&mut b, libc::SYS_getresuid);
-        let groups = three_ids(&mut b, libc::SYS_getresgid);
+    /// Adds the questions to a batch: about 100 quick calls.
+    pub(crate) fn ask(b: &mut Batch) -> Self {
+        let users = three_ids(b, libc::SYS_getresuid);
+        let groups = three_ids(b, libc::SYS_getresgid);
         let list = b.output(4 * GROUPS_MAX);
         let count = b.call(libc::SYS_getgroups, &[GROUPS_MAX.into(), list.into()]);
         let header = b.input(&capability_header());
         let capabilities = b.output(24);
         b.call(libc::SYS_capget, &[header.into(), capabilities.into()]);
-        let securebits = prctl(&mut b, libc::PR_GET_SECUREBITS, 0);
-        let no_new_privileges = prctl(&mut b, libc::PR_GET_NO_NEW_PRIVS, 0);
+        let securebits = prctl(b, libc::PR_GET_SECUREBITS, 0);
+        let no_new_privileges = prctl(b, libc::PR_GET_NO_NEW_PRIVS, 0);
         // The umask can only be read by setting it.
         let umask = b.call(libc::SYS_umask, &[0o77.into()]);
         b.call(libc::SYS_umask, &[umask.into()]);
@@ -155,15 +158,14 @@ impl Questions {
                 timer
             })
             .collect();
-        let dumpable = prctl(&mut b, libc::PR_GET_DUMPABLE, 0);
+        let dumpable = prctl(b, libc::PR_GET_DUMPABLE, 0);
         let death_signal = b.output(4);
-        prctl(&mut b, libc::PR_GET_PDEATHSIG, death_signal);
+        prctl(b, libc::PR_GET_PDEATHSIG, death_signal);
         let subreaper = b.output(4);
-        prctl(&mut b, libc::PR_GET_CHILD_SUBREAPER, subreaper);
+        prctl(b, libc::PR_GET_CHILD_SUBREAPER, subreaper);
         let personality = b.call(libc::SYS_personality, &[PERSONALITY_ASK.into()]);
         let program_break = b.call(libc::SYS_brk, &[0.into()]);
         Self {
-            batch: b,
             users,
             groups,
             supplementary: (count, list),
@@ -196,7 +198,12 @@ impl Questions {
         })
     }
 
-    fn attributes(&self, o: &Outcome, host: HostPid) -> io::Result<Attributes> {
+    /// Where its heap ends.
+    pub(crate) fn program_break(&self, o: &Outcome) -> io::Result<u64> {
+        o.result(self.program_break)
+    }
+
+    pub(crate) fn attributes(&self, o: &Outcome, host: HostPid) -> io::Result<Attributes> {
         let copies = |list: &[DataRef]| list.iter().map(|d| o.bytes(*d).to_vec()).collect();
         Ok(Attributes {
             credentials: self.credentials(o)?,
@@ -212,24 +219,9 @@ impl Questions {
             death_signal: o.int(self.death_signal),
             subreaper: o.int(self.subreaper),
             personality: o.result(self.personality)?,
-            oom_score: fs::read(oom_score_file(host))?,
+            oom_score: procfs::read_file(CWD, &oom_score_file(host))?,
         })
     }
-}
-
-/// Asks a stopped process for its attributes, and its program break: one batch of about 100 quick calls.
-pub(crate) fn capture(remote: &mut Remote) -> Result<(Attributes, u64)> {
-    let questions = Questions::new();
-    let (pid, host) = (remote.pid(), remote.host());
-    remote
-        .run(&questions.batch)
-        .and_then(|o| {
-            Ok((
-                questions.attributes(&o, host)?,
-                o.result(questions.program_break)?,
-            ))
-        })
-        .during(pid, "reading the attributes")
 }
 
 /// Whether `current` can become `target` by the process' own means.

@@ -3,29 +3,35 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 
-use crate::attributes;
 use crate::env::Environment;
 use crate::error::{During, Error, Result};
 use crate::files::Place;
 use crate::hold::HeldProcess;
 use crate::ids::HostPid;
 use crate::image::ProcessImage;
+use crate::interview::Answers;
+use crate::mem::Layout;
 use crate::procfs::Procfs;
 use crate::resume::Wait;
 use crate::signals::{Queue, Scope};
 use crate::threads;
 use crate::timers;
 
-/// Everything of a process but its memory, and its program break.
+/// Everything of a process, which gave these answers, but its memory; and the bounds of that.
 pub(crate) fn describe(
     env: &dyn Environment,
     procfs: &Procfs,
     process: &mut HeldProcess,
+    answers: Answers,
     waits: &mut HashMap<HostPid, Option<Wait>>,
-) -> Result<(ProcessImage, u64)> {
+) -> Result<(ProcessImage, Layout)> {
     let remote = &mut process.stopped.remote;
     let pid = remote.pid();
-    let (mut attributes, brk) = attributes::capture(remote)?;
+    let Answers {
+        mut attributes,
+        program_break: brk,
+        threads: mut answers,
+    } = answers;
     if process.ignores_trap {
         attributes.ignore_trap();
     }
@@ -34,11 +40,12 @@ pub(crate) fn describe(
     let mut threads = Vec::with_capacity(process.stopped.threads.len());
     for thread in &mut process.stopped.threads {
         let wait = waits.entry(thread.host).or_default();
-        threads.push(threads::capture(remote, thread, &pending, wait)?);
+        let answers = threads::known_or_asked(remote, thread, &mut answers)?;
+        threads.push(threads::capture(remote, thread, answers, &pending, wait)?);
     }
     pending.extend(remote.strays());
-    let root = Place::of(env, procfs, pid, "root").during(pid, "reading its root directory")?;
-    if !root.is_root() {
+    let root = procfs.link(pid, "root");
+    if root.during(pid, "reading its root directory")? != b"/" {
         let name = String::from_utf8_lossy(&process.stat.name).into_owned();
         let what = "it has a root directory of its own (chroot)".to_owned();
         return Err(Error::Unsupported { pid, name, what });
@@ -62,5 +69,11 @@ pub(crate) fn describe(
         threads,
         memory: Arc::default(),
     };
-    Ok((image, brk))
+    Ok((
+        image,
+        Layout {
+            brk,
+            ..process.bounds
+        },
+    ))
 }

@@ -10,10 +10,9 @@ use crate::birth::spawn;
 use crate::env::Environment;
 use crate::error::{During, Result};
 use crate::freeze::Freezer;
-use crate::hold::Held;
+use crate::hold::{Deaths, Grounds, Held};
 use crate::ids::{HostPid, InnerPid};
 use crate::image::TreeImage;
-use crate::procfs::Procfs;
 use crate::sys::process;
 use crate::sys::ptrace;
 
@@ -44,8 +43,11 @@ pub(crate) fn others(
         spawn::kill(&process.stopped.remote, &threads).during(*pid, "killing it")?;
     }
     let gone = |pid: &InnerPid| !keep.contains(pid) && !target.zombies.contains_key(pid);
-    if !doomed.is_empty() || held.zombies.keys().any(gone) {
+    let unreaped = !doomed.is_empty() || held.deaths == Deaths::Pending;
+    if unreaped || held.zombies.keys().any(gone) {
         bury(held, keep, target)?;
+        // Init reports before it reaps.
+        held.deaths = Deaths::Reported;
     }
     Ok(doomed.len())
 }
@@ -99,12 +101,11 @@ fn bury(held: &mut Held, keep: &BTreeSet<InnerPid>, target: &TreeImage) -> Resul
 ///
 /// Not by `cgroup.kill`: Linux 6.18 afterwards kills every process that init makes right in that cgroup
 /// (`CLONE_INTO_CGROUP`), since it compares the count of kills of the parent's cgroup with that of the child's.
-pub(crate) fn all(env: &dyn Environment) -> Result<()> {
-    let procfs = Procfs::open(env).during_tree("opening /proc of the sandbox")?;
-    let mut freezer = Freezer::open(env.cgroup()).during_tree("opening the freezer")?;
+pub(crate) fn all(env: &dyn Environment, grounds: &mut Grounds) -> Result<()> {
+    let Grounds { procfs, freezer } = grounds;
     let end = Instant::now() + TIMEOUT;
     loop {
-        kill_listed(env, &mut freezer).during_tree("killing the processes")?;
+        kill_listed(env, freezer).during_tree("killing the processes")?;
         ptrace::reap_tracees().during_tree("waiting for the processes' end")?;
         // The dead stay listed until init has waited for them.
         let left = procfs.processes().during_tree("listing the processes")?;

@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use crate::attributes;
 use crate::birth::{self, terminal::Terminals};
@@ -12,14 +12,16 @@ use crate::env::Environment;
 use crate::error::{During, Error, Result};
 use crate::fd::{self, Descriptors};
 use crate::files::Place;
-use crate::hold::{Acquaintances, Held, HeldProcess};
+use crate::hold::{Acquaintances, Deaths, Grounds, Held, HeldProcess};
 use crate::ids::{HostPid, InnerPid};
 use crate::image::{ProcessImage, TreeImage};
-use crate::mem::{Memory, SharedObjects, Tracker};
+use crate::interview::Interview;
+use crate::mem::{Layout, Memory, SharedObjects, Tracker};
 use crate::reconcile::{self, Now, Reconcile};
 use crate::resume::Wait;
 use crate::stopwatch::{Phases, Stopwatch};
 use crate::store::PageStore;
+use crate::sys;
 
 /// How long the processes may take to stand still. A process in an uninterruptible sleep takes
 /// as long as what it waits for.
@@ -34,7 +36,7 @@ pub struct Checkpoint<T> {
     pub image: TreeImage,
     /// What the caller's closure returned.
     pub cut: T,
-    /// How long the processes stood still.
+    /// How long the processes stood still, from the beginning of the freeze on.
     pub stop: Duration,
     /// The parts of that.
     pub phases: Phases,
@@ -76,6 +78,7 @@ pub struct Rollback<T> {
 /// changed since the last.
 pub struct Engine {
     store: Arc<PageStore>,
+    grounds: Option<Grounds>,
     known: Acquaintances,
     trackers: HashMap<HostPid, Option<Tracker>>,
     waits: HashMap<HostPid, Option<Wait>>,
@@ -91,6 +94,7 @@ impl Engine {
         let shared = SharedObjects::new(store.clone()).during_tree("looking for shared memory")?;
         Ok(Self {
             store,
+            grounds: None,
             known: HashMap::new(),
             trackers: HashMap::new(),
             waits: HashMap::new(),
@@ -98,21 +102,27 @@ impl Engine {
         })
     }
 
-    /// Stops all processes, captures them, calls `cut` while they stand still, and lets them run on.
+    /// Stops all processes.
+    fn hold(&mut self, env: &dyn Environment) -> Result<Held> {
+        let grounds = open_once(&mut self.grounds, env)?;
+        Held::tree(env, grounds, &mut self.known, FREEZE_TIMEOUT)
+    }
+
+    /// Stops all processes, captures them, calls `cut` while they stand still, and lets them run on. `cut` is told whether
+    /// all deaths have been reported.
     ///
     /// # Errors
     /// Something cannot be carried or captured, or `cut` failed. The processes run on in any case.
     pub fn checkpoint<T: Send>(
         &mut self,
         env: &dyn Environment,
-        cut: impl FnOnce() -> Result<T> + Send,
+        cut: impl FnOnce(Deaths) -> Result<T> + Send,
     ) -> Result<Checkpoint<T>> {
         on_own_thread(|| {
             let mut tries = 0;
-            let (mut held, captured, begin, mut watch) = loop {
+            let (mut held, captured, mut watch) = loop {
                 let mut watch = Stopwatch::start();
-                let mut held = Held::tree(env, &mut self.known, FREEZE_TIMEOUT)?;
-                let begin = Instant::now();
+                let mut held = self.hold(env)?;
                 watch.lap("stop");
                 let captured = self.capture(env, &mut held, &mut watch);
                 held.remember(&mut self.known);
@@ -122,7 +132,7 @@ impl Engine {
                 match captured {
                     Ok((mut image, pages)) => {
                         image.shared = Arc::new(shared);
-                        break (held, (image, pages), begin, watch);
+                        break (held, (image, pages), watch);
                     }
                     // One that was killed while it stood still is not what the others fail for.
                     Err(e) if tries < TRIES && (e.is_death() || held.has_casualties()) => {
@@ -132,14 +142,14 @@ impl Engine {
                 }
             };
             let (image, pages) = captured;
-            let cut = cut()?;
+            let cut = cut(held.deaths)?;
             watch.lap("files");
             held.release()?;
             watch.lap("resume");
             Ok(Checkpoint {
                 image,
                 cut,
-                stop: begin.elapsed(),
+                stop: held.since.elapsed(),
                 phases: watch.phases,
                 pages,
             })
@@ -153,12 +163,16 @@ impl Engine {
         watch: &mut Stopwatch,
     ) -> Result<(TreeImage, u64)> {
         self.forget_the_dead(held);
+        // While the processes answer, their descriptors are looked at.
+        let interviews = interview_all(held, |_| true)?;
         let descriptors = fd::capture(&remotes(held), env, &self.shared)?;
         watch.lap("descriptors");
         let mut described = BTreeMap::new();
-        for (pid, process) in &mut held.processes {
-            let state = describe(env, &held.procfs, process, &mut self.waits)?;
-            described.insert(*pid, state);
+        for (pid, interview) in interviews {
+            let process = member(&mut held.processes, pid)?;
+            let answers = interview.end(&mut process.stopped.remote)?;
+            let state = describe(env, &held.procfs, process, answers, &mut self.waits)?;
+            described.insert(pid, state);
         }
         watch.lap("processes");
         let memory = Memory {
@@ -168,11 +182,11 @@ impl Engine {
         };
         let mut pages = 0;
         let mut processes: BTreeMap<InnerPid, Arc<ProcessImage>> = BTreeMap::new();
-        for (pid, (mut state, brk)) in described {
+        for (pid, (mut state, layout)) in described {
             let process = held.processes.get_mut(&pid).expect("it was just described");
             let remote = &mut process.stopped.remote;
             let tracker = self.trackers.entry(remote.host()).or_default();
-            let scan = memory.scan(remote, tracker.as_ref(), brk)?;
+            let scan = memory.scan(remote, tracker.as_ref(), layout)?;
             pages += scan.changed_pages();
             // A new process is like its parent, of which it is a fork.
             let parent = processes
@@ -214,7 +228,7 @@ impl Engine {
     ) -> Result<Rollback<T>> {
         on_own_thread(|| {
             let mut watch = Stopwatch::start();
-            let mut held = Held::tree(env, &mut self.known, FREEZE_TIMEOUT)?;
+            let mut held = self.hold(env)?;
             watch.lap("stop");
             let survey = self.survey(env, &mut held, target);
             watch.lap("survey");
@@ -258,7 +272,7 @@ impl Engine {
         self.known.clear();
         self.trackers.clear();
         self.waits.clear();
-        on_own_thread(|| end::all(env))
+        on_own_thread(|| end::all(env, open_once(&mut self.grounds, env)?))
     }
 
     fn make_all(
@@ -267,17 +281,17 @@ impl Engine {
         target: &TreeImage,
         watch: &mut Stopwatch,
     ) -> Result<Done> {
-        end::all(env)?;
+        end::all(env, open_once(&mut self.grounds, env)?)?;
         self.known.clear();
         self.trackers.clear();
         self.waits.clear();
         watch.lap("kill");
-        let mut held = Held::empty(env)?;
+        let mut held = Held::empty(open_once(&mut self.grounds, env)?);
         let nothing = Survey::default();
         let made = self.undo(env, &mut held, nothing, target, watch);
         if made.is_err() {
             held.abandon();
-            end::all(env)?;
+            end::all(env, open_once(&mut self.grounds, env)?)?;
         }
         made
     }
@@ -290,40 +304,42 @@ impl Engine {
         target: &TreeImage,
     ) -> Result<Survey> {
         self.forget_the_dead(held);
-        let descriptors = fd::survey(&remotes(held), env, &self.shared)?;
         fd::check(&target.descriptors)?;
         let mut stuck = BTreeSet::new();
         let keep = reconcile::keepers(held, target, &stuck);
+        let interviews = interview_all(held, |pid| keep.contains(pid))?;
+        let descriptors = fd::survey(&remotes(held), env, &self.shared)?;
         let mut processes = BTreeMap::new();
         let memory = Memory {
             store: &self.store,
             shared: &self.shared,
             env,
         };
-        for (pid, process) in held
-            .processes
-            .iter_mut()
-            .filter(|(pid, _)| keep.contains(pid))
-        {
+        for (pid, interview) in interviews {
+            let process = member(&mut held.processes, pid)?;
             let remote = &mut process.stopped.remote;
-            let (attributes, brk) = attributes::capture(remote)?;
-            if !attributes::reachable(&attributes, &target.processes[pid].attributes) {
-                stuck.insert(*pid);
+            let answers = interview.end(remote)?;
+            let attributes = answers.attributes;
+            if !attributes::reachable(&attributes, &target.processes[&pid].attributes) {
+                stuck.insert(pid);
                 continue;
             }
             let tracker = self.trackers.entry(remote.host()).or_default();
-            let scan = memory.scan(remote, tracker.as_ref(), brk)?;
-            let exe =
-                Place::of(env, &held.procfs, *pid, "exe").during(*pid, "reading its program")?;
-            let cwd =
-                Place::of(env, &held.procfs, *pid, "cwd").during(*pid, "reading its directory")?;
+            let layout = Layout {
+                brk: answers.program_break,
+                ..process.bounds
+            };
+            let scan = memory.scan(remote, tracker.as_ref(), layout)?;
+            let exe = Place::of(env, &held.procfs, pid, "exe");
+            let cwd = Place::of(env, &held.procfs, pid, "cwd");
             processes.insert(
-                *pid,
+                pid,
                 Now {
                     attributes,
+                    threads: answers.threads,
                     scan: Some(scan),
-                    exe,
-                    cwd,
+                    exe: exe.during(pid, "reading its program")?,
+                    cwd: cwd.during(pid, "reading its directory")?,
                 },
             );
         }
@@ -416,7 +432,13 @@ impl Engine {
             process.stop_with = image.user_stop.filter(|_| process.user_stop.is_none());
         }
         watch.lap("processes");
-        env.before_resume().during_tree("restoring the sessions")?;
+        // Stand-ins that were children of init may have died just now.
+        let deaths = match born.is_empty() {
+            true => held.deaths,
+            false => Deaths::Pending,
+        };
+        let told = env.before_resume(deaths);
+        told.during_tree("restoring the sessions")?;
         held.remember(&mut self.known);
         held.release()?;
         watch.lap("resume");
@@ -484,6 +506,27 @@ impl Done {
     }
 }
 
+fn open_once<'a>(
+    grounds: &'a mut Option<Grounds>,
+    env: &dyn Environment,
+) -> Result<&'a mut Grounds> {
+    match grounds {
+        Some(open) => Ok(open),
+        none => Ok(none.insert(Grounds::open(env)?)),
+    }
+}
+
+/// Asks the processes for what only they can tell, all at once.
+fn interview_all(
+    held: &mut Held,
+    wanted: impl Fn(&InnerPid) -> bool,
+) -> Result<Vec<(InnerPid, Interview)>> {
+    let processes = held.processes.iter_mut().filter(|(pid, _)| wanted(pid));
+    processes
+        .map(|(pid, process)| Ok((*pid, Interview::begin(&mut process.stopped)?)))
+        .collect()
+}
+
 fn remotes(held: &mut Held) -> fd::Procs<'_> {
     held.processes
         .iter_mut()
@@ -508,7 +551,10 @@ fn on_own_thread<T: Send>(work: impl FnOnce() -> Result<T> + Send) -> Result<T> 
     std::thread::scope(|scope| {
         let worker = std::thread::Builder::new()
             .name("deltacr".to_owned())
-            .spawn_scoped(scope, work)
+            .spawn_scoped(scope, || {
+                sys::process::sleep_precisely();
+                work()
+            })
             .during_tree("starting a tracing thread")?;
         worker
             .join()

@@ -6,6 +6,7 @@ use std::path::Path;
 
 use serde::{Deserialize, Serialize};
 
+use crate::hold::Deaths;
 use crate::ids::{HostPid, InnerPid};
 
 /// Names a pipe or terminal end that lives outside the tree: the standard streams of a session,
@@ -39,8 +40,9 @@ pub trait Environment: Sync {
     /// Makes init give birth to a process with this number. It waits in `pause(2)`, has the sandbox's seccomp filter,
     /// bounding set and `no_new_privs`, holds no descriptor, and is in the tree's cgroup.
     fn birth(&self, pid: InnerPid) -> io::Result<HostPid>;
-    /// Called when all processes of a state that is given back are there, just before they run on.
-    fn before_resume(&self) -> io::Result<()>;
+    /// Called when all processes of a state that is given back are there, just before they run on. `deaths` tells whether
+    /// init has reported those of the state that was given up.
+    fn before_resume(&self, deaths: Deaths) -> io::Result<()>;
     /// A descriptor of one of the namespaces of the sandbox (`/proc/PID/ns/…` of init).
     fn namespace(&self, kind: Namespace) -> io::Result<OwnedFd>;
 }

@@ -19,7 +19,7 @@ pub(crate) struct Place {
 }
 
 impl Place {
-    /// Where a process' `exe`, `cwd` or `root` points.
+    /// Where a process' `exe` or `cwd` points.
     pub(crate) fn of(
         env: &dyn Environment,
         procfs: &Procfs,
@@ -37,11 +37,6 @@ impl Place {
     /// Opens the file again; see [`open`].
     pub(crate) fn open(&self, env: &dyn Environment, flags: OFlags) -> io::Result<OwnedFd> {
         open(env, &self.path, self.inode, flags)
-    }
-
-    /// Whether it is called `/`, which is what the kernel calls the sandbox's root.
-    pub(crate) fn is_root(&self) -> bool {
-        self.path == b"/"
     }
 
     /// Whether its name is gone: the kernel says so behind the name, which a living one may have too.

@@ -2,15 +2,24 @@
 
 use std::fs::File;
 use std::io::{self, Read, Seek, Write};
-use std::os::fd::AsFd;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use rustix::io::Errno;
-
 /// How often the state is looked at before the caller goes to sleep: freezing takes 30-60 µs.
-const GLANCES: usize = 50;
+const GLANCES: usize = 30;
+/// And then, between two glances. The kernel tells of a change by an event as well, but holds that back for up to 10 ms.
+const NAP: Duration = Duration::from_micros(30);
+
+/// Lets others run before the caller looks again, so many times after the first. Giving way is not enough where another
+/// thread must run on the same processor: the scheduler may choose the caller again for some milliseconds.
+pub(crate) fn glance(times: &mut usize) {
+    *times += 1;
+    if *times < GLANCES {
+        std::thread::yield_now();
+    } else {
+        std::thread::sleep(NAP);
+    }
+}
 
 /// The freezer of one cgroup.
 pub(crate) struct Freezer {
@@ -50,34 +59,15 @@ impl Freezer {
     }
 
     fn await_frozen(&mut self, timeout: Duration) -> io::Result<bool> {
-        for _ in 0..GLANCES {
-            if self.is_frozen()? {
-                return Ok(true);
-            }
-            std::thread::yield_now();
-        }
         let end = Instant::now() + timeout;
-        loop {
-            let left = end.saturating_duration_since(Instant::now());
-            let left = Timespec {
-                tv_sec: left.as_secs() as i64,
-                tv_nsec: left.subsec_nanos().into(),
-            };
-            let mut events = [PollFd::from_borrowed_fd(
-                self.events.as_fd(),
-                PollFlags::PRI,
-            )];
-            match poll(&mut events, Some(&left)) {
-                Ok(_) | Err(Errno::INTR) => {}
-                Err(e) => return Err(e.into()),
-            }
-            if self.is_frozen()? {
-                return Ok(true);
-            }
+        let mut glances = 0;
+        while !self.is_frozen()? {
             if Instant::now() >= end {
                 return Ok(false);
             }
+            glance(&mut glances);
         }
+        Ok(true)
     }
 
     fn is_frozen(&mut self) -> io::Result<bool> {

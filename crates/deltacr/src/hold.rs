@@ -7,8 +7,9 @@ use std::time::{Duration, Instant};
 
 use crate::env::Environment;
 use crate::error::{During, Error, Result};
-use crate::freeze::Freezer;
+use crate::freeze::{Freezer, glance};
 use crate::ids::{HostPid, InnerPid};
+use crate::mem::Layout;
 use crate::procfs::{Procfs, Stat};
 use crate::remote::Remote;
 use crate::stop::{Stopped, StoppedThread};
@@ -34,10 +35,27 @@ pub(crate) struct Acquaintance {
 /// All processes that the engine met, by their number outside.
 pub(crate) type Acquaintances = HashMap<HostPid, Acquaintance>;
 
+/// What a sandbox's processes are found and frozen by; opened once.
+pub(crate) struct Grounds {
+    pub(crate) procfs: Procfs,
+    pub(crate) freezer: Freezer,
+}
+
+impl Grounds {
+    pub(crate) fn open(env: &dyn Environment) -> Result<Self> {
+        Ok(Self {
+            procfs: Procfs::open(env).during_tree("opening /proc of the sandbox")?,
+            freezer: Freezer::open(env.cgroup()).during_tree("opening the freezer")?,
+        })
+    }
+}
+
 /// A process that stands still, with what `/proc` tells of it.
 pub(crate) struct HeldProcess {
     pub(crate) stopped: Stopped,
     pub(crate) stat: Stat,
+    /// The bounds of its address space but for the program break.
+    pub(crate) bounds: Layout,
     /// When it was first born, in clock ticks after boot; it may have been made again since.
     pub(crate) birth: u64,
     /// The signal by which its user had stopped it (job control), if so. The kernel takes the stop up again when the
@@ -54,34 +72,51 @@ pub(crate) struct Held {
     pub(crate) procfs: Procfs,
     pub(crate) processes: BTreeMap<InnerPid, HeldProcess>,
     pub(crate) zombies: BTreeMap<InnerPid, Stat>,
+    /// What is known of init's dead children.
+    pub(crate) deaths: Deaths,
+    /// When the processes began to stand still.
+    pub(crate) since: Instant,
+}
+
+/// Whether init, which reports a child's death before it reaps it, has reported all deaths there were when the processes
+/// stood still.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Deaths {
+    /// It has.
+    Reported,
+    /// A child of init's is dead and not reaped, so it may not have been reported either.
+    Pending,
 }
 
 impl Held {
     /// Holds every process of the sandbox's cgroup.
     pub(crate) fn tree(
         env: &dyn Environment,
+        grounds: &mut Grounds,
         known: &mut Acquaintances,
         timeout: Duration,
     ) -> Result<Self> {
-        let mut freezer = Freezer::open(env.cgroup()).during_tree("opening the freezer")?;
-        let procfs = Procfs::open(env).during_tree("opening /proc of the sandbox")?;
+        let Grounds { procfs, freezer } = grounds;
         let start = Instant::now();
         // Seized threads that did not stop yet: they are this thread's until they do.
         let mut late = HashSet::new();
         loop {
+            let since = Instant::now();
             let left = timeout.saturating_sub(start.elapsed());
             if !freezer.freeze(left).during_tree("freezing the processes")? {
                 return Err(not_frozen(env, timeout));
             }
-            match seize_all(env, &procfs, known, &mut freezer, &mut late)? {
+            match seize_all(env, procfs, known, freezer, &mut late)? {
                 Some(processes) => {
                     // From here on it is let go when it is dropped.
                     let mut held = Self {
-                        procfs,
+                        procfs: procfs.clone(),
                         processes,
                         zombies: BTreeMap::new(),
+                        deaths: Deaths::Reported,
+                        since,
                     };
-                    held.zombies = zombies(&held.procfs, &held.processes)?;
+                    held.find_dead()?;
                     return Ok(held);
                 }
                 None if start.elapsed() > timeout => return Err(not_frozen(env, timeout)),
@@ -91,13 +126,36 @@ impl Held {
     }
 
     /// An empty tree, to be filled by births.
-    pub(crate) fn empty(env: &dyn Environment) -> Result<Self> {
-        let procfs = Procfs::open(env).during_tree("opening /proc of the sandbox")?;
-        Ok(Self {
-            procfs,
+    pub(crate) fn empty(grounds: &Grounds) -> Self {
+        Self {
+            procfs: grounds.procfs.clone(),
             processes: BTreeMap::new(),
             zombies: BTreeMap::new(),
-        })
+            deaths: Deaths::Reported,
+            since: Instant::now(),
+        }
+    }
+
+    fn find_dead(&mut self) -> Result<()> {
+        for pid in self
+            .procfs
+            .processes()
+            .during_tree("listing the processes")?
+        {
+            if pid.0 == 1 || self.processes.contains_key(&pid) {
+                continue;
+            }
+            // One that was reaped meanwhile is none.
+            let Ok(stat) = self.procfs.stat(pid) else {
+                continue;
+            };
+            if stat.parent.0 == 1 {
+                self.deaths = Deaths::Pending;
+            } else if stat.state == b'Z' {
+                self.zombies.insert(pid, stat);
+            }
+        }
+        Ok(())
     }
 
     pub(crate) fn remote(&mut self, pid: InnerPid) -> Option<&mut Remote> {
@@ -192,6 +250,7 @@ struct Found {
     host: HostPid,
     area: Option<u64>,
     stat: Stat,
+    bounds: Layout,
     birth: u64,
     threads: Vec<(HostPid, InnerPid)>,
 }
@@ -274,6 +333,7 @@ fn hold(process: &Found, stops: &HashMap<HostPid, Stop>) -> io::Result<HeldProce
     Ok(HeldProcess {
         stopped,
         stat: process.stat.clone(),
+        bounds: process.bounds,
         birth: process.birth,
         user_stop,
         ignores_trap: process.stat.ignores_trap,
@@ -324,21 +384,19 @@ fn refusal(process: &Found, source: io::Error) -> Error {
 fn await_all(threads: &[HostPid]) -> HashMap<HostPid, Stop> {
     let mut stops = HashMap::with_capacity(threads.len());
     let end = Instant::now() + PATIENCE;
+    let mut glances = 0;
     loop {
-        for host in threads
-            .iter()
-            .filter(|host| !stops.contains_key(*host))
-            .copied()
-            .collect::<Vec<_>>()
-        {
-            if let Ok(Some(stop)) = ptrace::wait(host, false) {
-                stops.insert(host, stop);
+        for host in threads {
+            if !stops.contains_key(host)
+                && let Ok(Some(stop)) = ptrace::wait(*host, false)
+            {
+                stops.insert(*host, stop);
             }
         }
         if stops.len() == threads.len() || Instant::now() > end {
             return stops;
         }
-        std::thread::yield_now();
+        glance(&mut glances);
     }
 }
 
@@ -405,17 +463,21 @@ fn find(
 fn meet(procfs: &Procfs, host: HostPid, known: &Acquaintances) -> io::Result<Found> {
     let acquaintance = known.get(&host);
     let again = acquaintance.and_then(|k| {
-        let stat = procfs.stat(k.pid).ok()?;
-        (stat.start == k.start).then_some((k.pid, stat))
+        let (stat, bounds) = procfs.stat_and_bounds(k.pid).ok()?;
+        (stat.start == k.start).then_some((k.pid, stat, bounds))
     });
-    let (pid, stat, acquaintance) = match again {
-        Some((pid, stat)) => (pid, stat, acquaintance),
+    let (pid, stat, bounds, acquaintance) = match again {
+        Some((pid, stat, bounds)) => (pid, stat, bounds, acquaintance),
         None => {
             let pid = host.inner()?;
-            (pid, procfs.stat(pid)?, None)
+            let (stat, bounds) = procfs.stat_and_bounds(pid)?;
+            (pid, stat, bounds, None)
         }
     };
-    let threads = threads(procfs, host, pid, acquaintance)?;
+    let threads = match stat.threads {
+        1 => vec![(host, pid)],
+        _ => threads(procfs, host, pid, acquaintance)?,
+    };
     let birth = acquaintance.map_or(stat.start, |k| k.birth);
     Ok(Found {
         birth,
@@ -423,6 +485,7 @@ fn meet(procfs: &Procfs, host: HostPid, known: &Acquaintances) -> io::Result<Fou
         host,
         area: acquaintance.and_then(|k| k.area),
         stat,
+        bounds,
         threads,
     })
 }
@@ -453,26 +516,6 @@ fn threads(
         threads.push((tid, inner));
     }
     Ok(threads)
-}
-
-fn zombies(
-    procfs: &Procfs,
-    live: &BTreeMap<InnerPid, HeldProcess>,
-) -> Result<BTreeMap<InnerPid, Stat>> {
-    let mut zombies = BTreeMap::new();
-    for pid in procfs.processes().during_tree("listing the processes")? {
-        if pid.0 == 1 || live.contains_key(&pid) {
-            continue;
-        }
-        // One that init reaped meanwhile is none.
-        if let Ok(stat) = procfs.stat(pid)
-            && stat.state == b'Z'
-            && stat.parent.0 != 1
-        {
-            zombies.insert(pid, stat);
-        }
-    }
-    Ok(zombies)
 }
 
 fn not_frozen(env: &dyn Environment, timeout: Duration) -> Error {

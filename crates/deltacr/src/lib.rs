@@ -15,6 +15,7 @@ mod freeze;
 mod hold;
 pub mod ids;
 mod image;
+mod interview;
 pub mod mem;
 mod procfs;
 mod reconcile;
@@ -30,5 +31,6 @@ mod timers;
 
 pub use engine::{Checkpoint, Engine, Rollback, Switched};
 pub use error::{During, Error, Result};
+pub use hold::Deaths;
 pub use image::{ProcessSummary, TreeImage};
 pub use stopwatch::Phases;

@@ -1,20 +1,23 @@
 //! Reads the sandbox's own `/proc`, which counts processes as the sandbox does.
 
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::Arc;
 
 use rustix::fs::{AtFlags, Dir, Mode, OFlags, ResolveFlags, openat, openat2, statat};
 use rustix::io::read;
 
 use crate::env::Environment;
 use crate::ids::InnerPid;
+use crate::mem::Layout;
 
 const PROC_SUPER_MAGIC: u32 = 0x9fa0;
 /// No file that is read here is longer, but for hostile or strange cases, which are errors.
 const FILE_MAX: usize = 4096;
 
 /// The sandbox's `/proc`.
-pub(crate) struct Procfs(OwnedFd);
+#[derive(Clone)]
+pub(crate) struct Procfs(Arc<OwnedFd>);
 
 /// What `/proc/PID/stat` tells and the engine needs (proc_pid_stat(5)).
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -28,6 +31,8 @@ pub(crate) struct Stat {
     pub(crate) tty: i32,
     /// The terminal's foreground group; -1 for none.
     pub(crate) foreground: i32,
+    /// How many threads it has.
+    pub(crate) threads: u32,
     /// Clock ticks after boot.
     pub(crate) start: u64,
     /// The signal that the parent gets at its end.
@@ -55,13 +60,13 @@ impl Procfs {
                 "/proc of the sandbox is not a proc filesystem",
             ));
         }
-        Ok(Self(dir))
+        Ok(Self(Arc::new(dir)))
     }
 
     /// All processes that have a number, zombies and init among them.
     pub(crate) fn processes(&self) -> io::Result<Vec<InnerPid>> {
         let dir = openat(
-            &self.0,
+            &*self.0,
             ".",
             OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC,
             Mode::empty(),
@@ -77,41 +82,29 @@ impl Procfs {
 
     /// The content of a small file.
     pub(crate) fn read(&self, path: &str) -> io::Result<Vec<u8>> {
-        let file = openat(
-            &self.0,
-            path,
-            OFlags::RDONLY | OFlags::CLOEXEC,
-            Mode::empty(),
-        )?;
-        let mut bytes = vec![0; FILE_MAX];
-        let mut filled = 0;
-        loop {
-            let n = read(&file, &mut bytes[filled..])?;
-            filled += n;
-            if n == 0 {
-                bytes.truncate(filled);
-                return Ok(bytes);
-            }
-            if filled == bytes.len() {
-                bytes.resize(2 * filled, 0);
-            }
-        }
+        read_file(&*self.0, path)
     }
 
     pub(crate) fn stat(&self, pid: InnerPid) -> io::Result<Stat> {
+        self.stat_and_bounds(pid).map(|(stat, _)| stat)
+    }
+
+    /// The same with the bounds of the address space, which the same file shows.
+    pub(crate) fn stat_and_bounds(&self, pid: InnerPid) -> io::Result<(Stat, Layout)> {
         let text = self.read(&format!("{pid}/stat"))?;
         parse_stat(&text)
+            .zip(Layout::parse(&text))
             .ok_or_else(|| io::Error::new(io::ErrorKind::InvalidData, "unreadable stat"))
     }
 
     /// Whether a process has a thread of this number.
     pub(crate) fn has_thread(&self, pid: InnerPid, tid: InnerPid) -> bool {
-        statat(&self.0, format!("{pid}/task/{tid}"), AtFlags::empty()).is_ok()
+        statat(&*self.0, format!("{pid}/task/{tid}"), AtFlags::empty()).is_ok()
     }
 
     /// The file behind `cwd`, `root` or `exe`.
     pub(crate) fn file(&self, pid: InnerPid, link: &str) -> io::Result<FileId> {
-        let stat = statat(&self.0, format!("{pid}/{link}"), AtFlags::empty())?;
+        let stat = statat(&*self.0, format!("{pid}/{link}"), AtFlags::empty())?;
         Ok(FileId {
             device: stat.st_dev,
             inode: stat.st_ino,
@@ -120,7 +113,7 @@ impl Procfs {
 
     /// Where `cwd`, `root` or `exe` points, as the kernel tells it.
     pub(crate) fn link(&self, pid: InnerPid, link: &str) -> io::Result<Vec<u8>> {
-        let path = rustix::fs::readlinkat(&self.0, format!("{pid}/{link}"), Vec::new())?;
+        let path = rustix::fs::readlinkat(&*self.0, format!("{pid}/{link}"), Vec::new())?;
         Ok(path.into_bytes())
     }
 
@@ -132,6 +125,27 @@ impl Procfs {
             .map(String::from_utf8_lossy)
             .collect();
         words.join(" ").trim_end().to_owned()
+    }
+}
+
+/// The content of a file of a proc filesystem, `dir` or the caller's own.
+pub(crate) fn read_file(dir: impl AsFd, path: &str) -> io::Result<Vec<u8>> {
+    let flags = OFlags::RDONLY | OFlags::CLOEXEC;
+    let file = openat(dir, path, flags, Mode::empty())?;
+    let mut bytes = vec![0; FILE_MAX];
+    let mut filled = 0;
+    loop {
+        let n = read(&file, &mut bytes[filled..])?;
+        filled += n;
+        // A record that does not fit is left for the next call, and none is as long as half the room: what is read in one go
+        // and leaves so much of it is all.
+        if n == 0 || filled < FILE_MAX / 2 {
+            bytes.truncate(filled);
+            return Ok(bytes);
+        }
+        if filled == bytes.len() {
+            bytes.resize(2 * filled, 0);
+        }
     }
 }
 
@@ -153,6 +167,7 @@ pub(crate) fn parse_stat(text: &[u8]) -> Option<Stat> {
         session: pid(6)?,
         tty: number(7)? as i32,
         foreground: number(8)? as i32,
+        threads: u32::try_from(number(20)?).ok()?,
         start: fields.get(22 - 3)?.parse().ok()?,
         exit_signal: number(38)? as i32,
         exit_status: number(52)? as i32,

@@ -16,7 +16,8 @@ use crate::files::Place;
 use crate::hold::{Held, HeldProcess};
 use crate::ids::InnerPid;
 use crate::image::{ProcessImage, TreeImage};
-use crate::mem::{self, Memory, Scan, Tracker};
+use crate::interview;
+use crate::mem::{Layout, Memory, Scan, Tracker};
 use crate::procfs::Procfs;
 use crate::remote::{Batch, Remote};
 use crate::signals::{Queue, Scope};
@@ -30,6 +31,7 @@ const NUMBER_FREED: Duration = Duration::from_secs(2);
 /// What a process is before it is reconciled.
 pub(crate) struct Now {
     pub(crate) attributes: Attributes,
+    pub(crate) threads: BTreeMap<InnerPid, threads::Answers>,
     /// Taken when it is used.
     pub(crate) scan: Option<Scan>,
     pub(crate) exe: Place,
@@ -103,8 +105,8 @@ impl Reconcile<'_> {
         let scan = match scan {
             Some(scan) => scan,
             None => {
-                let brk = mem::program_break(remote)?;
-                self.memory.scan(remote, self.tracker.as_ref(), brk)?
+                let layout = Layout::of(remote)?;
+                self.memory.scan(remote, self.tracker.as_ref(), layout)?
             }
         };
         let pages = scan.changed_pages();
@@ -162,13 +164,17 @@ impl Reconcile<'_> {
         let remote = &mut self.process.stopped.remote;
         let pid = remote.pid();
         remote.forget_strays();
-        let attributes = match now {
+        let (attributes, answers) = match now {
             // A new program has reset some of them.
-            Some(now) if now.exe.is(&self.image.exe) => now.attributes,
-            _ => attributes::capture(remote)?.0,
+            Some(now) if now.exe.is(&self.image.exe) => (now.attributes, now.threads),
+            _ => {
+                let answers = interview::ask(&mut self.process.stopped)?;
+                (answers.attributes, answers.threads)
+            }
         };
+        let remote = &mut self.process.stopped.remote;
         attributes::restore(remote, &attributes, &self.image.attributes)?;
-        self.threads()?;
+        self.threads(answers)?;
         let remote = &mut self.process.stopped.remote;
         // Those that signal a thread find it there now.
         let timers = timers::capture(self.procfs, remote)?;
@@ -205,7 +211,7 @@ impl Reconcile<'_> {
             .map(drop)
     }
 
-    fn threads(&mut self) -> Result<()> {
+    fn threads(&mut self, mut answers: BTreeMap<InnerPid, threads::Answers>) -> Result<()> {
         let stopped = &mut self.process.stopped;
         let remote = &mut stopped.remote;
         let pid = remote.pid();
@@ -223,7 +229,8 @@ impl Reconcile<'_> {
         let wanted: BTreeMap<InnerPid, _> = self.image.threads.iter().map(|t| (t.tid, t)).collect();
         let shared = Queue::default();
         for thread in &mut stopped.threads {
-            let current = threads::capture(remote, thread, &shared, &mut None)?;
+            let answers = threads::known_or_asked(remote, thread, &mut answers)?;
+            let current = threads::capture(remote, thread, answers, &shared, &mut None)?;
             threads::restore(remote, thread, &current, wanted[&thread.tid])?;
         }
         Ok(())

@@ -85,7 +85,8 @@ impl Stopped {
     /// # Errors
     /// A thread could not be let go; all others are, nonetheless.
     pub fn release(mut self) -> io::Result<()> {
-        let mut result = self.remote.send_strays().or_else(unless_gone);
+        let mut result = self.remote.clear_flights().or_else(unless_gone);
+        result = result.and(self.remote.send_strays().or_else(unless_gone));
         for thread in &self.threads {
             let released = thread.release();
             result = result.and(released.or_else(unless_gone));

@@ -1,5 +1,6 @@
 //! What belongs to one thread, and how it is given back.
 
+use std::collections::BTreeMap;
 use std::io;
 use std::sync::Arc;
 use std::time::Instant;
@@ -50,8 +51,8 @@ struct Properties {
     io_priority: u64,
 }
 
-struct Questions {
-    batch: Batch,
+/// Where in a batch the questions to a thread are.
+pub(crate) struct Questions {
     signal_stack: DataRef,
     clear_tid: DataRef,
     name: DataRef,
@@ -61,9 +62,15 @@ struct Questions {
     io_priority: CallId,
 }
 
+/// What a thread answered.
+pub(crate) struct Answers {
+    clear_tid: u64,
+    properties: Properties,
+}
+
 impl Questions {
-    fn new() -> Self {
-        let mut b = Batch::new();
+    /// Adds the questions to a batch.
+    pub(crate) fn ask(b: &mut Batch) -> Self {
         let signal_stack = b.output(24);
         b.call(libc::SYS_sigaltstack, &[0.into(), signal_stack.into()]);
         let clear_tid = b.output(8);
@@ -82,7 +89,6 @@ impl Questions {
         let affinity = (b.call(libc::SYS_sched_getaffinity, &args), mask);
         let io_priority = b.call(libc::SYS_ioprio_get, &[IOPRIO_WHO_PROCESS.into(), 0.into()]);
         Self {
-            batch: b,
             signal_stack,
             clear_tid,
             name,
@@ -93,27 +99,48 @@ impl Questions {
         }
     }
 
-    fn properties(&self, o: &Outcome) -> io::Result<Properties> {
+    pub(crate) fn answers(&self, o: &Outcome) -> io::Result<Answers> {
         let (call, mask) = self.affinity;
         let bytes = (o.result(call)? as usize).min(mask.len());
-        Ok(Properties {
+        let properties = Properties {
             signal_stack: o.bytes(self.signal_stack).to_vec(),
             name: o.bytes(self.name).to_vec(),
             timer_slack: o.result(self.timer_slack)?,
             scheduling: o.bytes(self.scheduling).to_vec(),
             affinity: o.bytes(mask)[..bytes].to_vec(),
             io_priority: o.result(self.io_priority)?,
+        };
+        Ok(Answers {
+            clear_tid: o.long(self.clear_tid),
+            properties,
         })
     }
 }
 
-/// Takes down a stopped thread. `shared` holds the signals queued for its process, `wait` the timed
+/// The answers of a thread that it has given already; if it has not, it is asked.
+pub(crate) fn known_or_asked(
+    remote: &mut Remote,
+    thread: &StoppedThread,
+    given: &mut BTreeMap<InnerPid, Answers>,
+) -> Result<Answers> {
+    if let Some(answers) = given.remove(&thread.tid) {
+        return Ok(answers);
+    }
+    let mut batch = Batch::new();
+    let questions = Questions::ask(&mut batch);
+    let outcome = remote.run_in(thread.host, &batch);
+    let answers = outcome.and_then(|outcome| questions.answers(&outcome));
+    answers.during(remote.pid(), "asking a thread")
+}
+
+/// Takes down a stopped thread, which gave these answers. `shared` holds the signals queued for its process, `wait` the timed
 /// wait that the thread was in when it was last looked at.
 ///
 /// A call that the stop made return `EINTR` is sent back to in `thread` too, for it goes on from there.
 pub(crate) fn capture(
-    remote: &mut Remote,
+    remote: &Remote,
     thread: &mut StoppedThread,
+    answers: Answers,
     shared: &Queue,
     wait: &mut Option<Wait>,
 ) -> Result<ThreadImage> {
@@ -126,18 +153,17 @@ pub(crate) fn capture(
             what,
         });
     }
-    read(remote, thread, shared, wait).during(pid, "reading a thread")
+    read(remote, thread, answers, shared, wait).during(pid, "reading a thread")
 }
 
 fn read(
-    remote: &mut Remote,
+    remote: &Remote,
     thread: &mut StoppedThread,
+    answers: Answers,
     shared: &Queue,
     wait: &mut Option<Wait>,
 ) -> io::Result<ThreadImage> {
     let host = thread.host;
-    let questions = Questions::new();
-    let outcome = remote.run_in(host, &questions.batch)?;
     let pending = Queue::capture(host, Scope::Thread)?;
     let rseq = ptrace::rseq(host)?;
     leave_critical_section(remote, &rseq, &mut thread.regs);
@@ -153,8 +179,8 @@ fn read(
         pending,
         rseq,
         robust: process::robust_list(host)?,
-        clear_tid: outcome.long(questions.clear_tid),
-        properties: questions.properties(&outcome)?,
+        clear_tid: answers.clear_tid,
+        properties: answers.properties,
     })
 }
 

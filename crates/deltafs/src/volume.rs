@@ -4,8 +4,8 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::PathBuf;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
 
 use parking_lot::Mutex;
 use rustix::fs::{AtFlags, Mode, OFlags, ResolveFlags, StatxFlags};
@@ -45,6 +45,8 @@ pub struct Options {
 pub struct Volume {
     server: Arc<Server>,
     session: Session,
+    /// The open root directory, from the first time that it was needed.
+    root: OnceLock<OwnedFd>,
     threads: usize,
     reclaimer: Arc<Reclaimer>,
     /// Checkpoints and rollbacks come one after another.
@@ -135,6 +137,7 @@ impl Volume {
         Ok(Self {
             server,
             session,
+            root: OnceLock::new(),
             threads,
             reclaimer,
             switch: Mutex::default(),
@@ -206,15 +209,15 @@ impl Volume {
 
     /// Makes the kernel ask for what it cannot be told. An inode that it has just forgotten needs nothing.
     fn refresh(&self, plan: &Plan) {
-        let Ok(root) = self.open_root() else { return };
+        let Ok(root) = self.root() else { return };
         let flags = AtFlags::EMPTY_PATH | AtFlags::SYMLINK_NOFOLLOW | AtFlags::STATX_FORCE_SYNC;
         for ino in &plan.refresh {
-            if let Ok(fd) = self.open_by_number(&root, *ino, libc::O_PATH) {
+            if let Ok(fd) = self.open_by_number(root, *ino, libc::O_PATH) {
                 let _ = rustix::fs::statx(&fd, "", flags, StatxFlags::BASIC_STATS);
             }
         }
         let look_up = |(parent, name): &(Ino, Name)| -> io::Result<()> {
-            let fd = self.open_by_number(&root, *parent, libc::O_PATH)?;
+            let fd = self.open_by_number(root, *parent, libc::O_PATH)?;
             let name = std::ffi::OsStr::from_bytes(name);
             rustix::fs::statx(&fd, name, flags, StatxFlags::BASIC_STATS)?;
             Ok(())
@@ -247,7 +250,7 @@ impl Volume {
     /// # Errors
     /// Those of `open(2)`; `ESTALE` if the state that is shown has no such inode.
     pub fn open_inode(&self, ino: u64, flags: i32) -> io::Result<OwnedFd> {
-        self.open_node(&self.open_root()?, ino, flags)
+        self.open_node(self.root()?, ino, flags)
     }
 
     /// As [`Volume::open_inode`], in another mount of the volume, such as that in a sandbox's mount namespace. `mount` is any
@@ -260,13 +263,13 @@ impl Volume {
         self.open_node(&root, ino, flags)
     }
 
-    fn open_root(&self) -> io::Result<OwnedFd> {
-        Ok(rustix::fs::openat(
-            self.session.mount(),
-            ".",
-            directory(),
-            Mode::empty(),
-        )?)
+    /// The open root. Opening it anew would have the kernel ask for its attributes whenever something in it changed.
+    fn root(&self) -> io::Result<&OwnedFd> {
+        if let Some(root) = self.root.get() {
+            return Ok(root);
+        }
+        let root = rustix::fs::openat(self.session.mount(), ".", directory(), Mode::empty())?;
+        Ok(self.root.get_or_init(|| root))
     }
 
     fn open_node(&self, root: &OwnedFd, ino: Ino, flags: i32) -> io::Result<OwnedFd> {
@@ -309,8 +312,7 @@ impl Volume {
     /// If a write failed, such as for a full disk.
     pub fn sync(&self) -> Result<()> {
         let flush = || -> io::Result<()> {
-            let root = self.open_root()?;
-            rustix::fs::syncfs(&root)?;
+            rustix::fs::syncfs(self.root()?)?;
             self.session.drain()
         };
         flush().map_err(|source| Error::Flush { source })

@@ -15,7 +15,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use deltacr::store::PageStore;
-use deltacr::{During, Engine, ProcessSummary, Rollback, Switched, TreeImage};
+use deltacr::{Deaths, During, Engine, ProcessSummary, Rollback, Switched, TreeImage};
 use deltafs::{ChangeKind, Snapshot, Volume};
 
 use crate::error::{Error, Result};
@@ -84,11 +84,11 @@ impl<'a> Subject<'a> {
         }
     }
 
-    fn cut(self) -> deltacr::Result<(Snapshot, SessionsImage)> {
+    fn cut(self, deaths: Deaths) -> deltacr::Result<(Snapshot, SessionsImage)> {
         let synced = self.volume.sync().map_err(io::Error::other);
         synced.during_tree("writing back the shared file mappings")?;
         self.shared
-            .drain()
+            .drain(deaths)
             .during_tree("reading the sessions' output")?;
         let sessions = self.shared.image().during_tree("capturing the sessions")?;
         Ok((self.volume.checkpoint(), sessions))
@@ -155,7 +155,7 @@ impl DeltaState {
     ) -> Result<CheckpointReport> {
         let begin = Instant::now();
         let env = subject.surroundings(None);
-        let made = self.engine.checkpoint(&env, || subject.cut())?;
+        let made = self.engine.checkpoint(&env, |deaths| subject.cut(deaths))?;
         self.common.warmer.used(made.pages);
         let id = self.common.next_id();
         let (files, sessions) = made.cut;

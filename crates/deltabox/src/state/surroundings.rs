@@ -4,6 +4,7 @@ use std::io;
 use std::os::fd::{BorrowedFd, OwnedFd};
 use std::path::Path;
 
+use deltacr::Deaths;
 use deltacr::env::{Environment, ExternalId, Namespace};
 use deltacr::ids::{HostPid, InnerPid};
 use deltafs::Volume;
@@ -56,9 +57,9 @@ impl Environment for Surroundings<'_> {
         self.shared.container.birth(pid.0).map(HostPid)
     }
 
-    fn before_resume(&self) -> io::Result<()> {
+    fn before_resume(&self, deaths: Deaths) -> io::Result<()> {
         self.restoring
-            .map_or(Ok(()), |image| self.shared.finish_restore(image))
+            .map_or(Ok(()), |image| self.shared.finish_restore(image, deaths))
     }
 
     fn namespace(&self, kind: Namespace) -> io::Result<OwnedFd> {

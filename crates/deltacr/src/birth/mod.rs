@@ -359,11 +359,13 @@ impl<'a> Delivery<'a> {
 fn admit(held: &Held, remote: Remote, birth: u64) -> Result<HeldProcess> {
     let (pid, host) = (remote.pid(), remote.host());
     let thread = hold_thread(pid, host).during(pid, "holding it")?;
-    let stat = held.procfs.stat(pid).during(pid, "reading what it is")?;
+    let found = held.procfs.stat_and_bounds(pid);
+    let (stat, bounds) = found.during(pid, "reading what it is")?;
     let stopped = Stopped::take(remote, vec![thread]);
     Ok(HeldProcess {
         stopped,
         stat,
+        bounds,
         birth,
         user_stop: None,
         ignores_trap: false,

@@ -1,11 +1,12 @@
 //! The bounds that the kernel keeps of an address space: `prctl(PR_SET_MM_MAP)`.
 
-use std::fs;
 use std::io;
 
+use rustix::fs::CWD;
 use serde::{Deserialize, Serialize};
 
 use crate::error::{During, Error, Result};
+use crate::procfs;
 use crate::remote::{Batch, Remote};
 
 /// Bounds of a process' address space, as `/proc/PID/stat` shows and `prctl(PR_SET_MM_MAP)` sets
@@ -36,53 +37,56 @@ pub struct Layout {
     pub env_end: u64,
 }
 
-/// The program break of a stopped process (`brk(2)`; the one bound that the kernel shows nowhere).
-///
-/// # Errors
-/// The process could not be driven.
-pub fn program_break(remote: &mut Remote) -> Result<u64> {
-    let pid = remote.pid();
-    let mut batch = Batch::new();
-    let brk = batch.call(libc::SYS_brk, &[0.into()]);
-    let outcome = remote.run(&batch);
-    outcome
-        .and_then(|o| o.result(brk))
-        .during(pid, "reading the program break")
+impl Layout {
+    /// The bounds that a `/proc/PID/stat` shows: all but the program break. `None` if it is not what the kernel writes.
+    pub(crate) fn parse(stat: &[u8]) -> Option<Self> {
+        // The name of the process may contain anything, also parentheses and blanks.
+        let end = stat.iter().rposition(|b| *b == b')')?;
+        let rest = std::str::from_utf8(stat.get(end + 1..)?).ok()?;
+        let fields: Vec<&str> = rest.split_ascii_whitespace().collect();
+        // proc(5) counts from one, and the first field here is the third.
+        let field = |n: usize| fields.get(n - 3)?.parse::<u64>().ok();
+        Some(Self {
+            start_code: field(26)?,
+            end_code: field(27)?,
+            start_stack: field(28)?,
+            start_data: field(45)?,
+            end_data: field(46)?,
+            start_brk: field(47)?,
+            arg_start: field(48)?,
+            arg_end: field(49)?,
+            env_start: field(50)?,
+            env_end: field(51)?,
+            brk: 0,
+        })
+    }
+
+    /// The bounds of a stopped process (`brk(2)` for the one that the kernel shows nowhere).
+    ///
+    /// # Errors
+    /// The process could not be driven, or `/proc` not be read.
+    pub fn of(remote: &mut Remote) -> Result<Self> {
+        let (pid, host) = (remote.pid(), remote.host());
+        let mut batch = Batch::new();
+        let brk = batch.call(libc::SYS_brk, &[0.into()]);
+        let outcome = remote.run(&batch);
+        let brk = outcome
+            .and_then(|o| o.result(brk))
+            .during(pid, "reading the program break")?;
+        let stat = procfs::read_file(CWD, &format!("/proc/{host}/stat"));
+        let stat = stat.during(pid, "reading the stat file")?;
+        let bounds = Self::parse(&stat).ok_or_else(|| Error::Corrupt {
+            pid,
+            what: "its stat file has not the fields that the kernel documents".to_owned(),
+        })?;
+        Ok(Self { brk, ..bounds })
+    }
 }
 
-/// Reads the bounds and the auxiliary vector.
-pub(crate) fn read(remote: &Remote, brk: u64) -> Result<(Layout, Vec<u8>)> {
-    let (pid, host) = (remote.pid(), remote.host());
-    let stat = fs::read(format!("/proc/{host}/stat")).during(pid, "reading the stat file")?;
-    let layout = parse(&stat, brk).ok_or_else(|| Error::Corrupt {
-        pid,
-        what: "its stat file has not the fields that the kernel documents".to_owned(),
-    })?;
-    let auxv =
-        fs::read(format!("/proc/{host}/auxv")).during(pid, "reading the auxiliary vector")?;
-    Ok((layout, auxv))
-}
-
-fn parse(stat: &[u8], brk: u64) -> Option<Layout> {
-    // The name of the process may contain anything, also parentheses and blanks.
-    let end = stat.iter().rposition(|b| *b == b')')?;
-    let rest = std::str::from_utf8(stat.get(end + 1..)?).ok()?;
-    let fields: Vec<&str> = rest.split_ascii_whitespace().collect();
-    // proc(5) counts from one, and the first field here is the third.
-    let field = |n: usize| fields.get(n - 3)?.parse::<u64>().ok();
-    Some(Layout {
-        start_code: field(26)?,
-        end_code: field(27)?,
-        start_stack: field(28)?,
-        start_data: field(45)?,
-        end_data: field(46)?,
-        start_brk: field(47)?,
-        arg_start: field(48)?,
-        arg_end: field(49)?,
-        env_start: field(50)?,
-        env_end: field(51)?,
-        brk,
-    })
+/// Reads the auxiliary vector.
+pub(crate) fn auxv(remote: &Remote) -> Result<Vec<u8>> {
+    procfs::read_file(CWD, &format!("/proc/{}/auxv", remote.host()))
+        .during(remote.pid(), "reading the auxiliary vector")
 }
 
 /// Sets the bounds; `auxv` too, if it is given.
@@ -140,11 +144,10 @@ mod tests {
         for n in 4..=52 {
             stat.extend(format!(" {n}").bytes());
         }
-        let layout = parse(&stat, 99).unwrap();
+        let layout = Layout::parse(&stat).unwrap();
         assert_eq!(layout.start_code, 26);
         assert_eq!(layout.env_end, 51);
-        assert_eq!(layout.brk, 99);
-        assert!(parse(b"7 (x) S 1 2", 0).is_none());
-        assert!(parse(b"", 0).is_none());
+        assert!(Layout::parse(b"7 (x) S 1 2").is_none());
+        assert!(Layout::parse(b"").is_none());
     }
 }

@@ -22,7 +22,7 @@ use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
-pub use layout::{Layout, program_break};
+pub use layout::Layout;
 pub use scan::Scan;
 pub use shm::{SharedMemory, SharedObjects, ShmImage, ShmKey};
 pub use tracker::Tracker;

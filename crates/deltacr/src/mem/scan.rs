@@ -63,16 +63,16 @@ impl Scan {
 
 impl Memory<'_> {
     /// Finds out how a stopped process' memory differs from the state that its tracker knows.
-    /// `brk` is its program break ([`layout::program_break`]). Changes nothing.
+    /// `layout` are the bounds of its address space. Changes nothing.
     ///
     /// # Errors
     /// It has something mapped that cannot be carried, or `/proc` could not be read.
-    pub fn scan(&self, remote: &Remote, tracker: Option<&Tracker>, brk: u64) -> Result<Scan> {
+    pub fn scan(&self, remote: &Remote, tracker: Option<&Tracker>, layout: Layout) -> Result<Scan> {
         let pid = remote.pid();
         let base = tracker.map(|t| Arc::clone(t.base()));
         let known = base.as_ref().map_or(&[][..], |b| &b.vmas);
         let vmas = vmas::read(self, remote, known)?;
-        let (layout, auxv) = layout::read(remote, brk)?;
+        let auxv = layout::auxv(remote)?;
         let doing = "scanning the pages";
         let mut scanner = Scanner {
             pagemap: Pagemap::open(remote.host()).during(pid, doing)?,

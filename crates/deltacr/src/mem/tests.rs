@@ -12,7 +12,7 @@ use std::sync::Arc;
 
 use parking_lot::Mutex;
 
-use super::{AddressSpace, Memory, SharedObjects, Tracker, program_break};
+use super::{AddressSpace, Layout, Memory, SharedObjects, Tracker};
 use crate::env::{Environment, ExternalId, Namespace};
 use crate::ids::{HostPid, InnerPid};
 use crate::remote::{Arg, Batch, Remote};
@@ -90,7 +90,7 @@ impl Environment for Host {
     fn birth(&self, _pid: InnerPid) -> io::Result<HostPid> {
         Err(io::ErrorKind::Unsupported.into())
     }
-    fn before_resume(&self) -> io::Result<()> {
+    fn before_resume(&self, _: crate::Deaths) -> io::Result<()> {
         Ok(())
     }
     fn namespace(&self, _kind: Namespace) -> io::Result<OwnedFd> {
@@ -123,8 +123,11 @@ impl Bench {
     }
 
     fn capture(&self, remote: &mut Remote, tracker: &mut Option<Tracker>) -> Arc<AddressSpace> {
-        let brk = program_break(remote).unwrap();
-        let scan = self.memory().scan(remote, tracker.as_ref(), brk).unwrap();
+        let layout = Layout::of(remote).unwrap();
+        let scan = self
+            .memory()
+            .scan(remote, tracker.as_ref(), layout)
+            .unwrap();
         self.memory().capture(remote, tracker, scan, None).unwrap()
     }
 
@@ -134,8 +137,11 @@ impl Bench {
         tracker: &mut Option<Tracker>,
         target: &Arc<AddressSpace>,
     ) {
-        let brk = program_break(remote).unwrap();
-        let scan = self.memory().scan(remote, tracker.as_ref(), brk).unwrap();
+        let layout = Layout::of(remote).unwrap();
+        let scan = self
+            .memory()
+            .scan(remote, tracker.as_ref(), layout)
+            .unwrap();
         self.memory()
             .restore(remote, tracker, scan, target)
             .unwrap();
@@ -229,8 +235,9 @@ fn dump(remote: &mut Remote) -> Dump {
             bytes
         })
         .collect();
-    let brk = program_break(remote).unwrap();
-    let layout = format!("{:?}", super::layout::read(remote, brk).unwrap());
+    let layout = Layout::of(remote).unwrap();
+    let auxv = super::layout::auxv(remote).unwrap();
+    let layout = format!("{layout:?} {auxv:?}");
     Dump {
         lines,
         contents,
@@ -328,7 +335,7 @@ fn random_step(remote: &mut Remote, dice: &mut Dice, ground: u64, file: u64) {
             )
         }
         12 => {
-            let now = program_break(remote).unwrap();
+            let now = Layout::of(remote).unwrap().brk;
             let new = (now - dice.roll(9000)).max(now & !0xf_ffff) + dice.roll(20_000);
             let got = call(remote, libc::SYS_brk, &[new]);
             let _ = remote.write(new.saturating_sub(100), &[7; 50]);
@@ -410,10 +417,10 @@ fn a_new_process_of_the_same_program_becomes_the_old_one() {
     bench.restore(&mut reborn.remote, &mut second, &target);
     assert_same(&before, &dump(&mut reborn.remote));
     // And it is tracked from then on.
-    let brk = program_break(&mut reborn.remote).unwrap();
+    let layout = Layout::of(&mut reborn.remote).unwrap();
     let scan = bench
         .memory()
-        .scan(&reborn.remote, second.as_ref(), brk)
+        .scan(&reborn.remote, second.as_ref(), layout)
         .unwrap();
     assert_eq!(scan.changed_pages(), 0, "{:x?}", scan.changes);
     stopped.release().unwrap();
@@ -435,8 +442,11 @@ fn a_state_costs_what_was_written_since_the_one_before() {
     assert!(full >= 2048);
     remote.write(ground + 4096 * 7, &[2; 10]).unwrap();
     remote.write(ground + 4096 * 9, &[1; 10]).unwrap();
-    let brk = program_break(remote).unwrap();
-    let scan = bench.memory().scan(remote, tracker.as_ref(), brk).unwrap();
+    let layout = Layout::of(remote).unwrap();
+    let scan = bench
+        .memory()
+        .scan(remote, tracker.as_ref(), layout)
+        .unwrap();
     let here = |r: &Range<u64>| (ground..ground + (8 << 20)).contains(&r.start);
     let changed = scan.changes.iter().filter(|(r, _)| here(r));
     assert_eq!(changed.count(), 2);
@@ -450,7 +460,7 @@ fn a_state_costs_what_was_written_since_the_one_before() {
         "a page with its old contents is not stored"
     );
     // Without a tracker all is read again, but nothing is stored twice.
-    let scan = bench.memory().scan(remote, None, brk).unwrap();
+    let scan = bench.memory().scan(remote, None, layout).unwrap();
     assert!(scan.changed_pages() >= 2048);
     let mut other = None;
     let third = bench
@@ -578,8 +588,11 @@ fn a_process_that_ran_another_program_is_captured_whole_and_tracked_again() {
     let state = bench.capture(remote, &mut tracker);
     let program = state.executable().unwrap();
     assert!(program.path.ends_with("/sleep"), "{program:?}");
-    let brk = program_break(remote).unwrap();
-    let scan = bench.memory().scan(remote, tracker.as_ref(), brk).unwrap();
+    let layout = Layout::of(remote).unwrap();
+    let scan = bench
+        .memory()
+        .scan(remote, tracker.as_ref(), layout)
+        .unwrap();
     assert!(scan.changed_pages() < 5, "{:x?}", scan.changes);
     stopped.release().unwrap();
 }

@@ -166,6 +166,11 @@ impl Batch {
         self.calls.len()
     }
 
+    /// How many bytes it takes in the area.
+    pub(crate) fn encoded_len(&self) -> usize {
+        self.heap_offset() + self.heap.len()
+    }
+
     fn heap_offset(&self) -> usize {
         self.calls.len() * RECORD
     }
@@ -173,7 +178,7 @@ impl Batch {
     /// The bytes for the target's area, which begins at `area` there.
     pub(crate) fn encode(&self, area: u64) -> Vec<u8> {
         let heap = area + self.heap_offset() as u64;
-        let mut out = Vec::with_capacity(self.heap_offset() + self.heap.len());
+        let mut out = Vec::with_capacity(self.encoded_len());
         for call in &self.calls {
             let mut kinds = [0_u8; 8];
             let mut values = [0_u64; 6];

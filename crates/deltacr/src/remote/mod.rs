@@ -15,6 +15,7 @@ use std::mem::MaybeUninit;
 use std::ops::Range;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::FileExt;
+use std::sync::OnceLock;
 
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
 
@@ -32,6 +33,9 @@ const PLACES_APART: u64 = 64 << 30;
 const PLACES: u64 = (1 << 47) / PLACES_APART;
 /// The most descriptors that one message carries (the kernel's limit is 253).
 const FDS_A_MESSAGE: usize = 128;
+/// How often a batch's end is looked for before the caller goes to sleep: most batches take some microseconds, being woken
+/// takes longer.
+const GLANCES: usize = 40;
 /// Every signal but the one that the stub ends with.
 const ALL_BUT_TRAP: u64 = !(1 << (libc::SIGTRAP - 1));
 
@@ -45,10 +49,35 @@ pub struct Remote {
     /// What the stub runs with: the registers of the first thread, which is known to be in user
     /// mode's care.
     base: Registers,
-    memory: fs::File,
+    /// `/proc/PID/mem`, from the first time that it was needed.
+    memory: OnceLock<fs::File>,
+    /// Whether the area holds the stub.
+    stub_there: bool,
+    flights: Vec<Flight>,
     /// Signals of the program's own that came while its threads ran for the engine.
     strays: Vec<Stray>,
 }
+
+/// A batch that a thread of the process runs while the engine does other things.
+struct Flight {
+    tid: HostPid,
+    /// Where in the area it is.
+    at: u64,
+    len: usize,
+    state: FlightState,
+}
+
+enum FlightState {
+    Under,
+    /// It has come to its end, and brought this.
+    Landed(Vec<u8>),
+    /// What it brought was taken, or it failed.
+    Over,
+}
+
+/// Names a batch that was launched.
+#[derive(Debug)]
+pub(crate) struct FlightId(usize);
 
 /// A signal that a thread took off its queue while it ran for the engine. No mask keeps these from it: `SIGSTOP`, and
 /// `SIGTRAP`, with which the stub ends. The program gets it when it is let go.
@@ -63,10 +92,6 @@ impl Remote {
     /// `area` is where an earlier visit mapped the area, if it did.
     pub(crate) fn new(pid: InnerPid, host: HostPid, area: Option<u64>) -> io::Result<Self> {
         let pidfd = process::pidfd_open(host)?;
-        let memory = fs::File::options()
-            .read(true)
-            .write(true)
-            .open(format!("/proc/{host}/mem"))?;
         let base = ptrace::registers(host)?;
         let mut remote = Self {
             pid,
@@ -74,10 +99,13 @@ impl Remote {
             pidfd,
             area: None,
             base,
-            memory,
+            memory: OnceLock::new(),
+            stub_there: false,
+            flights: Vec::new(),
             strays: Vec::new(),
         };
         remote.area = area.filter(|at| remote.holds_stub(*at));
+        remote.stub_there = remote.area.is_some();
         Ok(remote)
     }
 
@@ -114,18 +142,24 @@ impl Remote {
 
     /// Sets a thread going on a batch; [`Remote::finish`] waits for its end.
     pub(crate) fn start(&mut self, tid: HostPid, batch: &Batch) -> io::Result<usize> {
+        self.land_all()?;
         let area = self.map_area()?;
-        let bytes = batch.encode(area + STUB_ROOM);
-        if bytes.len() > CAPACITY {
+        self.set_going(tid, batch, area + STUB_ROOM)
+    }
+
+    fn set_going(&mut self, tid: HostPid, batch: &Batch, at: u64) -> io::Result<usize> {
+        let area = self.map_area()?;
+        let bytes = batch.encode(at);
+        if at + bytes.len() as u64 > area + STUB_ROOM + CAPACITY as u64 {
             return Err(io::Error::new(
                 io::ErrorKind::ArgumentListTooLong,
                 "batch too long",
             ));
         }
-        self.load(area, &bytes)?;
+        self.load(area, at, &bytes)?;
         let mut regs = self.base;
         regs.rip = area;
-        regs.rbx = area + STUB_ROOM;
+        regs.rbx = at;
         regs.r12 = batch.count() as u64;
         // Not in a system call, so the kernel has none to restart.
         regs.orig_rax = u64::MAX;
@@ -140,9 +174,66 @@ impl Remote {
         Ok(bytes.len())
     }
 
-    fn load(&self, area: u64, bytes: &[u8]) -> io::Result<()> {
-        process::write_memory(self.host, area, &[IoSlice::new(process::stub())])?;
-        process::write_memory(self.host, area + STUB_ROOM, &[IoSlice::new(bytes)])
+    fn load(&mut self, area: u64, at: u64, bytes: &[u8]) -> io::Result<()> {
+        if !self.stub_there {
+            process::write_memory(self.host, area, &[IoSlice::new(process::stub())])?;
+            self.stub_there = true;
+        }
+        process::write_memory(self.host, at, &[IoSlice::new(bytes)])
+    }
+
+    /// Sets a thread going on a batch, and does not wait for its end; other threads may run theirs meanwhile. `None` if the
+    /// area has no room for it beside those.
+    pub(crate) fn launch(&mut self, tid: HostPid, batch: &Batch) -> io::Result<Option<FlightId>> {
+        let begin = self.map_area()? + STUB_ROOM;
+        let last = self.flights.last();
+        let at = last.map_or(begin, |f| (f.at + f.len as u64).next_multiple_of(64));
+        if at + batch.encoded_len() as u64 > begin + CAPACITY as u64 {
+            return Ok(None);
+        }
+        let len = self.set_going(tid, batch, at)?;
+        self.flights.push(Flight {
+            tid,
+            at,
+            len,
+            state: FlightState::Under,
+        });
+        Ok(Some(FlightId(self.flights.len() - 1)))
+    }
+
+    /// What a launched batch brought; waits for its end. Once for each.
+    pub(crate) fn land(&mut self, flight: &FlightId, batch: &Batch) -> io::Result<Outcome> {
+        self.await_landing(flight.0)?;
+        match std::mem::replace(&mut self.flights[flight.0].state, FlightState::Over) {
+            FlightState::Landed(bytes) => Ok(batch.outcome(bytes)),
+            FlightState::Under | FlightState::Over => Err(io::ErrorKind::NotFound.into()),
+        }
+    }
+
+    fn await_landing(&mut self, index: usize) -> io::Result<()> {
+        let flight = &mut self.flights[index];
+        if !matches!(flight.state, FlightState::Under) {
+            return Ok(());
+        }
+        let (tid, at, len) = (flight.tid, flight.at, flight.len);
+        flight.state = FlightState::Over;
+        self.finish(tid)?;
+        let mut bytes = vec![0; len];
+        process::read_memory(self.host, at, &mut bytes)?;
+        self.flights[index].state = FlightState::Landed(bytes);
+        Ok(())
+    }
+
+    /// Waits for all launched batches, and keeps what they brought.
+    pub(crate) fn land_all(&mut self) -> io::Result<()> {
+        (0..self.flights.len()).try_for_each(|index| self.await_landing(index))
+    }
+
+    /// Makes room for further launches. What was not taken by [`Remote::land`] is dropped.
+    pub(crate) fn clear_flights(&mut self) -> io::Result<()> {
+        let landed = self.land_all();
+        self.flights.clear();
+        landed
     }
 
     pub(crate) fn outcome(&self, batch: &Batch, len: usize) -> io::Result<Outcome> {
@@ -216,11 +307,9 @@ impl Remote {
     /// The process has a new address space, so the area is gone.
     pub(crate) fn forget_area(&mut self) -> io::Result<()> {
         self.area = None;
+        self.stub_there = false;
         self.base = ptrace::registers(self.host)?;
-        self.memory = fs::File::options()
-            .read(true)
-            .write(true)
-            .open(format!("/proc/{}/mem", self.host))?;
+        self.memory = OnceLock::new();
         Ok(())
     }
 
@@ -243,6 +332,7 @@ impl Remote {
         ];
         let at = self.step_syscall(libc::SYS_mmap, args)?;
         self.area = Some(at);
+        self.stub_there = false;
         Ok(at)
     }
 
@@ -430,7 +520,16 @@ impl Remote {
 
     /// Writes memory of the process, whatever its protection (`/proc/PID/mem`).
     pub fn write(&self, address: u64, bytes: &[u8]) -> io::Result<()> {
-        self.memory.write_all_at(bytes, address)
+        self.memory()?.write_all_at(bytes, address)
+    }
+
+    fn memory(&self) -> io::Result<&fs::File> {
+        if let Some(file) = self.memory.get() {
+            return Ok(file);
+        }
+        let path = format!("/proc/{}/mem", self.host);
+        let file = fs::File::options().write(true).open(path)?;
+        Ok(self.memory.get_or_init(|| file))
     }
 }
 
@@ -441,6 +540,12 @@ pub(crate) fn block_signals(tid: HostPid) -> io::Result<()> {
 
 /// Waits for the next stop, whatever it is.
 pub(crate) fn await_stop(tid: HostPid) -> io::Result<Stop> {
+    for _ in 0..GLANCES {
+        if let Some(stop) = ptrace::wait(tid, false)? {
+            return Ok(stop);
+        }
+        std::thread::yield_now();
+    }
     ptrace::wait(tid, true)?.ok_or_else(|| io::ErrorKind::WouldBlock.into())
 }
 

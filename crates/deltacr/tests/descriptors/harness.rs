@@ -114,7 +114,7 @@ impl Environment for World {
     fn birth(&self, _pid: InnerPid) -> io::Result<HostPid> {
         Err(io::ErrorKind::Unsupported.into())
     }
-    fn before_resume(&self) -> io::Result<()> {
+    fn before_resume(&self, _: deltacr::Deaths) -> io::Result<()> {
         Ok(())
     }
     fn namespace(&self, kind: Namespace) -> io::Result<OwnedFd> {
