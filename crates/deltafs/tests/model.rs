@@ -132,7 +132,11 @@ impl Worlds {
         saved.tree.build(self.theirs.path());
         let mut before = std::mem::take(&mut self.open);
         for (ino, path, content) in &saved.open {
-            let theirs = dump::open_again(self.theirs.path(), path.as_deref(), content);
+            let twin = self.open.iter().find(|open| open.ino == *ino);
+            let theirs = match twin.filter(|_| path.is_none()) {
+                Some(twin) => dump::open_twin(&twin.theirs),
+                None => dump::open_again(self.theirs.path(), path.as_deref(), content),
+            };
             let kept = before.iter().position(|open| open.ino == *ino);
             let ours = match kept {
                 Some(at) => before.swap_remove(at).ours,

@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::fs::{self, File, OpenOptions};
 use std::io::Write;
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
@@ -151,6 +152,13 @@ pub(crate) fn open_again(root: &Path, path: Option<&Path>, content: &[u8]) -> Fi
     fs::remove_file(place).unwrap();
     file.write_all(content).unwrap();
     file
+}
+
+/// The same file, without a name, opened once more.
+pub(crate) fn open_twin(file: &File) -> File {
+    let path = format!("/proc/self/fd/{}", file.as_raw_fd());
+    let opened = OpenOptions::new().read(true).write(true).open(path);
+    opened.unwrap()
 }
 
 fn os(bytes: &[u8]) -> &std::ffi::OsStr {
