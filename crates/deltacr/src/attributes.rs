@@ -5,6 +5,7 @@ use std::fs;
 use std::io;
 
 use rustix::fs::CWD;
+use serde::{Deserialize, Serialize};
 
 use crate::error::{During, Error, Result};
 use crate::ids::HostPid;
@@ -28,7 +29,7 @@ const CAPABILITY_VERSION: u32 = 0x2008_0522;
 const PERSONALITY_ASK: u64 = 0xffff_ffff;
 
 /// User and group ids, as the sandbox counts, and capabilities.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Credentials {
     /// Real, effective, saved.
     users: [u32; 3],
@@ -41,7 +42,7 @@ pub(crate) struct Credentials {
 }
 
 /// See the module's description.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Attributes {
     pub(crate) credentials: Credentials,
     umask: u64,

@@ -46,6 +46,9 @@ pub enum Error {
         /// Which process, and what it waits for.
         what: String,
     },
+    /// An image on disk could not be written or read, or is damaged.
+    #[error(transparent)]
+    Image(#[from] deltalog::Error),
     /// What was read from a process or an image contradicts itself.
     #[error("process {pid}: {what}")]
     Corrupt {

@@ -4,13 +4,14 @@ use std::io;
 use std::os::fd::OwnedFd;
 
 use rustix::fs::{Mode, OFlags, ResolveFlags, fstat, openat2};
+use serde::{Deserialize, Serialize};
 
 use crate::env::Environment;
 use crate::ids::InnerPid;
 use crate::procfs::Procfs;
 
 /// A file that a process refers to: what it is, and where it was found.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Place {
     /// Its inode number, if it is on the versioned filesystem.
     inode: Option<u64>,
@@ -37,6 +38,11 @@ impl Place {
     /// Opens the file again; see [`open`].
     pub(crate) fn open(&self, env: &dyn Environment, flags: OFlags) -> io::Result<OwnedFd> {
         open(env, &self.path, self.inode, flags)
+    }
+
+    /// Its inode number, if it is on the versioned filesystem.
+    pub(crate) fn inode(&self) -> Option<u64> {
+        self.inode
     }
 
     /// Whether its name is gone: the kernel says so behind the name, which a living one may have too.

@@ -1,13 +1,15 @@
 //! What a checkpoint holds of a process tree.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
+
+use serde::{Deserialize, Serialize};
 
 use crate::attributes::Attributes;
 use crate::fd::Descriptors;
 use crate::files::Place;
 use crate::ids::InnerPid;
-use crate::mem::{AddressSpace, SharedMemory};
+use crate::mem::{AddressSpace, Backing, SharedMemory, VERSIONED};
 use crate::procfs::Stat;
 use crate::signals::Queue;
 use crate::threads::ThreadImage;
@@ -24,6 +26,7 @@ pub struct TreeImage {
 }
 
 /// One process at a checkpoint.
+#[derive(Serialize, Deserialize)]
 pub(crate) struct ProcessImage {
     pub(crate) stat: Stat,
     /// When it was born, in clock ticks after boot; a process that is made again keeps it.
@@ -72,6 +75,22 @@ impl TreeImage {
     /// Whether no process is alive in it.
     pub fn is_empty(&self) -> bool {
         self.processes.is_empty()
+    }
+
+    /// The inodes of the versioned filesystem whose content its processes have in their memory: programs and mapped files.
+    pub fn mapped_inodes(&self) -> BTreeSet<u64> {
+        let mut inodes = BTreeSet::new();
+        for process in self.processes.values() {
+            inodes.extend(process.exe.inode());
+            for vma in &process.memory.vmas {
+                if let Backing::File(file) = &vma.backing
+                    && file.device == VERSIONED
+                {
+                    inodes.insert(file.inode);
+                }
+            }
+        }
+        inodes
     }
 
     /// The living processes, by number.

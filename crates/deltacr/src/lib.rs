@@ -5,6 +5,7 @@
 mod attributes;
 mod birth;
 mod describe;
+mod disk;
 mod end;
 mod engine;
 pub mod env;
@@ -29,6 +30,7 @@ mod sys;
 mod threads;
 mod timers;
 
+pub use disk::{ImageInfo, verify_image};
 pub use engine::{Checkpoint, Engine, Rollback, Switched};
 pub use error::{During, Error, Result};
 pub use hold::Deaths;

@@ -6,6 +6,7 @@ use std::sync::Arc;
 
 use rustix::fs::{AtFlags, Dir, Mode, OFlags, ResolveFlags, openat, openat2, statat};
 use rustix::io::read;
+use serde::{Deserialize, Serialize};
 
 use crate::env::Environment;
 use crate::ids::InnerPid;
@@ -20,7 +21,7 @@ const FILE_MAX: usize = 4096;
 pub(crate) struct Procfs(Arc<OwnedFd>);
 
 /// What `/proc/PID/stat` tells and the engine needs (proc_pid_stat(5)).
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Stat {
     pub(crate) name: Vec<u8>,
     pub(crate) state: u8,

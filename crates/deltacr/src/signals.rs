@@ -2,6 +2,9 @@
 
 use std::io;
 
+use serde::{Deserialize, Serialize};
+
+use crate::disk::stored;
 use crate::ids::{HostPid, InnerPid};
 use crate::remote::{Batch, Remote};
 use crate::sys::ptrace::{self, RawSiginfo};
@@ -10,8 +13,8 @@ use crate::sys::ptrace::{self, RawSiginfo};
 const SIGSET: u64 = 8;
 
 /// Queued signals, in order.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub(crate) struct Queue(Vec<RawSiginfo>);
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Queue(#[serde(with = "stored::signals")] Vec<RawSiginfo>);
 
 /// Which queue: a thread's own or the one of its process.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

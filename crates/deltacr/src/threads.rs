@@ -5,6 +5,9 @@ use std::io;
 use std::sync::Arc;
 use std::time::Instant;
 
+use serde::{Deserialize, Serialize};
+
+use crate::disk::stored;
 use crate::error::{During, Error, Result};
 use crate::ids::{HostPid, InnerPid};
 use crate::remote::{Batch, CallId, DataRef, Outcome, Remote};
@@ -24,9 +27,10 @@ const RSEQ_UNREGISTER: i32 = 1;
 const RSEQ_LEN_MIN: u32 = 32;
 
 /// A thread at a checkpoint.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub(crate) struct ThreadImage {
     pub(crate) tid: InnerPid,
+    #[serde(with = "stored::registers")]
     regs: Registers,
     mask: u64,
     xstate: Arc<[u8]>,
@@ -40,7 +44,7 @@ pub(crate) struct ThreadImage {
 }
 
 /// What a batch in the thread tells of it.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 struct Properties {
     /// `stack_t`
     signal_stack: Vec<u8>,

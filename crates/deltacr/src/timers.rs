@@ -2,6 +2,8 @@
 
 use std::io;
 
+use serde::{Deserialize, Serialize};
+
 use crate::error::{During, Error, Result};
 use crate::procfs::Procfs;
 use crate::remote::{Batch, CallId, Remote, longs};
@@ -14,7 +16,7 @@ const TIMERS_MAX: usize = 256;
 const TIMER_BYTES: usize = 64 + 8 + 32;
 
 /// One timer.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Timer {
     id: i32,
     clock: i32,

@@ -53,6 +53,18 @@ pub struct ShmImage {
     hold: Arc<()>,
 }
 
+impl ShmImage {
+    /// The same with these contents. It keeps the object as `other`, another image of it, does.
+    pub(crate) fn with_pages(self, pages: PageMap, other: Option<&Self>) -> Self {
+        let hold = other.map_or(self.hold, |other| Arc::clone(&other.hold));
+        Self {
+            pages,
+            hold,
+            ..self
+        }
+    }
+}
+
 /// All shared memory objects of a tree at one moment.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
 pub struct SharedMemory {

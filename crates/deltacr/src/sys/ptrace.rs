@@ -6,6 +6,8 @@
 use std::io;
 use std::mem;
 
+use serde::{Deserialize, Serialize};
+
 use crate::ids::HostPid;
 
 /// What a tracee does without telling: it forks and execs, which the engine must see, and its
@@ -178,7 +180,7 @@ pub(crate) fn queued_signals(tid: HostPid, shared: bool) -> io::Result<Vec<RawSi
 
 /// The restartable-sequence area that a thread registered.
 #[repr(C)]
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct RseqConfig {
     pub(crate) address: u64,
     pub(crate) size: u32,
