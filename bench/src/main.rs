@@ -45,7 +45,7 @@ struct Cli {
 enum Suite {
     /// Checkpoint and rollback
     Cr,
-    /// Forks of an idle sandbox
+    /// Forks
     Fork,
     /// Steps that write to much memory
     Large,

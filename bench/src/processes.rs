@@ -17,18 +17,7 @@ pub(crate) struct Programs {
 impl Programs {
     /// All descendants of this process that live in a pid namespace of their own and are not its init.
     pub(crate) fn find() -> Result<Self> {
-        let all = all_processes()?;
-        let ours = std::process::id() as i32;
-        let descends = |pid: i32| {
-            let up = |pid: &i32| all.get(pid).map(|p: &Process| p.parent);
-            std::iter::successors(Some(pid), up).any(|p| p == ours)
-        };
-        let inside = |p: &Process| matches!(p.pids[..], [_, .., pid] if pid != 1);
-        let pids: Vec<_> = all
-            .iter()
-            .filter(|(pid, process)| inside(process) && descends(**pid))
-            .map(|(pid, _)| *pid)
-            .collect();
+        let pids = inside_all()?;
         let Some(first) = pids.first() else {
             bail!("the sandbox has no processes")
         };
@@ -44,6 +33,30 @@ impl Programs {
         let numbers = entries.map(|entry| Ok(entry?.file_name().to_string_lossy().parse()?));
         numbers.collect()
     }
+}
+
+/// The programs of all sandboxes of this process, as the host sees their pids.
+pub(crate) fn inside_all() -> Result<Vec<i32>> {
+    let all = all_processes()?;
+    let ours = std::process::id() as i32;
+    let descends = |pid: i32| {
+        let up = |pid: &i32| all.get(pid).map(|p: &Process| p.parent);
+        std::iter::successors(Some(pid), up).any(|p| p == ours)
+    };
+    let inside = |p: &Process| matches!(p.pids[..], [_, .., pid] if pid != 1);
+    let found = all
+        .iter()
+        .filter(|(pid, process)| inside(process) && descends(**pid));
+    Ok(found.map(|(pid, _)| *pid).collect())
+}
+
+/// A process's proportional share of the memory that it has mapped, in bytes.
+pub(crate) fn pss(pid: i32) -> Result<u64> {
+    let text = fs::read_to_string(format!("/proc/{pid}/smaps_rollup"))?;
+    let line = text.lines().find_map(|line| line.strip_prefix("Pss:"));
+    let kib = line.and_then(|line| line.trim().strip_suffix(" kB"));
+    let kib: u64 = kib.context("smaps_rollup has no Pss")?.trim().parse()?;
+    Ok(kib << 10)
 }
 
 struct Process {

@@ -20,6 +20,11 @@ impl Samples {
         self.0.push(count as f64);
     }
 
+    /// Adds an amount of memory, in MiB.
+    pub(crate) fn mib(&mut self, bytes: u64) {
+        self.0.push(bytes as f64 / f64::from(1 << 20));
+    }
+
     /// The value that the share `q` of the samples does not exceed; `None` without samples.
     fn quantile(&self, q: f64) -> Option<f64> {
         let mut sorted = self.0.clone();

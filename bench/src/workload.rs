@@ -25,6 +25,41 @@ enum Program {
     Python,
 }
 
+/// What is forked.
+pub(crate) const FORKED: [Workload; 4] = [
+    Workload {
+        name: "idle bash",
+        program: Program::Bash,
+        setup: "true",
+        step: "true",
+    },
+    Workload {
+        name: "python 60 MB",
+        program: Program::Python,
+        setup: "import random; M = bytearray(random.randbytes(60 << 20))",
+        step: "pass",
+    },
+    Workload {
+        name: "python 64 MiB read back",
+        program: Program::Python,
+        setup: "import random, zlib; M = bytearray(64 << 20); \
+                _ = [M.__setitem__(slice(i << 20, (i + 1) << 20), random.randbytes(1 << 20)) for i in range(64)]; \
+                C = zlib.crc32(M)",
+        step: READ_BACK,
+    },
+    Workload {
+        name: "python 1 GiB read back",
+        program: Program::Python,
+        setup: "import random, zlib; M = bytearray(1024 << 20); \
+                _ = [M.__setitem__(slice(i << 20, (i + 1) << 20), random.randbytes(1 << 20)) for i in range(1024)]; \
+                C = zlib.crc32(M)",
+        step: READ_BACK,
+    },
+];
+
+/// Fails if a byte of the memory that the setup wrote is another.
+const READ_BACK: &str = "assert zlib.crc32(M) == C";
+
 /// All kinds.
 pub(crate) const ALL: [Workload; 4] = [
     Workload {
@@ -60,6 +95,7 @@ pub(crate) const ALL: [Workload; 4] = [
 ];
 
 /// A workload that runs.
+#[derive(Clone)]
 pub(crate) struct Running {
     pub(crate) sandbox: Arc<Sandbox>,
     session: SessionId,
@@ -68,6 +104,11 @@ pub(crate) struct Running {
 }
 
 impl Workload {
+    /// Whether it takes long.
+    pub(crate) fn is_large(&self) -> bool {
+        self.name.contains("GiB")
+    }
+
     /// Starts it in a new sandbox.
     pub(crate) fn start(&self, host: &Host) -> Result<Running> {
         let sandbox = host.create(SandboxSpec::default())?;
@@ -107,6 +148,14 @@ pub(crate) fn search_path() -> String {
 }
 
 impl Running {
+    /// The same workload in a fork of its sandbox.
+    pub(crate) fn fork(&self, sandbox: Arc<Sandbox>) -> Self {
+        Self {
+            sandbox,
+            ..self.clone()
+        }
+    }
+
     /// Lets the program do the step of this number.
     pub(crate) fn step(&self, number: u32) -> Result<()> {
         self.type_line(number, self.step)

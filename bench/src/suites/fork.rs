@@ -1,46 +1,121 @@
-//! Forks of a sandbox with an idle bash.
+//! Forks of running programs, swept over how many are made by one call.
 
+use std::collections::BTreeSet;
 use std::time::Instant;
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
+use deltabox::CheckpointId;
 
 use crate::Options;
+use crate::processes::{inside_all, pss};
 use crate::rows::{Rows, Samples};
 use crate::stage::Stage;
-use crate::workload::ALL;
+use crate::workload::{FORKED, Running, Workload};
 
 const SUITE: &str = "fork";
 
 /// Sandboxes made by one call.
-const FANS: [usize; 2] = [1, 8];
+const FANS: [usize; 4] = [1, 4, 16, 64];
 
 /// Measures all cases.
 pub(crate) fn run(options: &Options, rows: &mut Rows) -> Result<()> {
-    let workload = &ALL[0];
-    for fan in FANS {
-        let name = format!("{}, {fan} at once", workload.name);
-        if !options.wants(&name) {
+    for workload in &FORKED {
+        if options.quick && workload.is_large() {
             continue;
         }
-        eprintln!("{name} ...");
-        let stage = Stage::open(options)?;
-        let source = workload.start(&stage)?.sandbox;
-        let id = source.checkpoint(None)?.id;
-        let (mut total, mut each) = (Samples::default(), Samples::default());
-        for _ in 0..if options.quick { 3 } else { 20 } {
-            let begun = Instant::now();
-            let forks = stage.fork(source.name(), Some(id), fan, &[])?;
-            let time = begun.elapsed();
-            total.time(time);
-            each.time(time / fan as u32);
-            for fork in forks {
-                let ran = fork.run(&["true"])?;
-                ensure!(ran.status == 0, "{} does not run commands", fork.name());
-                stage.remove(fork.name())?;
+        for fan in FANS {
+            let name = format!("{}, {fan} at once", workload.name);
+            if options.wants(&name) {
+                eprintln!("{name} ...");
+                let measured = measure(options, workload, fan).with_context(|| name.clone())?;
+                measured.tell(&name, rows);
             }
         }
-        rows.add(SUITE, &name, "fork", "ms", &total, None);
-        rows.add(SUITE, &name, "fork per child", "ms", &each, None);
     }
     Ok(())
+}
+
+fn repetitions(options: &Options, workload: &Workload, fan: usize) -> usize {
+    let forks = match (options.quick, workload.is_large()) {
+        (true, _) => 16,
+        (false, true) => 32,
+        (false, false) => 192,
+    };
+    (forks / fan).clamp(3, 20)
+}
+
+#[derive(Default)]
+struct Measured {
+    total: Samples,
+    each: Samples,
+    phases: Vec<(String, Samples)>,
+    pss: Samples,
+}
+
+fn measure(options: &Options, workload: &Workload, fan: usize) -> Result<Measured> {
+    let stage = Stage::open(options)?;
+    let source = workload.start(&stage)?;
+    let id = source.sandbox.checkpoint(None)?.id;
+    let sources: BTreeSet<i32> = inside_all()?.into_iter().collect();
+    let mut measured = Measured::default();
+    for _ in 0..repetitions(options, workload, fan) {
+        measured.once(&stage, &source, id, fan, &sources)?;
+    }
+    Ok(measured)
+}
+
+impl Measured {
+    /// Forks, has every fork do its step, and removes them.
+    fn once(
+        &mut self,
+        stage: &Stage,
+        source: &Running,
+        id: CheckpointId,
+        fan: usize,
+        sources: &BTreeSet<i32>,
+    ) -> Result<()> {
+        let begun = Instant::now();
+        let forks = stage.fork(source.sandbox.name(), Some(id), fan, &[])?;
+        let time = begun.elapsed();
+        self.total.time(time);
+        self.each.time(time / fan as u32);
+        let mut bytes = 0;
+        for pid in inside_all()? {
+            if !sources.contains(&pid) {
+                bytes += pss(pid)?;
+            }
+        }
+        self.pss.mib(bytes / fan as u64);
+        for fork in forks {
+            for (name, time) in fork.making().0 {
+                self.phase(name).time(time);
+            }
+            source.fork(fork.clone()).step(1)?;
+            let ran = fork.run(&["true"])?;
+            ensure!(ran.status == 0, "{} does not run commands", fork.name());
+            stage.remove(fork.name())?;
+        }
+        Ok(())
+    }
+
+    fn phase(&mut self, name: String) -> &mut Samples {
+        let at = self.phases.iter().position(|(known, _)| *known == name);
+        let at = at.unwrap_or_else(|| {
+            self.phases.push((name, Samples::default()));
+            self.phases.len() - 1
+        });
+        &mut self.phases[at].1
+    }
+
+    fn tell(&self, case: &str, rows: &mut Rows) {
+        let mut add = |metric: &str, unit, samples| {
+            rows.add(SUITE, case, metric, unit, samples, None);
+        };
+        add("fork", "ms", &self.total);
+        add("fork per child", "ms", &self.each);
+        add("PSS per child", "MiB", &self.pss);
+        for (phase, samples) in &self.phases {
+            add(&format!("child: {phase}"), "ms", samples);
+        }
+    }
 }

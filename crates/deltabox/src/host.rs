@@ -8,6 +8,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use deltacr::Stopwatch;
 use deltafs::{IdMap, Options, Volume};
 use parking_lot::Mutex;
 use rustix::fs::{FlockOperation, Mode, OFlags};
@@ -165,6 +166,7 @@ impl Host {
         spec: SandboxSpec,
         files: impl FnOnce(IdMap, PathBuf) -> Result<Volume>,
     ) -> Result<Sandbox> {
+        let mut watch = Stopwatch::start();
         let dir = Directory::new(self.sandbox_dir(&place.name));
         let data = dir.join("files");
         fs::create_dir_all(&data).doing(format!("making {}", data.display()))?;
@@ -176,6 +178,7 @@ impl Host {
             },
             data,
         )?;
+        watch.lap("volume");
         let cgroup = Cgroup::create(
             &self.hierarchies,
             &self.cgroup_parent,
@@ -183,6 +186,7 @@ impl Host {
             first_id,
             &spec,
         )?;
+        watch.lap("cgroup");
         let container = Container::start(Parts {
             name: &place.name,
             hostname: spec.hostname.as_deref().unwrap_or(&place.name),
@@ -190,8 +194,9 @@ impl Host {
             root: volume.mount(),
             cgroup,
         })?;
+        watch.lap("container");
         let common = Arc::clone(&self.common);
-        Sandbox::assemble(
+        let sandbox = Sandbox::assemble(
             place.name.clone(),
             &spec,
             first_id,
@@ -199,7 +204,10 @@ impl Host {
             volume,
             dir,
             common,
-        )
+        )?;
+        watch.lap("sessions");
+        sandbox.note_phases(watch.phases);
+        Ok(sandbox)
     }
 
     fn sandbox_dir(&self, name: &str) -> PathBuf {
@@ -280,16 +288,16 @@ impl Host {
         let origin = self.get(source)?;
         let id = id.map_or_else(|| origin.checkpoint(None).map(|made| made.id), Ok)?;
         let (content, spec) = origin.origin(id)?;
-        let forks = (0..n).map(|i| {
-            let place = match names.get(i) {
-                Some(name) => self.reserve(Some(name))?,
-                None => self.reserve_like(source)?,
-            };
+        let places = (0..n).map(|i| match names.get(i) {
+            Some(name) => self.reserve(Some(name)),
+            None => self.reserve_like(source),
+        });
+        let places = places.collect::<Result<Vec<_>>>()?;
+        let forks = in_parallel(places, |place| {
             let sandbox = self.fork_one(&place, &origin, &content, spec.clone())?;
             // In this order: of those that are given up, the sandbox goes before its name is free.
             Ok((Arc::new(sandbox), place))
-        });
-        let forks = forks.collect::<Result<Vec<_>>>()?;
+        })?;
         Ok(forks
             .into_iter()
             .map(|(sandbox, place)| {
@@ -371,6 +379,45 @@ impl Drop for Reserved<'_> {
     fn drop(&mut self) {
         if !self.kept {
             self.host.table.lock().sandboxes.remove(&self.name);
+        }
+    }
+}
+
+/// Does the same work on each of `items`, on as many threads as there are processors. The first error is
+/// returned when all that was begun has ended; what was made until then is dropped.
+fn in_parallel<T: Send, R: Send>(
+    items: Vec<T>,
+    work: impl Fn(T) -> Result<R> + Sync,
+) -> Result<Vec<R>> {
+    let threads = std::thread::available_parallelism().map_or(1, usize::from);
+    let threads = threads.min(items.len());
+    if threads <= 1 {
+        return items.into_iter().map(work).collect();
+    }
+    let left = Mutex::new(items.into_iter().enumerate());
+    let done = Mutex::new(Vec::new());
+    let failed = Mutex::new(None);
+    std::thread::scope(|scope| {
+        for _ in 0..threads {
+            scope.spawn(|| {
+                while failed.lock().is_none() {
+                    let Some((index, item)) = left.lock().next() else {
+                        return;
+                    };
+                    match work(item) {
+                        Ok(made) => done.lock().push((index, made)),
+                        Err(e) => drop(failed.lock().get_or_insert(e)),
+                    }
+                }
+            });
+        }
+    });
+    let mut done = done.into_inner();
+    match failed.into_inner() {
+        Some(e) => Err(e),
+        None => {
+            done.sort_by_key(|(index, _)| *index);
+            Ok(done.into_iter().map(|(_, made)| made).collect())
         }
     }
 }

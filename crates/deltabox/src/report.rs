@@ -149,6 +149,13 @@ pub enum SessionEvent {
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
 pub struct Phases(#[serde(with = "phases")] pub Vec<(String, Duration)>);
 
+impl From<deltacr::Phases> for Phases {
+    fn from(phases: deltacr::Phases) -> Self {
+        let named = |(name, time): (&str, Duration)| (name.to_owned(), time);
+        Self(phases.into_iter().map(named).collect())
+    }
+}
+
 /// A checkpoint that was made.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct CheckpointReport {

@@ -28,6 +28,7 @@ pub struct Sandbox {
     // Dropped after the sessions, and with them the processes.
     volume: Volume,
     dir: Directory,
+    making: Mutex<deltacr::Phases>,
 }
 
 /// The sandbox's directory on the host; removed with it.
@@ -104,6 +105,7 @@ impl Sandbox {
             first_id,
             volume,
             dir,
+            making: Mutex::default(),
         })
     }
 
@@ -303,7 +305,19 @@ impl Sandbox {
         let _whole = self.shared().whole.lock();
         self.shared().restoring.store(true, Ordering::Release);
         self.shared().adopt(content.sessions())?;
-        self.state.lock().populate(self.subject(), content)
+        let phases = self.state.lock().populate(self.subject(), content)?;
+        self.note_phases(phases);
+        Ok(())
+    }
+
+    /// Notes how long further parts of its making took.
+    pub(crate) fn note_phases(&self, phases: deltacr::Phases) {
+        self.making.lock().extend(phases);
+    }
+
+    /// How long the parts of its making took, in order: by [`crate::Host::create`] or [`crate::Host::fork`].
+    pub fn making(&self) -> Phases {
+        self.making.lock().clone().into()
     }
 }
 

@@ -35,4 +35,4 @@ pub use engine::{Checkpoint, Engine, Rollback, Switched};
 pub use error::{During, Error, Result};
 pub use hold::Deaths;
 pub use image::{ProcessSummary, TreeImage};
-pub use stopwatch::Phases;
+pub use stopwatch::{Phases, Stopwatch};

@@ -6,20 +6,30 @@ use std::time::{Duration, Instant};
 pub type Phases = Vec<(&'static str, Duration)>;
 
 /// Measures one part after another.
-pub(crate) struct Stopwatch {
+#[derive(Debug)]
+pub struct Stopwatch {
     last: Instant,
-    pub(crate) phases: Phases,
+    /// The parts so far.
+    pub phases: Phases,
+}
+
+impl Default for Stopwatch {
+    fn default() -> Self {
+        Self::start()
+    }
 }
 
 impl Stopwatch {
-    pub(crate) fn start() -> Self {
+    /// Begins with the first part.
+    pub fn start() -> Self {
         Self {
             last: Instant::now(),
             phases: Vec::new(),
         }
     }
 
-    pub(crate) fn lap(&mut self, name: &'static str) {
+    /// Ends a part, and begins the next.
+    pub fn lap(&mut self, name: &'static str) {
         let now = Instant::now();
         self.phases.push((name, now - self.last));
         self.last = now;

@@ -171,7 +171,7 @@ impl DeltaState {
             id,
             stop: made.stop,
             total: begin.elapsed(),
-            phases: named(made.phases),
+            phases: made.phases.into(),
             pages: made.pages,
             processes,
         })
@@ -235,10 +235,15 @@ impl DeltaState {
     }
 
     /// Makes the processes of a new sandbox, whose files show `content` already, those of `content`.
-    pub(crate) fn populate(&mut self, subject: Subject<'_>, content: &Content) -> Result<()> {
+    /// Returns how long the parts of it took.
+    pub(crate) fn populate(
+        &mut self,
+        subject: Subject<'_>,
+        content: &Content,
+    ) -> Result<deltacr::Phases> {
         let env = subject.surroundings(Some(&content.sessions));
-        self.engine.rebuild(&env, &content.processes)?;
-        Ok(())
+        let made = self.engine.rebuild(&env, &content.processes)?;
+        Ok(made.phases)
     }
 
     pub(crate) fn diff(&self, a: CheckpointId, b: CheckpointId) -> Result<Difference> {
@@ -287,7 +292,7 @@ fn report(id: CheckpointId, epoch: u64, total: Duration, done: Rollback<()>) -> 
         id,
         epoch,
         total,
-        phases: named(done.phases),
+        phases: done.phases.into(),
         pages: done.pages,
         kept: done.kept,
         rebuilt: done.rebuilt,
@@ -295,15 +300,6 @@ fn report(id: CheckpointId, epoch: u64, total: Duration, done: Rollback<()>) -> 
         fallback: done.fallback,
         notes: done.notes,
     }
-}
-
-fn named(phases: deltacr::Phases) -> Phases {
-    Phases(
-        phases
-            .into_iter()
-            .map(|(name, time)| (name.to_owned(), time))
-            .collect(),
-    )
 }
 
 fn file_change(change: deltafs::Change) -> FileChange {
