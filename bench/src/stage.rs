@@ -16,9 +16,15 @@ pub(crate) struct Stage {
 
 impl Stage {
     pub(crate) fn open(options: &Options) -> Result<Self> {
+        Self::with_warm(options, 0)
+    }
+
+    /// The same, with a host that keeps up to `warm` blank sandboxes ready.
+    pub(crate) fn with_warm(options: &Options, warm: usize) -> Result<Self> {
         let dir = options.temporary_dir()?;
         let host = Host::open(HostConfig {
             state_dir: dir.path().to_owned(),
+            warm,
         })?;
         Ok(Self { host, _dir: dir })
     }

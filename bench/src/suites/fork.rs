@@ -1,7 +1,7 @@
 //! Forks of running programs, swept over how many are made by one call.
 
 use std::collections::BTreeSet;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use deltabox::CheckpointId;
@@ -23,17 +23,20 @@ pub(crate) fn run(options: &Options, rows: &mut Rows) -> Result<()> {
         if options.quick && workload.is_large() {
             continue;
         }
-        for fan in FANS {
-            let name = format!("{}, {fan} at once", workload.name);
+        for (fan, warm) in FANS.into_iter().flat_map(|fan| [(fan, false), (fan, true)]) {
+            let state = if warm { "warm" } else { "cold" };
+            let name = format!("{}, {fan} at once, {state}", workload.name);
             if options.wants(&name) {
                 eprintln!("{name} ...");
-                let measured = measure(options, workload, fan).with_context(|| name.clone())?;
-                measured.tell(&name, rows);
+                let measured = measure(options, workload, fan, warm);
+                measured.with_context(|| name.clone())?.tell(&name, rows);
             }
         }
     }
     Ok(())
 }
+
+const PATIENCE: Duration = Duration::from_secs(60);
 
 fn repetitions(options: &Options, workload: &Workload, fan: usize) -> usize {
     let forks = match (options.quick, workload.is_large()) {
@@ -52,16 +55,30 @@ struct Measured {
     pss: Samples,
 }
 
-fn measure(options: &Options, workload: &Workload, fan: usize) -> Result<Measured> {
-    let stage = Stage::open(options)?;
+fn measure(options: &Options, workload: &Workload, fan: usize, warm: bool) -> Result<Measured> {
+    let stage = Stage::with_warm(options, if warm { fan } else { 0 })?;
     let source = workload.start(&stage)?;
     let id = source.sandbox.checkpoint(None)?.id;
     let sources: BTreeSet<i32> = inside_all()?.into_iter().collect();
     let mut measured = Measured::default();
     for _ in 0..repetitions(options, workload, fan) {
+        if warm {
+            get_ready(&stage, source.sandbox.name(), id, fan)?;
+        }
         measured.once(&stage, &source, id, fan, &sources)?;
     }
     Ok(measured)
+}
+
+/// Waits until all is there that can be made before a fork.
+fn get_ready(stage: &Stage, source: &str, id: CheckpointId, fan: usize) -> Result<()> {
+    stage.expect_forks(source, id, fan)?;
+    let begun = Instant::now();
+    while stage.warm().ready < fan {
+        ensure!(begun.elapsed() < PATIENCE, "sandboxes are not made ready");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    Ok(())
 }
 
 impl Measured {

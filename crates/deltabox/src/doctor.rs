@@ -260,6 +260,7 @@ impl Drop for Group {
 fn sandbox(scratch: &Scratch) -> io::Result<()> {
     let host = Host::open(HostConfig {
         state_dir: scratch.path()?.join("state"),
+        ..HostConfig::default()
     })
     .map_err(io::Error::other)?;
     let sandbox = host

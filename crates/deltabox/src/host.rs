@@ -1,6 +1,5 @@
 //! All sandboxes of one state directory.
 
-use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::io::Write;
 use std::os::fd::OwnedFd;
@@ -8,26 +7,20 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use deltacr::Stopwatch;
-use deltafs::{IdMap, Options, Volume};
+use deltafs::{Options, Volume};
 use parking_lot::Mutex;
 use rustix::fs::{FlockOperation, Mode, OFlags};
 
-use crate::cgroup::{self, Cgroup, Hierarchies};
-use crate::container::{Container, IDS, Parts};
+use crate::cgroup::{self, Hierarchies};
 use crate::doctor;
 use crate::error::{Doing, Error, Result};
+use crate::ground::{Ground, Reserved};
 use crate::names;
-use crate::report::{CheckpointId, Feature};
-use crate::sandbox::{Directory, Sandbox};
+use crate::report::{CheckpointId, Feature, WarmInfo};
+use crate::sandbox::Sandbox;
 use crate::spec::SandboxSpec;
-use crate::state::{Common, Content};
-
-/// The first id that is given to sandboxes: far above those of users.
-const FIRST_ID: u32 = 1_000_000;
-
-/// How many ranges of ids there are for the sandboxes of this machine.
-const RANGES: u32 = 60_000;
+use crate::state::Content;
+use crate::warm::Warm;
 
 /// Threads that serve the files of one sandbox.
 const FILE_THREADS: usize = 2;
@@ -37,38 +30,26 @@ const FILE_THREADS: usize = 2;
 pub struct HostConfig {
     /// Holds everything that belongs to the sandboxes. Made if it is not there; hidden inside them.
     pub state_dir: PathBuf,
+    /// How many blank sandboxes may be kept ready for forks, at most. 0 keeps none.
+    pub warm: usize,
 }
 
 impl Default for HostConfig {
     fn default() -> Self {
         Self {
             state_dir: PathBuf::from("/var/lib/deltabox"),
+            warm: 16,
         }
     }
 }
 
 /// Hosts sandboxes. One process at a time per state directory (a lock file sees to it).
 pub struct Host {
-    state_dir: PathBuf,
-    hierarchies: Hierarchies,
-    cgroup_parent: String,
-    common: Arc<Common>,
-    table: Mutex<Table>,
+    ground: Arc<Ground>,
+    warm: Warm,
     cleaned_up: Vec<String>,
     /// Locked as long as it is open.
     _lock: File,
-}
-
-#[derive(Default)]
-struct Table {
-    sandboxes: BTreeMap<String, Place>,
-}
-
-/// A name that is taken, and the range of ids that goes with it.
-struct Place {
-    range: u32,
-    /// `None` while it is being created or removed.
-    sandbox: Option<Arc<Sandbox>>,
 }
 
 impl Host {
@@ -87,12 +68,10 @@ impl Host {
             })?;
         let cgroup_parent = cgroup::parent_name(&state_dir);
         let cleaned_up = clean_up(&state_dir, &hierarchies, &cgroup_parent)?;
+        let ground = Arc::new(Ground::new(state_dir, hierarchies, cgroup_parent));
         Ok(Self {
-            state_dir,
-            hierarchies,
-            cgroup_parent,
-            common: Arc::default(),
-            table: Mutex::default(),
+            warm: Warm::start(Arc::clone(&ground), config.warm)?,
+            ground,
             cleaned_up,
             _lock: lock,
         })
@@ -106,8 +85,8 @@ impl Host {
     /// Creates a sandbox and starts it.
     pub fn create(&self, spec: SandboxSpec) -> Result<Arc<Sandbox>> {
         names::check_spec(&spec)?;
-        let place = self.reserve(spec.name.as_deref())?;
-        let (base, hidden) = names::check_base(&spec.base, &self.state_dir)?;
+        let place = self.ground.reserve(spec.name.as_deref())?;
+        let (base, hidden) = names::check_base(&spec.base, &self.ground.state_dir)?;
         let base_dir = open_directory(&base)?;
         // A fork has its source's host name.
         let hostname = spec.hostname.clone().unwrap_or_else(|| place.name.clone());
@@ -116,7 +95,9 @@ impl Host {
             hostname: Some(hostname),
             ..spec
         };
-        let sandbox = self.build(&place, spec, |ids, data_dir| {
+        let _busy = self.warm.pause();
+        let blank = self.ground.blank(place, spec, |ids, data_dir| {
+            fs::create_dir_all(&data_dir).doing(format!("making {}", data_dir.display()))?;
             Ok(Volume::create(Options {
                 base: base_dir,
                 hidden,
@@ -125,146 +106,31 @@ impl Host {
                 threads: FILE_THREADS,
             })?)
         })?;
+        let (sandbox, place) = self.ground.settle(blank)?;
         let sandbox = Arc::new(sandbox);
         place.keep(Arc::clone(&sandbox));
         Ok(sandbox)
     }
 
-    /// Takes a name and a range of ids.
-    fn reserve(&self, name: Option<&str>) -> Result<Reserved<'_>> {
-        if let Some(name) = name {
-            names::check_name(name)?;
-        }
-        let mut table = self.table.lock();
-        let name = match name {
-            Some(name) if table.sandboxes.contains_key(name) => {
-                return Err(Error::NameTaken(name.to_owned()));
-            }
-            Some(name) => name.to_owned(),
-            None => names::choose(|n| table.sandboxes.contains_key(n)),
-        };
-        let range = (0..RANGES)
-            .find(|r| table.sandboxes.values().all(|p| p.range != *r))
-            .ok_or_else(|| Error::Invalid("there are too many sandboxes".to_owned()))?;
-        let place = Place {
-            range,
-            sandbox: None,
-        };
-        table.sandboxes.insert(name.clone(), place);
-        Ok(Reserved {
-            host: self,
-            name,
-            range,
-            kept: false,
-        })
-    }
-
-    /// `files` makes the volume, given the ids and the directory for its data.
-    fn build(
-        &self,
-        place: &Reserved<'_>,
-        spec: SandboxSpec,
-        files: impl FnOnce(IdMap, PathBuf) -> Result<Volume>,
-    ) -> Result<Sandbox> {
-        let mut watch = Stopwatch::start();
-        let dir = Directory::new(self.sandbox_dir(&place.name));
-        let data = dir.join("files");
-        fs::create_dir_all(&data).doing(format!("making {}", data.display()))?;
-        let first_id = self.first_id(place.range);
-        let volume = files(
-            IdMap {
-                outside_first: first_id,
-                count: IDS,
-            },
-            data,
-        )?;
-        watch.lap("volume");
-        let cgroup = Cgroup::create(
-            &self.hierarchies,
-            &self.cgroup_parent,
-            &place.name,
-            first_id,
-            &spec,
-        )?;
-        watch.lap("cgroup");
-        let container = Container::start(Parts {
-            name: &place.name,
-            hostname: spec.hostname.as_deref().unwrap_or(&place.name),
-            first_id,
-            root: volume.mount(),
-            cgroup,
-        })?;
-        watch.lap("container");
-        let common = Arc::clone(&self.common);
-        let sandbox = Sandbox::assemble(
-            place.name.clone(),
-            &spec,
-            first_id,
-            container,
-            volume,
-            dir,
-            common,
-        )?;
-        watch.lap("sessions");
-        sandbox.note_phases(watch.phases);
-        Ok(sandbox)
-    }
-
-    fn sandbox_dir(&self, name: &str) -> PathBuf {
-        self.state_dir.join("sandboxes").join(name)
-    }
-
-    /// Hosts begin at different ranges, so that their sandboxes seldom share one (which only shares the kernel's limits
-    /// per user).
-    fn first_id(&self, range: u32) -> u32 {
-        let begin = self
-            .cgroup_parent
-            .bytes()
-            .fold(0_u32, |h, b| h.wrapping_mul(31).wrapping_add(b.into()));
-        FIRST_ID + (begin % RANGES + range) % RANGES * IDS
-    }
-
     /// The sandbox of this name.
     pub fn get(&self, name: &str) -> Result<Arc<Sandbox>> {
-        self.table
-            .lock()
-            .sandboxes
+        self.ground
             .get(name)
-            .and_then(|p| p.sandbox.clone())
             .ok_or_else(|| Error::NoSandbox(name.to_owned()))
     }
 
     /// All sandboxes, by name.
     pub fn list(&self) -> Vec<Arc<Sandbox>> {
-        let table = self.table.lock();
-        table
-            .sandboxes
-            .values()
-            .filter_map(|p| p.sandbox.clone())
-            .collect()
+        self.ground.list()
     }
 
     /// Ends a sandbox and removes all that belongs to it. Forks of it are not touched.
     pub fn remove(&self, name: &str) -> Result<()> {
-        let (sandbox, range) = {
-            let mut table = self.table.lock();
-            let place = table
-                .sandboxes
-                .get_mut(name)
-                .ok_or_else(|| Error::NoSandbox(name.to_owned()))?;
-            let sandbox = place
-                .sandbox
-                .take()
-                .ok_or_else(|| Error::NoSandbox(name.to_owned()))?;
-            (sandbox, place.range)
-        };
-        // Frees the name at the end, whatever happens.
-        let _place = Reserved {
-            host: self,
-            name: name.to_owned(),
-            range,
-            kept: false,
-        };
+        let (sandbox, _place) = self
+            .ground
+            .take_out(name)
+            .ok_or_else(|| Error::NoSandbox(name.to_owned()))?;
+        self.warm.forget(&sandbox);
         sandbox.close()
     }
 
@@ -286,18 +152,18 @@ impl Host {
             return Err(Error::Invalid(wrong));
         }
         let origin = self.get(source)?;
+        let _busy = self.warm.pause();
         let id = id.map_or_else(|| origin.checkpoint(None).map(|made| made.id), Ok)?;
         let (content, spec) = origin.origin(id)?;
         let places = (0..n).map(|i| match names.get(i) {
-            Some(name) => self.reserve(Some(name)),
-            None => self.reserve_like(source),
+            Some(name) => self.ground.reserve(Some(name)),
+            None => self.ground.reserve_like(source),
         });
         let places = places.collect::<Result<Vec<_>>>()?;
         let forks = in_parallel(places, |place| {
-            let sandbox = self.fork_one(&place, &origin, &content, spec.clone())?;
-            // In this order: of those that are given up, the sandbox goes before its name is free.
-            Ok((Arc::new(sandbox), place))
+            self.fork_one(place, &origin, &content, spec.clone())
         })?;
+        self.warm.expect(&origin, id, n);
         Ok(forks
             .into_iter()
             .map(|(sandbox, place)| {
@@ -309,34 +175,45 @@ impl Host {
 
     fn fork_one(
         &self,
-        place: &Reserved<'_>,
-        origin: &Sandbox,
+        place: Reserved,
+        origin: &Arc<Sandbox>,
         content: &Content,
         spec: SandboxSpec,
-    ) -> Result<Sandbox> {
-        let sandbox = self.build(place, spec, |ids, _| origin.fork_volume(content, ids))?;
+    ) -> Result<(Arc<Sandbox>, Reserved)> {
+        let blank = match self.warm.take(origin) {
+            Some(blank) => self.ground.dedicate(blank, place, content.files())?,
+            None => self
+                .ground
+                .blank(place, spec, |ids, _| origin.fork_volume(content, ids))?,
+        };
+        // In this order: of one that is given up, the sandbox goes before its name is free.
+        let (sandbox, place) = self.ground.settle(blank)?;
         sandbox.populate(content)?;
-        Ok(sandbox)
-    }
-
-    /// Takes the first name made of another and a number that is free.
-    fn reserve_like(&self, source: &str) -> Result<Reserved<'_>> {
-        let mut number = 1;
-        loop {
-            match self.reserve(Some(&names::numbered(source, number))) {
-                Err(Error::NameTaken(_)) => number += 1,
-                other => return other,
-            }
-        }
+        Ok((Arc::new(sandbox), place))
     }
 
     /// Ends all sandboxes.
     pub fn shutdown(&self) {
+        self.warm.close();
         for sandbox in self.list() {
             if let Err(e) = self.remove(sandbox.name()) {
                 tracing::warn!("ending sandbox {:?}: {e}", sandbox.name());
             }
         }
+    }
+
+    /// Says that `n` forks of `source` at `id` are likely to be asked for next, so that what they need is made ready
+    /// meanwhile. Each fork says the same of its like.
+    pub fn expect_forks(&self, source: &str, id: CheckpointId, n: usize) -> Result<()> {
+        let origin = self.get(source)?;
+        origin.origin(id)?;
+        self.warm.expect(&origin, id, n);
+        Ok(())
+    }
+
+    /// The blank sandboxes that are kept ready for forks.
+    pub fn warm(&self) -> WarmInfo {
+        self.warm.info()
     }
 
     /// Says which kernel features are there and what to do about those that are not. Needs no state directory.
@@ -348,38 +225,7 @@ impl Host {
 impl Drop for Host {
     fn drop(&mut self) {
         self.shutdown();
-        cgroup::remove_parent(&self.hierarchies, &self.cgroup_parent);
-    }
-}
-
-/// A name and a range of ids, given back unless kept.
-struct Reserved<'a> {
-    host: &'a Host,
-    name: String,
-    range: u32,
-    kept: bool,
-}
-
-impl Reserved<'_> {
-    fn keep(mut self, sandbox: Arc<Sandbox>) {
-        self.kept = true;
-        let place = Place {
-            range: self.range,
-            sandbox: Some(sandbox),
-        };
-        self.host
-            .table
-            .lock()
-            .sandboxes
-            .insert(self.name.clone(), place);
-    }
-}
-
-impl Drop for Reserved<'_> {
-    fn drop(&mut self) {
-        if !self.kept {
-            self.host.table.lock().sandboxes.remove(&self.name);
-        }
+        cgroup::remove_parent(&self.ground.hierarchies, &self.ground.cgroup_parent);
     }
 }
 

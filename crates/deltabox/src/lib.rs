@@ -16,6 +16,7 @@ mod container;
 mod descendants;
 mod doctor;
 mod error;
+mod ground;
 mod host;
 mod log;
 mod names;
@@ -32,6 +33,7 @@ mod state;
 mod streams;
 mod sys;
 mod users;
+mod warm;
 
 pub use error::{Error, Result};
 pub use host::{Host, HostConfig};

@@ -35,6 +35,11 @@ pub(crate) fn numbered(source: &str, number: u64) -> String {
     format!("{}{number}", &source[..kept])
 }
 
+/// What a sandbox is called that nobody has asked for yet: no sandbox's name.
+pub(crate) fn nameless(number: u64) -> String {
+    format!("+{number}")
+}
+
 /// Checks limits and host name.
 pub(crate) fn check_spec(spec: &SandboxSpec) -> Result<()> {
     let invalid = |why: String| Err(Error::Invalid(why));

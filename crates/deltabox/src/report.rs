@@ -201,6 +201,23 @@ pub struct RollbackReport {
     pub notes: Vec<String>,
 }
 
+/// The blank sandboxes that are kept ready for forks.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct WarmInfo {
+    /// The most that may be kept.
+    pub limit: usize,
+    /// How many are ready.
+    pub ready: usize,
+    /// Forks that found one.
+    pub hits: u64,
+    /// Forks that found none.
+    pub misses: u64,
+    /// How many were made.
+    pub made: u64,
+    /// How many were given up unused.
+    pub dropped: u64,
+}
+
 /// One checkpoint in the tree.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct CheckpointInfo {

@@ -84,7 +84,7 @@ pub struct RunOutput {
 const MAX_RUN_OUTPUT: usize = crate::log::CAPACITY as usize;
 
 impl Sandbox {
-    /// Puts a running container and its files together.
+    /// Puts a running container and its files together; `dir` has a directory for logs.
     pub(crate) fn assemble(
         name: String,
         spec: &SandboxSpec,
@@ -95,7 +95,6 @@ impl Sandbox {
         common: Arc<Common>,
     ) -> Result<Self> {
         let logs = dir.join("logs");
-        std::fs::create_dir(&logs).doing(format!("making {}", logs.display()))?;
         Ok(Self {
             state: Mutex::new(DeltaState::new(&name, common)?),
             sessions: Sessions::start(&name, Arc::new(container), logs)?,

@@ -7,7 +7,7 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 
 /// A sandbox to create.
-#[derive(Clone, Debug, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct SandboxSpec {
     /// Its name: 1 to 64 of `a-z A-Z 0-9 _ . -`, beginning with a letter or digit. Chosen by DeltaBox if `None`.

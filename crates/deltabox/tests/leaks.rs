@@ -174,7 +174,11 @@ fn dropping_the_host_ends_everything() {
         .collect();
     assert!(left.is_empty(), "{left:#?}");
     // And the next one can open it.
-    let host = Host::open(HostConfig { state_dir: state }).unwrap();
+    let host = Host::open(HostConfig {
+        state_dir: state,
+        ..HostConfig::default()
+    })
+    .unwrap();
     assert!(host.cleaned_up().is_empty(), "{:?}", host.cleaned_up());
     drop((host, dir));
 }
@@ -212,6 +216,7 @@ fn helper_that_is_killed() {
     };
     let host = Host::open(HostConfig {
         state_dir: state_dir.into(),
+        ..HostConfig::default()
     })
     .unwrap();
     let sandbox = host.create(SandboxSpec::default()).unwrap();
@@ -240,6 +245,7 @@ fn what_a_killed_host_left_is_cleaned_up_by_the_next_and_said() {
     let open = || {
         Host::open(HostConfig {
             state_dir: state.clone(),
+            ..HostConfig::default()
         })
     };
     // As long as it lives, the directory is its own.

@@ -153,6 +153,7 @@ fn nothing_is_left_of_removed_sandboxes() {
     let state_dir = dir.path().join("state");
     let host = Host::open(HostConfig {
         state_dir: state_dir.clone(),
+        ..HostConfig::default()
     })
     .unwrap();
     // The first life may open what the supervisor keeps for all.

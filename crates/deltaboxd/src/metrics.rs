@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::fmt::Write;
 use std::time::Duration;
 
+use deltabox::WarmInfo;
 use parking_lot::Mutex;
 
 /// Upper bounds of the buckets, in microseconds: a checkpoint takes around a millisecond, a command minutes.
@@ -50,11 +51,13 @@ impl Metrics {
     }
 
     /// The text that a scrape gets.
-    pub(crate) fn render(&self, sandboxes: usize) -> String {
+    pub(crate) fn render(&self, sandboxes: usize, warm: &WarmInfo) -> String {
         let tables = self.0.lock();
         let mut out = String::new();
         help(&mut out, "deltabox_sandboxes", "gauge", "Sandboxes.");
         line(&mut out, "deltabox_sandboxes", "", sandboxes);
+
+        render_warm(&mut out, warm);
 
         let failed = "deltabox_operations_failed_total";
         help(&mut out, failed, "counter", "Operations that failed.");
@@ -80,6 +83,21 @@ impl Metrics {
         tables.stops.render(&mut out, stop, "");
         out
     }
+}
+
+fn render_warm(out: &mut String, warm: &WarmInfo) {
+    let ready = "deltabox_warm_sandboxes";
+    help(out, ready, "gauge", "Blank sandboxes ready for forks.");
+    line(out, ready, "", warm.ready);
+    let forks = "deltabox_warm_forks_total";
+    help(
+        out,
+        forks,
+        "counter",
+        "Forks that found a sandbox ready, or not.",
+    );
+    line(out, forks, "found=\"yes\"", warm.hits);
+    line(out, forks, "found=\"no\"", warm.misses);
 }
 
 impl Histogram {
@@ -130,9 +148,16 @@ mod tests {
         metrics.operation("rollback", Duration::from_micros(900), true);
         metrics.operation("rollback", Duration::from_secs(60), false);
         metrics.checkpoint_stop(Duration::from_micros(300));
-        let text = metrics.render(2);
+        let warm = WarmInfo {
+            ready: 3,
+            hits: 4,
+            ..WarmInfo::default()
+        };
+        let text = metrics.render(2, &warm);
         for expected in [
             "deltabox_sandboxes 2\n",
+            "deltabox_warm_sandboxes 3\n",
+            "deltabox_warm_forks_total{found=\"yes\"} 4\n",
             "deltabox_operations_failed_total{operation=\"rollback\"} 1\n",
             "deltabox_operation_seconds_bucket{operation=\"rollback\",le=\"0.0005\"} 0\n",
             "deltabox_operation_seconds_bucket{operation=\"rollback\",le=\"0.001\"} 1\n",

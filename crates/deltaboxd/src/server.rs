@@ -40,6 +40,7 @@ async fn host(state_dir: &Path) -> anyhow::Result<()> {
     let socket = Socket::bind(state_dir)?;
     let config = HostConfig {
         state_dir: state_dir.to_owned(),
+        ..HostConfig::default()
     };
     let host = tokio::task::spawn_blocking(move || Host::open(config))
         .await

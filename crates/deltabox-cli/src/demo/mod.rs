@@ -238,6 +238,7 @@ impl Stage {
         let dir = state_dir.with_file_name(name);
         let host = Host::open(HostConfig {
             state_dir: dir.clone(),
+            ..HostConfig::default()
         })?;
         for what in host.cleaned_up() {
             show::note(what);

@@ -24,6 +24,7 @@ impl Fixture {
         let dir = tempfile::tempdir().unwrap();
         let host = Host::open(HostConfig {
             state_dir: dir.path().join("state"),
+            ..HostConfig::default()
         })
         .unwrap();
         Self { host, dir }

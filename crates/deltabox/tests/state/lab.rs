@@ -25,6 +25,7 @@ impl Lab {
         let dir = tempfile::tempdir().unwrap();
         let host = Host::open(HostConfig {
             state_dir: dir.path().join("state"),
+            ..HostConfig::default()
         })
         .unwrap();
         Self { host, _dir: dir }

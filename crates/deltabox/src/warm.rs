@@ -1,0 +1,270 @@
+//! Blank sandboxes that are kept ready for forks: namespaces, control groups, mounts and init are there before anybody asks.
+//!
+//! A thread makes them while nothing else is going on, as many as the last fork of the same source took, and not
+//! more than a limit for all. A fork that finds none ready makes its own: it only takes longer.
+
+use std::sync::{Arc, Weak};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use parking_lot::{Condvar, Mutex};
+
+use crate::error::{Doing, Result};
+use crate::ground::{Blank, Ground};
+use crate::report::{CheckpointId, WarmInfo};
+use crate::sandbox::Sandbox;
+
+/// Sources that blanks are kept for at a time.
+const SOURCES: usize = 8;
+
+/// A blank takes little more than its share of this; with less available none are kept.
+const LEAST_AVAILABLE: u64 = 512 << 20;
+
+/// How soon to look again whether there is memory.
+const LOOK_AGAIN: Duration = Duration::from_secs(1);
+
+/// Owns the blanks, and the thread that makes them.
+pub(crate) struct Warm {
+    pool: Arc<Pool>,
+    thread: Mutex<Option<JoinHandle<()>>>,
+}
+
+struct Pool {
+    ground: Arc<Ground>,
+    limit: usize,
+    state: Mutex<State>,
+    changed: Condvar,
+}
+
+#[derive(Default)]
+struct State {
+    /// What is expected, the latest first.
+    expected: Vec<Expected>,
+    /// Calls that are under way, before which the thread stands back.
+    busy: usize,
+    closing: bool,
+    info: WarmInfo,
+}
+
+/// Forks of one source are expected.
+struct Expected {
+    source: Weak<Sandbox>,
+    /// What is expected to be forked.
+    id: CheckpointId,
+    count: usize,
+    ready: Vec<Blank>,
+}
+
+impl Expected {
+    fn is_of(&self, source: &Arc<Sandbox>) -> bool {
+        std::ptr::eq(self.source.as_ptr(), Arc::as_ptr(source))
+    }
+}
+
+/// The thread stands back as long as this lives.
+pub(crate) struct Pause<'a>(&'a Pool);
+
+impl Drop for Pause<'_> {
+    fn drop(&mut self) {
+        self.0.state.lock().busy -= 1;
+        self.0.changed.notify_all();
+    }
+}
+
+impl Warm {
+    /// Keeps at most `limit` blanks; with 0 there is no thread.
+    pub(crate) fn start(ground: Arc<Ground>, limit: usize) -> Result<Self> {
+        let pool = Arc::new(Pool {
+            ground,
+            limit,
+            state: Mutex::default(),
+            changed: Condvar::new(),
+        });
+        pool.state.lock().info.limit = limit;
+        let runner = Arc::clone(&pool);
+        let thread = (limit > 0).then(|| {
+            let thread = std::thread::Builder::new().name("warm".to_owned());
+            thread.spawn(move || runner.run())
+        });
+        let thread = thread
+            .transpose()
+            .doing("starting the thread that keeps sandboxes ready")?;
+        Ok(Self {
+            pool,
+            thread: Mutex::new(thread),
+        })
+    }
+
+    /// Makes the thread stand back while something that is waited for is under way.
+    pub(crate) fn pause(&self) -> Pause<'_> {
+        self.pool.state.lock().busy += 1;
+        Pause(&self.pool)
+    }
+
+    /// A blank for a fork of `source`, if there is one.
+    pub(crate) fn take(&self, source: &Arc<Sandbox>) -> Option<Blank> {
+        let mut state = self.pool.state.lock();
+        let mut of_source = state.expected.iter_mut().filter(|e| e.is_of(source));
+        let found = of_source.next().and_then(|e| e.ready.pop());
+        match found {
+            Some(_) => state.info.hits += 1,
+            None => state.info.misses += 1,
+        }
+        found
+    }
+
+    /// `count` more forks of `source` like this are likely.
+    pub(crate) fn expect(&self, source: &Arc<Sandbox>, id: CheckpointId, count: usize) {
+        if self.pool.limit == 0 {
+            return;
+        }
+        let mut state = self.pool.state.lock();
+        if state.closing {
+            return;
+        }
+        let at = state.expected.iter().position(|e| e.is_of(source));
+        let ready = at.map(|at| state.expected.remove(at).ready);
+        let expected = Expected {
+            source: Arc::downgrade(source),
+            id,
+            count,
+            ready: ready.unwrap_or_default(),
+        };
+        state.expected.insert(0, expected);
+        drop(state);
+        self.pool.changed.notify_all();
+    }
+
+    /// There will be no more forks of this one.
+    pub(crate) fn forget(&self, source: &Arc<Sandbox>) {
+        let mut state = self.pool.state.lock();
+        let gone: Vec<_> = state.expected.extract_if(.., |e| e.is_of(source)).collect();
+        drop(state);
+        drop(gone);
+        self.pool.changed.notify_all();
+    }
+
+    /// How it is doing.
+    pub(crate) fn info(&self) -> WarmInfo {
+        let state = self.pool.state.lock();
+        let ready = state.expected.iter().map(|e| e.ready.len()).sum();
+        WarmInfo {
+            ready,
+            ..state.info
+        }
+    }
+
+    /// Ends the thread and all blanks.
+    pub(crate) fn close(&self) {
+        self.pool.state.lock().closing = true;
+        self.pool.changed.notify_all();
+        if let Some(thread) = self.thread.lock().take()
+            && thread.join().is_err()
+        {
+            tracing::error!("the thread that keeps sandboxes ready has panicked");
+        }
+        let all = std::mem::take(&mut self.pool.state.lock().expected);
+        drop(all);
+    }
+}
+
+impl Drop for Warm {
+    fn drop(&mut self) {
+        self.close();
+    }
+}
+
+/// What the thread is to do next.
+enum Task {
+    Make(Arc<Sandbox>, CheckpointId),
+    Drop(Vec<Blank>),
+    Wait(Option<Duration>),
+}
+
+impl Pool {
+    fn run(&self) {
+        let mut state = self.state.lock();
+        while !state.closing {
+            match self.next(&mut state) {
+                Task::Make(source, id) => {
+                    drop(state);
+                    let made = self.make(&source, id);
+                    state = self.state.lock();
+                    self.put(&mut state, &source, made);
+                }
+                Task::Drop(blanks) => {
+                    state.info.dropped += blanks.len() as u64;
+                    drop(state);
+                    drop(blanks);
+                    state = self.state.lock();
+                }
+                Task::Wait(Some(time)) => drop(self.changed.wait_for(&mut state, time)),
+                Task::Wait(None) => self.changed.wait(&mut state),
+            }
+        }
+    }
+
+    fn next(&self, state: &mut State) -> Task {
+        if state.busy > 0 {
+            return Task::Wait(None);
+        }
+        let mut surplus = Vec::new();
+        let gone = |e: &mut Expected| e.source.strong_count() == 0;
+        for old in state.expected.extract_if(.., gone) {
+            surplus.extend(old.ready);
+        }
+        for old in state.expected.drain(SOURCES.min(state.expected.len())..) {
+            surplus.extend(old.ready);
+        }
+        let scarce = memory_available().is_some_and(|bytes| bytes < LEAST_AVAILABLE);
+        let mut left = if scarce { 0 } else { self.limit };
+        let mut wanted = None;
+        for expected in &mut state.expected {
+            let share = expected.count.min(left);
+            left -= share;
+            while expected.ready.len() > share {
+                surplus.extend(expected.ready.pop());
+            }
+            if expected.ready.len() < share && wanted.is_none() {
+                let source = expected.source.upgrade();
+                wanted = source.map(|source| (source, expected.id));
+            }
+        }
+        match wanted {
+            _ if !surplus.is_empty() => Task::Drop(surplus),
+            Some((source, id)) => Task::Make(source, id),
+            None if scarce && !state.expected.is_empty() => Task::Wait(Some(LOOK_AGAIN)),
+            None => Task::Wait(None),
+        }
+    }
+
+    fn make(&self, source: &Sandbox, id: CheckpointId) -> Result<Blank> {
+        let (content, spec) = source.origin(id)?;
+        let make_files = |ids| source.fork_volume(&content, ids);
+        self.ground.nameless_blank(spec, make_files)
+    }
+
+    fn put(&self, state: &mut State, source: &Arc<Sandbox>, made: Result<Blank>) {
+        let at = state.expected.iter().position(|e| e.is_of(source));
+        match (at, made) {
+            (Some(at), Ok(blank)) => {
+                state.info.made += 1;
+                state.expected[at].ready.push(blank);
+            }
+            (None, Ok(_)) => state.info.dropped += 1,
+            (at, Err(e)) => {
+                // The next fork of it will say what is wrong.
+                tracing::debug!("keeping a sandbox ready: {e}");
+                at.map(|at| state.expected.remove(at));
+            }
+        }
+    }
+}
+
+/// Bytes of memory that can be had without swapping.
+fn memory_available() -> Option<u64> {
+    let text = std::fs::read_to_string("/proc/meminfo").ok()?;
+    let line = text.lines().find_map(|l| l.strip_prefix("MemAvailable:"))?;
+    let kib: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
+    Some(kib << 10)
+}
