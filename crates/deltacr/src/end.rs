@@ -1,13 +1,11 @@
 //! Deaths: processes that are not in the state to come are killed, and taken off their parents' hands.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::fs;
 use std::io;
 use std::os::fd::AsFd;
 use std::time::{Duration, Instant};
 
 use crate::birth::spawn;
-use crate::env::Environment;
 use crate::error::{During, Result};
 use crate::freeze::Freezer;
 use crate::hold::{Deaths, Grounds, Held};
@@ -101,11 +99,11 @@ fn bury(held: &mut Held, keep: &BTreeSet<InnerPid>, target: &TreeImage) -> Resul
 ///
 /// Not by `cgroup.kill`: Linux 6.18 afterwards kills every process that init makes right in that cgroup
 /// (`CLONE_INTO_CGROUP`), since it compares the count of kills of the parent's cgroup with that of the child's.
-pub(crate) fn all(env: &dyn Environment, grounds: &mut Grounds) -> Result<()> {
+pub(crate) fn all(grounds: &mut Grounds) -> Result<()> {
     let Grounds { procfs, freezer } = grounds;
     let end = Instant::now() + TIMEOUT;
     loop {
-        kill_listed(env, freezer).during_tree("killing the processes")?;
+        kill_listed(freezer).during_tree("killing the processes")?;
         ptrace::reap_tracees().during_tree("waiting for the processes' end")?;
         // The dead stay listed until init has waited for them.
         let left = procfs.processes().during_tree("listing the processes")?;
@@ -122,21 +120,16 @@ pub(crate) fn all(env: &dyn Environment, grounds: &mut Grounds) -> Result<()> {
 }
 
 /// Kills what the cgroup lists, frozen meanwhile so that nothing is born unseen; the frozen die, too.
-fn kill_listed(env: &dyn Environment, freezer: &mut Freezer) -> io::Result<()> {
-    let list = || fs::read_to_string(env.cgroup().join("cgroup.procs"));
-    if list()?.is_empty() {
+fn kill_listed(freezer: &mut Freezer) -> io::Result<()> {
+    if freezer.members()?.is_empty() {
         return Ok(());
     }
     // Not waiting until everything is frozen: what is not is killed in the next round.
     freezer.begin()?;
-    let killed = list().map(|list| {
-        for host in list
-            .lines()
-            .filter_map(|l| l.parse().ok())
-            .filter(|host| *host > 0)
-        {
+    let killed = freezer.members().map(|members| {
+        for host in members {
             // It may be gone already.
-            let _ = process::pidfd_open(HostPid(host))
+            let _ = process::pidfd_open(host)
                 .and_then(|pidfd| process::pidfd_signal(pidfd.as_fd(), libc::SIGKILL));
         }
     });

@@ -105,7 +105,7 @@ impl Engine {
     /// Stops all processes.
     fn hold(&mut self, env: &dyn Environment) -> Result<Held> {
         let grounds = open_once(&mut self.grounds, env)?;
-        Held::tree(env, grounds, &mut self.known, FREEZE_TIMEOUT)
+        Held::tree(grounds, &mut self.known, FREEZE_TIMEOUT)
     }
 
     /// Stops all processes, captures them, calls `cut` while they stand still, and lets them run on. `cut` is told whether
@@ -183,7 +183,7 @@ impl Engine {
         let mut pages = 0;
         let mut processes: BTreeMap<InnerPid, Arc<ProcessImage>> = BTreeMap::new();
         for (pid, (mut state, layout)) in described {
-            let process = held.processes.get_mut(&pid).expect("it was just described");
+            let process = member(&mut held.processes, pid)?;
             let remote = &mut process.stopped.remote;
             let tracker = self.trackers.entry(remote.host()).or_default();
             let scan = memory.scan(remote, tracker.as_ref(), layout)?;
@@ -272,7 +272,7 @@ impl Engine {
         self.known.clear();
         self.trackers.clear();
         self.waits.clear();
-        on_own_thread(|| end::all(env, open_once(&mut self.grounds, env)?))
+        on_own_thread(|| end::all(open_once(&mut self.grounds, env)?))
     }
 
     fn make_all(
@@ -281,7 +281,7 @@ impl Engine {
         target: &TreeImage,
         watch: &mut Stopwatch,
     ) -> Result<Done> {
-        end::all(env, open_once(&mut self.grounds, env)?)?;
+        end::all(open_once(&mut self.grounds, env)?)?;
         self.known.clear();
         self.trackers.clear();
         self.waits.clear();
@@ -291,7 +291,7 @@ impl Engine {
         let made = self.undo(env, &mut held, nothing, target, watch);
         if made.is_err() {
             held.abandon();
-            end::all(env, open_once(&mut self.grounds, env)?)?;
+            end::all(open_once(&mut self.grounds, env)?)?;
         }
         made
     }
@@ -332,16 +332,14 @@ impl Engine {
             let scan = memory.scan(remote, tracker.as_ref(), layout)?;
             let exe = Place::of(env, &held.procfs, pid, "exe");
             let cwd = Place::of(env, &held.procfs, pid, "cwd");
-            processes.insert(
-                pid,
-                Now {
-                    attributes,
-                    threads: answers.threads,
-                    scan: Some(scan),
-                    exe: exe.during(pid, "reading its program")?,
-                    cwd: cwd.during(pid, "reading its directory")?,
-                },
-            );
+            let now = Now {
+                attributes,
+                threads: answers.threads,
+                scan: Some(scan),
+                exe: exe.during(pid, "reading its program")?,
+                cwd: cwd.during(pid, "reading its directory")?,
+            };
+            processes.insert(pid, now);
         }
         if !stuck.is_empty() {
             let keep = reconcile::keepers(held, target, &stuck);

@@ -5,6 +5,8 @@ use std::io::{self, Read, Seek, Write};
 use std::path::Path;
 use std::time::{Duration, Instant};
 
+use crate::ids::HostPid;
+
 /// How often the state is looked at before the caller goes to sleep: freezing takes 30-60 µs.
 const GLANCES: usize = 30;
 /// And then, between two glances. The kernel tells of a change by an event as well, but holds that back for up to 10 ms.
@@ -25,6 +27,7 @@ pub(crate) fn glance(times: &mut usize) {
 pub(crate) struct Freezer {
     freeze: File,
     events: File,
+    members: File,
 }
 
 impl Freezer {
@@ -33,7 +36,26 @@ impl Freezer {
             .write(true)
             .open(cgroup.join("cgroup.freeze"))?;
         let events = File::open(cgroup.join("cgroup.events"))?;
-        Ok(Self { freeze, events })
+        let members = File::open(cgroup.join("cgroup.procs"))?;
+        Ok(Self {
+            freeze,
+            events,
+            members,
+        })
+    }
+
+    /// The processes of the cgroup, ascending.
+    pub(crate) fn members(&mut self) -> io::Result<Vec<HostPid>> {
+        self.members.rewind()?;
+        let mut text = Vec::with_capacity(4096);
+        self.members.read_to_end(&mut text)?;
+        let lines = text.split(|b| *b == b'\n');
+        let numbers = lines.filter_map(|line| std::str::from_utf8(line).ok()?.parse().ok());
+        // What is outside of the reader's pid namespace is called 0.
+        let mut members: Vec<i32> = numbers.filter(|pid| *pid > 0).collect();
+        members.sort_unstable();
+        members.dedup();
+        Ok(members.into_iter().map(HostPid).collect())
     }
 
     /// Freezes, and waits until everything stands still. `false` if it does not within `timeout`;

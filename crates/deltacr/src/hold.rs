@@ -91,7 +91,6 @@ pub enum Deaths {
 impl Held {
     /// Holds every process of the sandbox's cgroup.
     pub(crate) fn tree(
-        env: &dyn Environment,
         grounds: &mut Grounds,
         known: &mut Acquaintances,
         timeout: Duration,
@@ -104,9 +103,9 @@ impl Held {
             let since = Instant::now();
             let left = timeout.saturating_sub(start.elapsed());
             if !freezer.freeze(left).during_tree("freezing the processes")? {
-                return Err(not_frozen(env, timeout));
+                return Err(not_frozen(freezer, timeout));
             }
-            match seize_all(env, procfs, known, freezer, &mut late)? {
+            match seize_all(procfs, known, freezer, &mut late)? {
                 Some(processes) => {
                     // From here on it is let go when it is dropped.
                     let mut held = Self {
@@ -119,7 +118,7 @@ impl Held {
                     held.find_dead()?;
                     return Ok(held);
                 }
-                None if start.elapsed() > timeout => return Err(not_frozen(env, timeout)),
+                None if start.elapsed() > timeout => return Err(not_frozen(freezer, timeout)),
                 None => std::thread::sleep(PAUSE),
             }
         }
@@ -264,13 +263,12 @@ fn is_dead(host: HostPid) -> bool {
 
 /// `None` if some thread could not stop although the tree was frozen, or was killed meanwhile; then all run again.
 fn seize_all(
-    env: &dyn Environment,
     procfs: &Procfs,
     known: &Acquaintances,
     freezer: &mut Freezer,
     late: &mut HashSet<HostPid>,
 ) -> Result<Option<BTreeMap<InnerPid, HeldProcess>>> {
-    let found = find(env, procfs, known).and_then(|found| {
+    let found = find(freezer, procfs, known).and_then(|found| {
         let mut seized = Vec::new();
         let all = found
             .iter()
@@ -424,17 +422,13 @@ fn let_go(threads: &[HostPid]) -> HashSet<HostPid> {
 
 /// `None` if one was killed meanwhile.
 fn find(
-    env: &dyn Environment,
+    freezer: &mut Freezer,
     procfs: &Procfs,
     known: &Acquaintances,
 ) -> Result<Option<Vec<Found>>> {
-    let list = fs::read_to_string(env.cgroup().join("cgroup.procs"))
-        .during_tree("listing the processes")?;
-    let mut hosts: Vec<i32> = list.lines().filter_map(|l| l.parse().ok()).collect();
-    hosts.sort_unstable();
-    hosts.dedup();
+    let hosts = freezer.members().during_tree("listing the processes")?;
     let mut found = Vec::with_capacity(hosts.len());
-    for host in hosts.into_iter().map(HostPid).filter(|host| host.0 != 0) {
+    for host in hosts {
         match meet(procfs, host, known) {
             Ok(process) => found.push(process),
             Err(e) if e.kind() == io::ErrorKind::NotFound || is_dead(host) => return Ok(None),
@@ -518,17 +512,16 @@ fn threads(
     Ok(threads)
 }
 
-fn not_frozen(env: &dyn Environment, timeout: Duration) -> Error {
-    let culprit = || {
-        let list = fs::read_to_string(env.cgroup().join("cgroup.procs")).ok()?;
-        list.lines().find_map(|host| {
+fn not_frozen(freezer: &mut Freezer, timeout: Duration) -> Error {
+    let mut culprit = || {
+        freezer.members().ok()?.into_iter().find_map(|host| {
             let stat = fs::read(format!("/proc/{host}/stat")).ok()?;
             let stat = crate::procfs::parse_stat(&stat)?;
             if stat.state != b'D' {
                 return None;
             }
             let wchan = fs::read_to_string(format!("/proc/{host}/wchan")).unwrap_or_default();
-            let pid = HostPid(host.parse().ok()?).inner().ok()?;
+            let pid = host.inner().ok()?;
             let name = String::from_utf8_lossy(&stat.name).into_owned();
             Some(format!(
                 "process {pid} ({name}) waits in the kernel in {wchan}"

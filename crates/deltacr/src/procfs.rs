@@ -1,10 +1,11 @@
 //! Reads the sandbox's own `/proc`, which counts processes as the sandbox does.
 
 use std::io;
+use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 
-use rustix::fs::{AtFlags, Dir, Mode, OFlags, ResolveFlags, openat, openat2, statat};
+use rustix::fs::{AtFlags, Mode, OFlags, RawDir, ResolveFlags, SeekFrom, openat, openat2, statat};
 use rustix::io::read;
 use serde::{Deserialize, Serialize};
 
@@ -15,6 +16,9 @@ use crate::mem::Layout;
 const PROC_SUPER_MAGIC: u32 = 0x9fa0;
 /// No file that is read here is longer, but for hostile or strange cases, which are errors.
 const FILE_MAX: usize = 4096;
+
+/// The position of the first process in the list of a proc filesystem's root (the kernel's `FIRST_PROCESS_ENTRY`).
+const FIRST_PROCESS: u64 = 256;
 
 /// The sandbox's `/proc`.
 #[derive(Clone)]
@@ -72,8 +76,12 @@ impl Procfs {
             OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC,
             Mode::empty(),
         )?;
+        // Where the processes begin; what comes before costs the kernel much more.
+        rustix::fs::seek(&dir, SeekFrom::Start(FIRST_PROCESS))?;
+        let mut buffer = [MaybeUninit::uninit(); 8192];
+        let mut entries = RawDir::new(dir, &mut buffer);
         let mut pids = Vec::new();
-        for entry in Dir::new(dir)? {
+        while let Some(entry) = entries.next() {
             let entry = entry?;
             let name = entry.file_name().to_str().ok();
             pids.extend(name.and_then(|n| n.parse().ok()).map(InnerPid));

@@ -44,7 +44,14 @@ impl Memory<'_> {
             auxv: scan.auxv,
             pages,
         });
-        tracker::reset(remote, tracker, Arc::clone(&state), scan.reset)?;
+        let mut pagemap = scan.pagemap;
+        tracker::reset(
+            remote,
+            tracker,
+            Arc::clone(&state),
+            scan.reset,
+            &mut pagemap,
+        )?;
         Ok(state)
     }
 

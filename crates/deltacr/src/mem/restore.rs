@@ -41,7 +41,7 @@ impl Memory<'_> {
         &self,
         remote: &mut Remote,
         tracker: &mut Option<Tracker>,
-        scan: Scan,
+        mut scan: Scan,
         target: &Arc<AddressSpace>,
     ) -> Result<()> {
         let held = tracker.take();
@@ -69,7 +69,8 @@ impl Memory<'_> {
         }
         *tracker = held;
         let reset = to_reset(&scan, target, &plan.fresh, &runs);
-        tracker::reset(remote, tracker, Arc::clone(target), reset)
+        let base = Arc::clone(target);
+        tracker::reset(remote, tracker, base, reset, &mut scan.pagemap)
     }
 
     fn remap(&self, remote: &mut Remote, plan: &Plan<'_>) -> Result<()> {

@@ -46,6 +46,7 @@ pub struct Scan {
     /// Ranges of addresses in private mappings, ascending.
     pub(crate) changes: Vec<(Range<u64>, Change)>,
     pub(crate) reset: Reset,
+    pub(crate) pagemap: Pagemap,
 }
 
 impl Scan {
@@ -75,7 +76,6 @@ impl Memory<'_> {
         let auxv = layout::auxv(remote)?;
         let doing = "scanning the pages";
         let mut scanner = Scanner {
-            pagemap: Pagemap::open(remote.host()).during(pid, doing)?,
             empty: PageMap::new(),
             scan: Scan {
                 pid,
@@ -86,6 +86,7 @@ impl Memory<'_> {
                 base,
                 changes: Vec::new(),
                 reset: Reset::default(),
+                pagemap: Pagemap::open(remote.host()).during(pid, doing)?,
             },
         };
         scanner.run(&vmas).during(pid, doing)?;
@@ -96,7 +97,6 @@ impl Memory<'_> {
 }
 
 struct Scanner {
-    pagemap: Pagemap,
     empty: PageMap,
     scan: Scan,
 }
@@ -110,7 +110,7 @@ impl Scanner {
         // only where it matters.
         let mut coarse = Vec::new();
         let whole = vmas[0].start..last.end;
-        self.pagemap.scan(whole, SOME, TELL, &mut coarse)?;
+        self.scan.pagemap.scan(whole, SOME, TELL, &mut coarse)?;
         let mut hulls = Vec::new();
         let mut runs = &coarse[..];
         for vma in vmas.iter().filter(|v| v.is_private()) {
@@ -118,7 +118,8 @@ impl Scanner {
         }
         let mut fine = Vec::new();
         for hull in merged(hulls.iter().flatten().cloned().collect(), NEAR) {
-            self.pagemap
+            self.scan
+                .pagemap
                 .scan(hull, SOME, TELL | category::FILE, &mut fine)?;
         }
         let (mut coarse, mut fine) = (&coarse[..], &fine[..]);

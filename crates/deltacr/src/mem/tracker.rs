@@ -83,13 +83,14 @@ pub(crate) struct Reset {
     pub(crate) written: Vec<Range<u64>>,
 }
 
-/// Makes the process, which is in state `base`, count as unchanged from now on. If that fails, the
+/// Makes the process, which is in state `base` and has this page map, count as unchanged from now on. If that fails, the
 /// process is left without a tracker, so that everything counts as changed.
 pub(crate) fn reset(
     remote: &mut Remote,
     tracker: &mut Option<Tracker>,
     base: Arc<AddressSpace>,
     reset: Reset,
+    pagemap: &mut Pagemap,
 ) -> Result<()> {
     let pid = remote.pid();
     let kept = tracker.take().map(|t| Tracker {
@@ -106,7 +107,6 @@ pub(crate) fn reset(
         }
     };
     let doing = "forgetting the written pages";
-    let mut pagemap = Pagemap::open(remote.host()).during(pid, doing)?;
     for range in merged(reset.written, NEAR) {
         pagemap.protect_written(range).during(pid, doing)?;
     }

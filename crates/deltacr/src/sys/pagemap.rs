@@ -62,10 +62,11 @@ const WP_MATCHING: u64 = 1;
 const RUNS: usize = 1024;
 
 /// The pages of a process, as `/proc/PID/pagemap` tells them.
+#[derive(Debug)]
 pub(crate) struct Pagemap {
     file: File,
     /// Where the kernel puts what it found.
-    runs: Box<[PageRun; RUNS]>,
+    runs: Vec<PageRun>,
 }
 
 impl Pagemap {
@@ -73,7 +74,7 @@ impl Pagemap {
     pub(crate) fn open(pid: HostPid) -> io::Result<Self> {
         Ok(Self {
             file: File::open(format!("/proc/{pid}/pagemap"))?,
-            runs: Box::new([PageRun::default(); RUNS]),
+            runs: vec![PageRun::default(); RUNS],
         })
     }
 
