@@ -5,8 +5,9 @@ use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 
 use deltabox_init::{Spawn, Step};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
-use rustix::process::{Resource, Rlimit};
+use rustix::process::{Pid, Resource, Rlimit, Signal, kill_process};
 
 use crate::serve::Init;
 use crate::sys::{self, Fork, ForkOptions};
@@ -15,6 +16,12 @@ use crate::{At, Failure};
 /// Capabilities that processes in the sandbox may have, those of Docker's default: CHOWN, DAC_OVERRIDE, FOWNER, FSETID,
 /// KILL, SETGID, SETUID, SETPCAP, NET_BIND_SERVICE, NET_RAW, SYS_CHROOT, MKNOD, AUDIT_WRITE, SETFCAP.
 const CAPABILITIES: [i32; 14] = [0, 1, 3, 4, 5, 6, 7, 8, 10, 13, 18, 27, 29, 31];
+
+/// How long a new process may take until its program runs.
+const PATIENCE: Timespec = Timespec {
+    tv_sec: 20,
+    tv_nsec: 0,
+};
 
 /// Open files that a process may have unless it raises its own limit.
 const OPEN_FILES: u64 = 1024;
@@ -34,12 +41,8 @@ pub(crate) fn spawn(init: &Init, spawn: &Spawn, fds: &[OwnedFd]) -> Result<i32, 
         Fork::Parent(pid) => {
             drop(failed);
             let mut word = [0; 5];
-            let got = loop {
-                match rustix::io::read(&report, &mut word) {
-                    Err(Errno::INTR) => {}
-                    other => break other.at(Step::Exec, "waiting for the program to start")?,
-                }
-            };
+            let got = await_report(pid, &report, &mut word)
+                .at(Step::Exec, "waiting for the program to start")?;
             // End of file: exec closed the pipe.
             if got < word.len() {
                 return Ok(pid);
@@ -60,6 +63,27 @@ pub(crate) fn spawn(init: &Init, spawn: &Spawn, fds: &[OwnedFd]) -> Result<i32, 
             // Nobody is left to tell if this fails.
             let _ = rustix::io::write(failed, &word);
             sys::exit(127);
+        }
+    }
+}
+
+/// Reads what a new process has to report, or the end of file that is left when all went well. One that does neither is
+/// killed: others inside may stop it, and init must go on.
+pub(crate) fn await_report(pid: i32, report: &OwnedFd, word: &mut [u8]) -> Result<usize, Errno> {
+    let mut fds = [PollFd::new(report, PollFlags::IN)];
+    loop {
+        match poll(&mut fds, Some(&PATIENCE)) {
+            Ok(0) => {
+                // It cannot be reaped by anybody else, so the number is still its own.
+                let _ = Pid::from_raw(pid).map(|pid| kill_process(pid, Signal::KILL));
+                return Err(Errno::TIMEDOUT);
+            }
+            Ok(_) => match rustix::io::read(report, &mut *word) {
+                Err(Errno::INTR) => {}
+                other => return other,
+            },
+            Err(Errno::INTR) => {}
+            Err(e) => return Err(e),
         }
     }
 }

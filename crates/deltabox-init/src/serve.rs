@@ -144,12 +144,8 @@ impl Init {
             Fork::Parent(pid) => {
                 drop(failed);
                 let mut errno = [0; 4];
-                let got = loop {
-                    match rustix::io::read(&report, &mut errno) {
-                        Err(Errno::INTR) => {}
-                        other => break other.at(Step::Prepare, "waiting for a new process")?,
-                    }
-                };
+                let got = child::await_report(pid, &report, &mut errno)
+                    .at(Step::Prepare, "waiting for a new process")?;
                 // End of file: it has closed all that it had.
                 if got < errno.len() {
                     return Ok(pid);

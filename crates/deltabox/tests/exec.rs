@@ -331,3 +331,42 @@ fn only_the_newest_ended_sessions_are_remembered() {
         Err(Error::NoSession { .. })
     ));
 }
+
+/// Root inside may stop a process that init has only begun to make.
+#[test]
+fn a_command_that_is_stopped_while_it_starts_is_killed_and_the_next_one_starts() {
+    let fixture = Fixture::new();
+    let sandbox = fixture.sandbox();
+    // Stops the first copy of init that it sees.
+    let stopper = r#"
+import os, signal
+def name(pid):
+    try:
+        return open(f"/proc/{pid}/comm").read()
+    except OSError:
+        return None
+init = name(1)
+print("ready", flush=True)
+while True:
+    for pid in os.listdir("/proc"):
+        if pid.isdigit() and pid != "1" and name(pid) == init:
+            os.kill(int(pid), signal.SIGSTOP)
+            raise SystemExit
+"#;
+    let session = sandbox
+        .spawn(CommandSpec {
+            argv: vec!["/usr/bin/python3".into(), "-c".into(), stopper.into()],
+            ..CommandSpec::default()
+        })
+        .unwrap();
+    read_until(&mut session.events(0), "ready");
+    let caught = (0..1000).find_map(|_| sandbox.run(&["true"]).err());
+    let error = caught
+        .expect("no command was stopped while it started")
+        .to_string();
+    assert!(error.contains("timed out"), "{error}");
+    assert_eq!(output(&sandbox, "echo next"), "next");
+    let id = sandbox.checkpoint(None).unwrap().id;
+    sandbox.rollback(id).unwrap();
+    assert_eq!(output(&sandbox, "echo and the next"), "and the next");
+}
