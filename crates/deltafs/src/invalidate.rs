@@ -1,9 +1,11 @@
 //! What the kernel must drop when a mount is switched from one view to another: exactly what differs.
 
+use std::collections::HashSet;
+
 use imbl::ordmap::DiffItem;
 
-use crate::fuse::{Kernel, Notice};
-use crate::node::{Body, DirBody, EntryKey, Ino, Name, NodeRef};
+use crate::fuse::{Absent, Kernel, Notice};
+use crate::node::{Body, DirBody, EntryKey, Ino, Link, Name, Node, NodeRef};
 use crate::view::View;
 
 /// More changed ranges of one file than this are dropped as one.
@@ -21,38 +23,195 @@ pub(crate) struct Plan {
     pub(crate) look_up: Vec<(Ino, Name)>,
     /// Inodes that differ.
     pub(crate) changed: usize,
+    /// What can wait until the sandbox runs again.
+    pub(crate) later: Later,
+}
+
+/// The two states, and what the kernel may have cached of the one that is left.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Switch<'a> {
+    pub(crate) old: &'a View,
+    pub(crate) new: &'a View,
+    pub(crate) kernel: &'a Kernel,
+    pub(crate) absent: &'a Absent,
+}
+
+/// Files that nothing has in use and of which the kernel is told after the switch.
+#[derive(Debug, Default)]
+pub(crate) struct Later {
+    changed: Vec<Changed>,
+    /// All directories in which one of the two states has a name for one of them.
+    pub(crate) behind: HashSet<Ino>,
+}
+
+/// One inode that differs: its two versions, as far as the states have it.
+#[derive(Debug)]
+struct Changed {
+    ino: Ino,
+    before: Option<NodeRef>,
+    after: Option<NodeRef>,
+}
+
+impl Switch<'_> {
+    /// Whether more than `few` inodes differ.
+    pub(crate) fn exceeds(&self, few: usize) -> bool {
+        self.old.nodes().diff(self.new.nodes()).nth(few).is_some()
+    }
+
+    fn changed(&self) -> impl Iterator<Item = Changed> {
+        let items = self.old.nodes().diff(self.new.nodes());
+        items.map(|item| match item {
+            DiffItem::Add(ino, after) => Changed {
+                ino: *ino,
+                before: self.old.node(*ino).ok(),
+                after: Some(after.clone()),
+            },
+            DiffItem::Remove(ino, before) => Changed {
+                ino: *ino,
+                before: Some(before.clone()),
+                after: self.new.node(*ino).ok(),
+            },
+            DiffItem::Update {
+                old: (ino, before),
+                new: (_, after),
+            } => Changed {
+                ino: *ino,
+                before: Some(before.clone()),
+                after: Some(after.clone()),
+            },
+        })
+    }
+}
+
+impl Changed {
+    fn versions(&self) -> impl Iterator<Item = &NodeRef> {
+        self.before.iter().chain(&self.after)
+    }
+
+    fn is_dir(&self) -> bool {
+        self.versions().any(|node| node.is_dir())
+    }
+
+    /// Whether it may have names that are not known.
+    fn is_loose(&self) -> bool {
+        self.versions()
+            .any(|node| node.meta.nlink as usize != node.names.len())
+    }
+
+    /// The names that one state has and the other has not.
+    fn lost_names(&self) -> impl Iterator<Item = &Link> {
+        let keeps = |link: &&Link| {
+            let after = self.after.as_ref();
+            !after.is_some_and(|node| node.names.contains(link))
+        };
+        self.before
+            .iter()
+            .flat_map(|node| &node.names)
+            .filter(keeps)
+    }
+}
+
+impl Later {
+    /// How many files.
+    pub(crate) fn len(&self) -> usize {
+        self.changed.len()
+    }
+
+    fn add(&mut self, changed: Changed) {
+        // Mostly the names of the two versions are of one directory.
+        let mut last = None;
+        for link in changed.versions().flat_map(|node| &node.names) {
+            if last.replace(link.parent) != Some(link.parent) {
+                self.behind.insert(link.parent);
+            }
+        }
+        self.changed.push(changed);
+    }
+
+    /// What the kernel must drop of inodes that it can keep, and the inodes that it must drop as a whole: those of which
+    /// it would trust an old size or find an old name.
+    pub(crate) fn sort(&self) -> (Vec<Notice>, Vec<Ino>) {
+        let mut plan = Plan::default();
+        let mut whole = Vec::new();
+        for changed in &self.changed {
+            match (&changed.before, &changed.after) {
+                (Some(before), Some(after))
+                    if before.size() == after.size() && before.names == after.names =>
+                {
+                    plan.inode(changed);
+                }
+                _ => whole.push(changed.ino),
+            }
+        }
+        (plan.notices, whole)
+    }
 }
 
 impl Plan {
-    /// Compares two views; costs what differs. What the kernel does not know needs nothing.
-    pub(crate) fn between(old: &View, new: &View, kernel: &Kernel) -> Self {
+    /// What makes the kernel see the new state at once; costs what differs. What the kernel does not know needs nothing.
+    pub(crate) fn complete(switch: Switch<'_>) -> Self {
         let mut plan = Self::default();
-        for item in old.nodes().diff(new.nodes()) {
-            let ino = match item {
-                DiffItem::Add(ino, _)
-                | DiffItem::Remove(ino, _)
-                | DiffItem::Update { old: (ino, _), .. } => *ino,
-            };
+        for changed in switch.changed() {
             plan.changed += 1;
-            if !kernel.knows(ino) {
-                continue;
-            }
-            match (old.node(ino), new.node(ino)) {
-                (Ok(before), Ok(after)) => plan.inode(ino, &before, &after, new, kernel),
-                _ => plan.notices.push(whole(ino)),
+            if switch.kernel.knows(changed.ino) {
+                plan.inode(&changed);
+                plan.entries(&changed, |_| true);
             }
         }
         plan
     }
 
-    fn inode(&mut self, ino: Ino, before: &NodeRef, after: &NodeRef, new: &View, kernel: &Kernel) {
+    /// What makes the kernel see the new state at once through what is `held` and wherever a directory is walked
+    /// through; the rest of the files is left for later. `held` are the inodes that anything has open, has mapped or
+    /// stands in. Directories are never left for later.
+    pub(crate) fn sparing(switch: Switch<'_>, held: &HashSet<Ino>) -> Self {
+        let mut plan = Self::default();
+        let mut directories = Vec::new();
+        let mut all_entries = false;
+        for changed in switch.changed() {
+            plan.changed += 1;
+            let (is_dir, loose) = (changed.is_dir(), changed.is_loose());
+            if !is_dir && !loose && !held.contains(&changed.ino) {
+                plan.later.add(changed);
+                continue;
+            }
+            if !switch.kernel.knows(changed.ino) {
+                continue;
+            }
+            plan.inode(&changed);
+            let lost = changed.lost_names().map(|link| Notice::Entry {
+                parent: link.parent,
+                name: link.name.clone(),
+            });
+            plan.notices.extend(lost);
+            all_entries |= !is_dir && loose;
+            if is_dir {
+                directories.push(changed);
+            }
+        }
+        for dir in &directories {
+            let absent = |name: &Name| switch.absent.may_hold(dir.ino, name);
+            if all_entries || switch.absent.may_hold_any(dir.ino) {
+                plan.entries(dir, |name| all_entries || absent(name));
+            }
+        }
+        plan
+    }
+
+    /// Attributes and content.
+    fn inode(&mut self, changed: &Changed) {
+        let ino = changed.ino;
+        let (Some(before), Some(after)) = (&changed.before, &changed.after) else {
+            self.notices.push(whole(ino));
+            return;
+        };
         if before.meta.nlink == 0 && after.meta.nlink > 0 || before.size() != after.size() {
             self.refresh.push(ino);
         }
         match (&before.body, &after.body) {
-            (Body::Dir(old_dir), Body::Dir(new_dir)) => {
-                self.entries(ino, old_dir, new_dir, new, kernel);
+            (Body::Dir(_), Body::Dir(_)) => {
                 self.notices.push(whole(ino));
+                self.place(before, after);
             }
             (Body::File(old_file), Body::File(new_file)) => match old_file.changed_ranges(new_file)
             {
@@ -71,28 +230,37 @@ impl Plan {
         }
     }
 
-    fn entries(
-        &mut self,
-        parent: Ino,
-        before: &DirBody,
-        after: &DirBody,
-        new: &View,
-        kernel: &Kernel,
-    ) {
+    /// A directory that got another name.
+    fn place(&mut self, before: &Node, after: &Node) {
+        if before.names != after.names
+            && let Some(link) = after.names.first()
+        {
+            self.look_up.push((link.parent, link.name.clone()));
+        }
+    }
+
+    /// The names of a directory that differ, as far as they are `wanted`.
+    fn entries(&mut self, changed: &Changed, wanted: impl Fn(&Name) -> bool) {
+        let dir = |node: &Option<NodeRef>| match node.as_ref().map(|node| &node.body) {
+            Some(Body::Dir(dir)) => Some(dir.clone()),
+            _ => None,
+        };
+        let (before, after) = (dir(&changed.before), dir(&changed.after));
+        let nothing = DirBody::default();
+        let before = before.as_ref().unwrap_or(&nothing);
+        let after = after.as_ref().unwrap_or(&nothing);
         for item in before.entries.diff(&after.entries) {
             let key: &EntryKey = match item {
                 DiffItem::Add(key, _)
                 | DiffItem::Remove(key, _)
                 | DiffItem::Update { old: (key, _), .. } => key,
             };
-            let name = key.name.clone();
-            if let Ok(Some(child)) = new.lookup(parent, &name)
-                && kernel.knows(child)
-                && new.node(child).is_ok_and(|node| node.is_dir())
-            {
-                self.look_up.push((parent, name.clone()));
+            if wanted(&key.name) {
+                self.notices.push(Notice::Entry {
+                    parent: changed.ino,
+                    name: key.name.clone(),
+                });
             }
-            self.notices.push(Notice::Entry { parent, name });
         }
     }
 }

@@ -161,6 +161,28 @@ impl Node {
 #[derive(Clone)]
 pub(crate) struct NodeRef(pub(crate) Arc<Node>);
 
+impl NodeRef {
+    /// An inode without a name, and without anything else.
+    pub(crate) fn gone(mode: u32, body: Body) -> Self {
+        let never = Time { sec: 0, nsec: 0 };
+        Self(Arc::new(Node {
+            meta: Meta {
+                mode,
+                uid: 0,
+                gid: 0,
+                nlink: 0,
+                rdev: 0,
+                atime: never,
+                mtime: never,
+                ctime: never,
+            },
+            body,
+            xattrs: Xattrs::EMPTY,
+            names: Vec::new(),
+        }))
+    }
+}
+
 impl PartialEq for NodeRef {
     fn eq(&self, other: &Self) -> bool {
         Arc::ptr_eq(&self.0, &other.0)

@@ -1,11 +1,13 @@
 //! The public face: volumes and snapshots.
 
+use std::collections::HashSet;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
+use std::thread::JoinHandle;
 
 use parking_lot::Mutex;
 use rustix::fs::{AtFlags, Mode, OFlags, ResolveFlags, StatxFlags};
@@ -13,9 +15,9 @@ use rustix::fs::{AtFlags, Mode, OFlags, ResolveFlags, StatxFlags};
 use crate::base::Base;
 use crate::data::DataStore;
 use crate::error::{Error, Result};
-use crate::fuse::{Server, Session};
+use crate::fuse::{Notice, Server, Session, refresh_size, settle};
 use crate::ids::IdMap;
-use crate::invalidate::Plan;
+use crate::invalidate::{Plan, Switch};
 use crate::node::{Ino, Name, ROOT};
 use crate::reclaim::Reclaimer;
 use crate::sys;
@@ -51,6 +53,8 @@ pub struct Volume {
     reclaimer: Arc<Reclaimer>,
     /// Checkpoints and rollbacks come one after another.
     switch: Mutex<()>,
+    /// Finishes the last rollback.
+    settling: Mutex<Option<JoinHandle<()>>>,
 }
 
 /// A state of a volume, kept at no cost but that of what changes later. Dropping the last clone frees what only it held.
@@ -83,6 +87,8 @@ pub struct RollbackStats {
     pub changed: usize,
     /// Notices that were sent to the kernel, to drop names, attributes and pages.
     pub notices: usize,
+    /// Inodes that the kernel is told to drop while the sandbox runs again.
+    pub later: usize,
     /// Directories that had been removed while something stood in them or held them open, and that are there
     /// again. The kernel never revives a removed directory object, so every descriptor and working directory of such an
     /// inode number must be opened again ([`Volume::open_inode_in`]); the old ones give `EIO`.
@@ -104,6 +110,9 @@ pub struct Stats {
 }
 
 impl Volume {
+    /// Up to this many changed inodes it is cheapest to tell the kernel of each at once.
+    pub const FEW: usize = 64;
+
     /// Makes a volume that shows the base, and mounts it (detached: it has no path on the host).
     ///
     /// # Errors
@@ -141,6 +150,7 @@ impl Volume {
             threads,
             reclaimer,
             switch: Mutex::default(),
+            settling: Mutex::default(),
         })
     }
 
@@ -176,46 +186,112 @@ impl Volume {
     /// # Errors
     /// If the snapshot is of another tree of volumes (nothing was changed then), or the kernel does not take a notice.
     pub fn rollback(&self, to: &Snapshot) -> Result<RollbackStats> {
+        self.rollback_sparing(to, usize::MAX, || None)
+    }
+
+    /// As [`Volume::rollback`], but where more than `few` inodes differ, the kernel is told of most of them after this
+    /// returns; for fewer than [`Volume::FEW`] that does not pay. Until then whoever walks through a directory with such files waits, so nobody can see the difference.
+    ///
+    /// `held` is asked if it matters: it tells the numbers of all inodes of the volume that anything has open
+    /// (with `O_PATH` too) or mapped, or nothing if it cannot tell; then this is [`Volume::rollback`].
+    /// Inodes that are held in another way, as by a watch, do not matter. Needs Linux 6.18 to have an effect.
+    ///
+    /// # Errors
+    /// As [`Volume::rollback`].
+    pub fn rollback_sparing(
+        &self,
+        to: &Snapshot,
+        few: usize,
+        held: impl FnOnce() -> Option<HashSet<u64>>,
+    ) -> Result<RollbackStats> {
         let _switch = self.switch.lock();
         let target = to.view();
         if !Arc::ptr_eq(target.tree(), self.server.tree()) {
             return Err(Error::ForeignSnapshot);
         }
+        self.settle();
         // Dirty pages would be written into the new state when they are dropped. What becomes of them in the old one,
         // which goes, does not matter; not even an error.
         let _ = self.sync();
         let new = target.branch();
         let old = std::mem::replace(&mut *self.server.view().write(), new.clone());
-        let plan = Plan::between(&old, &new, self.server.kernel());
+        let plan = self.plan(&old, &new, few, held);
         let lives = |ino| new.node(ino).is_ok_and(|node| node.meta.nlink > 0);
         let reborn = self.server.kernel().revive(lives);
         drop(new);
         for notice in &plan.notices {
-            notice
-                .send(self.session.device())
-                .map_err(|errno| Error::Invalidate {
-                    ino: notice.ino(),
-                    source: errno.into(),
-                })?;
+            let sent = notice.send(self.session.device().as_fd());
+            sent.map_err(|errno| invalidate((notice.ino(), errno)))?;
+            if let Notice::Entry { parent, name } = notice {
+                self.server.absent().remove(*parent, name);
+            }
         }
-        self.refresh(&plan);
-        self.reclaimer.drop_later(old);
-        Ok(RollbackStats {
+        let stats = RollbackStats {
             changed: plan.changed,
             notices: plan.notices.len(),
+            later: plan.later.len(),
             reborn,
-        })
+        };
+        self.finish(plan)?;
+        self.reclaimer.drop_later(old);
+        Ok(stats)
+    }
+
+    fn plan(
+        &self,
+        old: &View,
+        new: &View,
+        few: usize,
+        held: impl FnOnce() -> Option<HashSet<u64>>,
+    ) -> Plan {
+        let switch = Switch {
+            old,
+            new,
+            kernel: self.server.kernel(),
+            absent: self.server.absent(),
+        };
+        if switch.exceeds(few)
+            && self.session.prunes()
+            && let Some(held) = held()
+        {
+            return Plan::sparing(switch, &held);
+        }
+        Plan::complete(switch)
+    }
+
+    /// Does what is left when all notices are sent.
+    fn finish(&self, plan: Plan) -> Result<()> {
+        let later = plan.later.len();
+        let idle = plan.refresh.is_empty() && plan.look_up.is_empty() && later == 0;
+        if idle {
+            return Ok(());
+        }
+        let root = self.root().map_err(opening_root)?;
+        self.refresh(&plan, root);
+        if later > 0 {
+            let device = self.session.device();
+            let root = root.try_clone().map_err(opening_root)?;
+            let started = settle(plan.later, &self.server, device, root);
+            *self.settling.lock() = started.map_err(invalidate)?;
+        }
+        Ok(())
+    }
+
+    /// Waits until the kernel was told everything of the last rollback.
+    fn settle(&self) {
+        let mut settling = self.settling.lock();
+        if let Some(thread) = settling.take() {
+            // It does not panic; if it did, whoever waits for it would wait until the volume ends.
+            let _ = thread.join();
+        }
     }
 
     /// Makes the kernel ask for what it cannot be told. An inode that it has just forgotten needs nothing.
-    fn refresh(&self, plan: &Plan) {
-        let Ok(root) = self.root() else { return };
-        let flags = AtFlags::EMPTY_PATH | AtFlags::SYMLINK_NOFOLLOW | AtFlags::STATX_FORCE_SYNC;
+    fn refresh(&self, plan: &Plan, root: &OwnedFd) {
         for ino in &plan.refresh {
-            if let Ok(fd) = self.open_by_number(root, *ino, libc::O_PATH) {
-                let _ = rustix::fs::statx(&fd, "", flags, StatxFlags::BASIC_STATS);
-            }
+            let _ = refresh_size(root, *ino, self.server.kernel().generation(*ino));
         }
+        let flags = AtFlags::SYMLINK_NOFOLLOW | AtFlags::STATX_FORCE_SYNC;
         let look_up = |(parent, name): &(Ino, Name)| -> io::Result<()> {
             let fd = self.open_by_number(root, *parent, libc::O_PATH)?;
             let name = std::ffi::OsStr::from_bytes(name);
@@ -278,6 +354,8 @@ impl Volume {
         {
             return Ok(fd);
         }
+        // A number leads past the directories where others wait.
+        self.settle();
         self.open_by_number(root, ino, flags)
     }
 
@@ -341,6 +419,13 @@ impl Volume {
     /// Ends the mount and its threads. What still uses the mount gets `ENOTCONN`.
     pub fn shutdown(&self) {
         self.session.stop();
+        self.settle();
+    }
+}
+
+impl Drop for Volume {
+    fn drop(&mut self) {
+        self.shutdown();
     }
 }
 
@@ -369,6 +454,20 @@ impl Snapshot {
     /// Inodes that differ from the base in this state.
     pub fn changed_inodes(&self) -> usize {
         self.view().nodes().len()
+    }
+}
+
+fn invalidate((ino, errno): (Ino, rustix::io::Errno)) -> Error {
+    Error::Invalidate {
+        ino,
+        source: errno.into(),
+    }
+}
+
+fn opening_root(source: io::Error) -> Error {
+    Error::Mount {
+        what: "opening the root directory",
+        source,
     }
 }
 

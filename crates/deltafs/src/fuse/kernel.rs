@@ -30,8 +30,9 @@ impl Kernel {
         entry.generation
     }
 
-    /// Takes look-ups back. Tells whether the kernel does not know the inode any more.
-    pub(crate) fn forget(&self, ino: Ino, lookups: u64) -> bool {
+    /// Takes look-ups back. Tells whether the kernel does not know the inode any more; `gone` is called then, before it can
+    /// look the inode up again.
+    pub(crate) fn forget(&self, ino: Ino, lookups: u64, gone: impl FnOnce()) -> bool {
         let mut known = self.known.lock();
         let Some(entry) = known.get_mut(&ino) else {
             return false;
@@ -40,6 +41,7 @@ impl Kernel {
         if entry.lookups == 0 {
             known.remove(&ino);
             self.dead.lock().remove(&ino);
+            gone();
             return true;
         }
         false

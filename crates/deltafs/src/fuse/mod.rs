@@ -3,6 +3,8 @@
 //! What a general library does not give is what makes it fast: neither files nor directories are "opened" at
 //! all (`FUSE_NO_OPEN_SUPPORT`), and the kernel keeps entries, attributes, listings and pages until it is told otherwise.
 
+mod absent;
+mod barrier;
 mod control;
 mod data_ops;
 mod kernel;
@@ -10,9 +12,12 @@ mod name_ops;
 mod notify;
 mod server;
 mod session;
+mod settle;
 mod wire;
 
+pub(crate) use absent::Absent;
 pub(crate) use kernel::Kernel;
 pub(crate) use notify::Notice;
 pub(crate) use server::Server;
 pub(crate) use session::Session;
+pub(crate) use settle::{refresh_size, settle};

@@ -26,6 +26,7 @@ impl Server {
         }
         let view = self.view().read();
         let found = match &name[..] {
+            b"." if view.is_gone(request.node) => return Err(Errno::STALE),
             b"." => Some(request.node),
             b".." => Some(view.parent(request.node)?),
             _ => view.lookup(request.node, &name)?,
@@ -33,6 +34,8 @@ impl Server {
         match found {
             Some(ino) => self.entry(ino, &view.node(ino)?, reply),
             None => {
+                // Before the answer: a switch must know of it as soon as the kernel does.
+                self.absent().add(request.node, &name);
                 reply.no_entry();
             }
         }
@@ -91,6 +94,7 @@ impl Server {
         let who = self.caller(&request);
         let mut view = self.view().write();
         let ino = view.create(request.node, name, new, who)?;
+        self.absent().remove(request.node, name);
         self.entry(ino, &view.node(ino)?, reply);
         Ok(())
     }
@@ -118,6 +122,7 @@ impl Server {
         let name = args.name()?;
         let mut view = self.view().write();
         view.link(ino, request.node, &name)?;
+        self.absent().remove(request.node, &name);
         self.entry(ino, &view.node(ino)?, reply);
         Ok(())
     }
@@ -158,6 +163,7 @@ impl Server {
         let who = self.caller(&request);
         let mut view = self.view().write();
         let displaced = view.rename((request.node, &from), (parent, &to), mode, who)?;
+        self.absent().remove(parent, &to);
         let is_dir = match displaced {
             Some(ino) => view.node(ino)?.is_dir(),
             None => false,

@@ -8,6 +8,22 @@ use crate::node::{Ino, Name};
 
 const NOTIFY_INVAL_INODE: i32 = 2;
 const NOTIFY_INVAL_ENTRY: i32 = 3;
+/// Linux 6.18.
+const NOTIFY_PRUNE: i32 = 9;
+
+/// Has the kernel drop inodes that are not in use, with their names and pages.
+///
+/// # Errors
+/// `EINVAL` if the kernel does not know this notice.
+pub(crate) fn prune(device: BorrowedFd<'_>, inodes: &[Ino]) -> Result<(), Errno> {
+    let mut message = super::wire::Reply::new();
+    let count = u32::try_from(inodes.len()).map_err(|_| Errno::TOOBIG)?;
+    message.u32(count).raw(&[0; 12]);
+    for ino in inodes {
+        message.u64(*ino);
+    }
+    rustix::io::write(device, message.finish(0, NOTIFY_PRUNE)).map(drop)
+}
 
 /// Something that the kernel is to drop.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -5,6 +5,8 @@ use std::sync::Arc;
 use parking_lot::RwLock;
 use rustix::io::Errno;
 
+use super::absent::Absent;
+use super::barrier::Barrier;
 use super::kernel::Kernel;
 use super::wire::{Reply, Request, opcode};
 use crate::ids::IdMap;
@@ -70,6 +72,8 @@ pub(crate) struct Server {
     tree: Arc<Tree>,
     view: RwLock<View>,
     kernel: Kernel,
+    absent: Absent,
+    barrier: Barrier,
     ids: IdMap,
 }
 
@@ -80,6 +84,8 @@ impl Server {
             tree: Arc::clone(view.tree()),
             view: RwLock::new(view),
             kernel: Kernel::default(),
+            absent: Absent::default(),
+            barrier: Barrier::default(),
             ids,
         }
     }
@@ -96,6 +102,16 @@ impl Server {
     /// What the kernel holds of the mount.
     pub(crate) fn kernel(&self) -> &Kernel {
         &self.kernel
+    }
+
+    /// The names that the kernel may take for absent.
+    pub(crate) fn absent(&self) -> &Absent {
+        &self.absent
+    }
+
+    /// What is held back after a switch.
+    pub(crate) fn barrier(&self) -> &Barrier {
+        &self.barrier
     }
 
     pub(super) fn ids(&self) -> IdMap {
@@ -152,12 +168,15 @@ impl Server {
 
     /// Answers with an inode, and counts that the kernel knows it.
     pub(super) fn entry(&self, ino: Ino, node: &NodeRef, reply: &mut Reply) {
-        reply.entry_out(ino, self.kernel.count(ino), node, self.ids);
+        let keep_attributes = !self.barrier.covers(ino);
+        let generation = self.kernel.count(ino);
+        reply.entry_out(ino, generation, keep_attributes, node, self.ids);
     }
 
     /// Takes look-ups back; an inode without a name that nobody knows any more is gone.
     pub(crate) fn forget(&self, ino: Ino, lookups: u64) {
-        if self.kernel.forget(ino, lookups) && self.view.read().orphans().contains(&ino) {
+        let gone = || self.absent.forget(ino);
+        if self.kernel.forget(ino, lookups, gone) && self.view.read().orphans().contains(&ino) {
             self.release_if_unknown(ino);
         }
     }

@@ -2,7 +2,7 @@
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::thread::JoinHandle;
 
 use parking_lot::Mutex;
@@ -23,6 +23,8 @@ const ARGS: usize = 4096;
 #[derive(Debug)]
 pub(crate) struct Session {
     device: Arc<OwnedFd>,
+    /// Whether the kernel drops inodes when it is told to.
+    prunes: OnceLock<bool>,
     mount: OwnedFd,
     device_number: u64,
     control: Control,
@@ -40,6 +42,7 @@ impl Session {
             Control::open(&mount).map_err(failed("opening the connection's control files"))?;
         let session = Self {
             device: Arc::clone(&device),
+            prunes: OnceLock::new(),
             mount,
             device_number,
             control,
@@ -47,12 +50,10 @@ impl Session {
         };
         for index in 0..threads.max(1) {
             let channel = if index == 0 {
-                device
-                    .try_clone()
-                    .map_err(failed("duplicating the descriptor of /dev/fuse"))?
+                Arc::clone(&device)
             } else {
-                open_channel(device.as_fd())
-                    .map_err(failed("opening one more channel of /dev/fuse"))?
+                let channel = open_channel(device.as_fd());
+                Arc::new(channel.map_err(failed("opening one more channel of /dev/fuse"))?)
             };
             let server = Arc::clone(server);
             let thread = std::thread::Builder::new()
@@ -70,8 +71,15 @@ impl Session {
     }
 
     /// Where notices are sent.
-    pub(crate) fn device(&self) -> BorrowedFd<'_> {
-        self.device.as_fd()
+    pub(crate) fn device(&self) -> &Arc<OwnedFd> {
+        &self.device
+    }
+
+    /// Whether the kernel knows how to drop many inodes at one word (Linux 6.18).
+    pub(crate) fn prunes(&self) -> bool {
+        *self
+            .prunes
+            .get_or_init(|| super::notify::prune(self.device.as_fd(), &[]).is_ok())
     }
 
     /// `st_dev` of the mount.
@@ -162,7 +170,7 @@ fn device_number(mount: &OwnedFd) -> io::Result<u64> {
 }
 
 /// Serves requests until the connection ends.
-fn serve(server: &Server, channel: &OwnedFd) {
+fn serve(server: &Server, channel: &Arc<OwnedFd>) {
     let mut buffer = vec![0; MAX_WRITE + ARGS];
     let mut reply = Reply::new();
     loop {
@@ -176,28 +184,41 @@ fn serve(server: &Server, channel: &OwnedFd) {
                 return;
             }
         };
-        if len < IN_HEADER {
-            continue;
+        answer(server, channel, &buffer[..len], &mut reply, true);
+    }
+}
+
+/// Answers one request, or has it wait if that is allowed.
+pub(super) fn answer(
+    server: &Server,
+    channel: &Arc<OwnedFd>,
+    bytes: &[u8],
+    reply: &mut Reply,
+    may_wait: bool,
+) {
+    if bytes.len() < IN_HEADER {
+        return;
+    }
+    let Ok(request) = Request::parse(bytes) else {
+        tracing::error!(len = bytes.len(), "a FUSE request is malformed");
+        return;
+    };
+    if may_wait && server.barrier().take(request.node, bytes, channel) {
+        return;
+    }
+    reply.clear();
+    let error = match server.handle(request, reply) {
+        Ok(super::server::Answer::Reply) => 0,
+        Ok(super::server::Answer::Silence) => return,
+        Err(errno) => {
+            reply.clear();
+            -errno.raw_os_error()
         }
-        let Ok(request) = Request::parse(&buffer[..len]) else {
-            tracing::error!(len, "a FUSE request is malformed");
-            continue;
-        };
-        reply.clear();
-        let answer = server.handle(request, &mut reply);
-        let error = match answer {
-            Ok(super::server::Answer::Reply) => 0,
-            Ok(super::server::Answer::Silence) => continue,
-            Err(errno) => {
-                reply.clear();
-                -errno.raw_os_error()
-            }
-        };
-        if let Err(error) = rustix::io::write(channel, reply.finish(request.unique, error)) {
-            tracing::debug!(%error, opcode = request.opcode, "a reply was not taken");
-            for ino in reply.counted() {
-                server.forget(*ino, 1);
-            }
+    };
+    if let Err(error) = rustix::io::write(channel, reply.finish(request.unique, error)) {
+        tracing::debug!(%error, opcode = request.opcode, "a reply was not taken");
+        for ino in reply.counted() {
+            server.forget(*ino, 1);
         }
     }
 }

@@ -221,6 +221,7 @@ impl Reply {
         &mut self,
         ino: Ino,
         generation: u32,
+        keep_attributes: bool,
         node: &Node,
         ids: IdMap,
     ) -> &mut Self {
@@ -228,7 +229,7 @@ impl Reply {
         self.u64(ino)
             .u64(generation.into())
             .u64(FOREVER)
-            .u64(FOREVER)
+            .u64(if keep_attributes { FOREVER } else { 0 })
             .u64(0);
         self.attr(ino, node, ids)
     }

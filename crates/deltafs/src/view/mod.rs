@@ -146,11 +146,24 @@ impl View {
         }
     }
 
-    /// Lets go of an inode without a name that nothing holds open any more.
+    /// Lets go of an inode without a name that nothing holds open any more. What remains of one of the base is that
+    /// it is gone.
     pub(crate) fn release_orphan(&mut self, ino: Ino) {
-        if !self.pinned.contains(&ino) && self.orphans.remove(&ino).is_some() {
-            self.nodes.remove(&ino);
+        if self.pinned.contains(&ino) || self.orphans.remove(&ino).is_none() {
+            return;
         }
+        let node = self.nodes.remove(&ino);
+        if let Some(node) = node
+            && self.tree.base.inode(ino).is_some()
+        {
+            self.nodes.insert(ino, self.tree.gone(node.is_dir()));
+        }
+    }
+
+    /// Whether the inode is one of the base that is gone.
+    pub(crate) fn is_gone(&self, ino: Ino) -> bool {
+        let nameless = |node: &NodeRef| node.meta.nlink == 0;
+        self.nodes.get(&ino).is_some_and(nameless) && !self.orphans.contains(&ino)
     }
 
     /// Ends the pinning: whatever is to be opened again was opened.

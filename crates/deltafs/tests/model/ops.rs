@@ -24,7 +24,10 @@ pub(crate) enum Op {
     Close(usize),
     OnOpen(usize, Change),
     Checkpoint,
-    Rollback(usize),
+    OpenDir(PathBuf),
+    CloseDir(usize),
+    /// Whether the kernel is told of most files later.
+    Rollback(usize, bool),
     Fork(usize),
 }
 
@@ -232,7 +235,9 @@ pub(crate) fn any_op() -> impl Strategy<Value = Op> {
         1 => any::<usize>().prop_map(Op::Close),
         4 => (any::<usize>(), change()).prop_map(|(which, change)| Op::OnOpen(which, change)),
         2 => Just(Op::Checkpoint),
-        2 => any::<usize>().prop_map(Op::Rollback),
+        2 => path().prop_map(Op::OpenDir),
+        1 => any::<usize>().prop_map(Op::CloseDir),
+        2 => (any::<usize>(), any::<bool>()).prop_map(|(which, sparing)| Op::Rollback(which, sparing)),
         1 => any::<usize>().prop_map(Op::Fork),
     ]
 }
