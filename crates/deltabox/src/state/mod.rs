@@ -4,6 +4,7 @@
 //! while all processes stand still; it is in the tree when all three are there, or not at all. A rollback gives all
 //! three back in the same way.
 
+mod held;
 mod surroundings;
 mod tree;
 mod warmer;
@@ -96,10 +97,16 @@ impl<'a> Subject<'a> {
 
     /// Gives files and sessions the state of `target`.
     fn switch(self, target: &Content, epoch: u64) -> deltacr::Result<Switched<()>> {
-        let done = self
-            .volume
-            .rollback(&target.files)
-            .map_err(io::Error::other);
+        let held = || match held::inodes(&self.shared.container, self.volume.device()) {
+            Ok(held) => Some(held),
+            Err(error) => {
+                tracing::warn!(%error, "cannot tell which files are in use; the rollback takes longer");
+                None
+            }
+        };
+        let files = &target.files;
+        let done = self.volume.rollback_sparing(files, Volume::FEW, held);
+        let done = done.map_err(io::Error::other);
         let stats = done.during_tree("switching the files")?;
         self.shared.begin_restore(&target.sessions, epoch);
         Ok(Switched {

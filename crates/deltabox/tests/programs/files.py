@@ -1,6 +1,7 @@
 """Files, directories and pipes: offsets, flags, contents, and who shares them."""
 
 import fcntl
+import mmap
 import resource
 
 
@@ -54,6 +55,61 @@ def file_unlinked_but_open():
         os.write(kept, b"more")
         equal(os.fstat(kept).st_size, 10004, "size after a write")
         equal(os.path.exists("/playground/gone"), False, "the name")
+
+    return mutate, check
+
+
+@case
+def file_among_very_many_that_change():
+    os.makedirs("/playground/many/below")
+    os.chdir("/playground/many")
+    names = ["%d" % i for i in range(300)] + ["below/%d" % i for i in range(100)]
+    for name in names:
+        with open(name, "w") as file:
+            file.write(name.ljust(5000))
+    os.symlink("0", "link")
+    opened = {name: os.open(name, os.O_RDWR) for name in ("1", "below/1")}
+    append = os.open("2", os.O_WRONLY | os.O_APPEND)
+    path_only = os.open("3", os.O_PATH)
+    below = os.open("below", os.O_RDONLY | os.O_DIRECTORY)
+    mapped = {name: mmap.mmap(os.open(name, os.O_RDWR), 5000) for name in ("4", "5")}
+    listed = sorted(os.listdir("."))
+
+    def mutate():
+        os.path.exists("new")
+        for number, name in enumerate(names):
+            if number % 4 == 0:
+                with open(name, "w") as file:
+                    file.write("changed".ljust(9000))
+            elif number % 4 == 1:
+                os.pwrite(opened.get(name) or os.open(name, os.O_RDWR), b"changed", 0)
+            elif number % 4 == 2:
+                os.unlink(name)
+                os.path.exists(name)
+            else:
+                os.rename(name, name + "moved")
+        for number in range(100):
+            open("new%d" % number, "w").close()
+        os.unlink("link")
+        os.symlink("1", "link")
+        mapped["4"][0:7] = b"changed"
+
+    def check():
+        for name, descriptor in opened.items():
+            equal(os.pread(descriptor, 9000, 0), name.ljust(5000).encode(), "descriptor of " + name)
+        for name, memory in mapped.items():
+            equal(memory[:], name.ljust(5000).encode(), "mapping of " + name)
+        equal(os.fstat(path_only).st_size, 5000, "size by a descriptor of a path")
+        equal(sorted(os.listdir(".")), listed, "names")
+        equal(sorted(os.listdir(below)), sorted("%d" % i for i in range(100)), "names below")
+        equal(os.readlink("link"), "0", "symbolic link")
+        equal(os.path.exists("new0") or os.path.exists("3moved"), False, "names that were not there")
+        os.write(append, b"end")
+        equal(os.stat("2").st_size, 5003, "size after an append")
+        os.ftruncate(append, 5000)
+        for name in names:
+            with open("/playground/many/" + name) as file:
+                equal(file.read(), name.ljust(5000), name)
 
     return mutate, check
 

@@ -172,6 +172,7 @@ fn names(source: &str) -> Vec<&str> {
 theme! { files:
     file_offset_flags_and_content
     file_unlinked_but_open
+    file_among_very_many_that_change
     file_whose_name_was_taken_by_another
     file_renamed_since
     directory_position
