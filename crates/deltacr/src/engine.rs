@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use crate::attributes;
+use crate::background::Background;
 use crate::birth::{self, terminal::Terminals};
 use crate::describe::describe;
 use crate::end;
@@ -16,7 +17,7 @@ use crate::hold::{Acquaintances, Deaths, Grounds, Held, HeldProcess};
 use crate::ids::{HostPid, InnerPid};
 use crate::image::{ProcessImage, TreeImage};
 use crate::interview::Interview;
-use crate::mem::{Layout, Memory, SharedObjects, Tracker};
+use crate::mem::{Gears, Layout, Memory, SharedObjects, Tracker, Work};
 use crate::reconcile::{self, Now, Reconcile};
 use crate::resume::Wait;
 use crate::stopwatch::{Phases, Stopwatch};
@@ -83,6 +84,8 @@ pub struct Engine {
     trackers: HashMap<HostPid, Option<Tracker>>,
     waits: HashMap<HostPid, Option<Wait>>,
     shared: SharedObjects,
+    gears: Gears,
+    background: Background,
 }
 
 impl Engine {
@@ -91,6 +94,14 @@ impl Engine {
     /// # Errors
     /// The kernel has no shared memory objects (`memfd_create(2)`).
     pub fn new(store: Arc<PageStore>) -> Result<Self> {
+        Self::with_gears(store, Gears::default())
+    }
+
+    /// An engine that works in its second gear from other amounts on.
+    ///
+    /// # Errors
+    /// As [`Engine::new`].
+    pub fn with_gears(store: Arc<PageStore>, gears: Gears) -> Result<Self> {
         let shared = SharedObjects::new(store.clone()).during_tree("looking for shared memory")?;
         Ok(Self {
             store,
@@ -99,7 +110,14 @@ impl Engine {
             trackers: HashMap::new(),
             waits: HashMap::new(),
             shared,
+            gears,
+            background: Background::default(),
         })
+    }
+
+    /// Waits until what the last checkpoint left to be done is done, and nothing of it is left among the processes.
+    pub fn settle(&mut self) {
+        self.background.end();
     }
 
     /// Stops all processes.
@@ -118,6 +136,7 @@ impl Engine {
         env: &dyn Environment,
         cut: impl FnOnce(Deaths) -> Result<T> + Send,
     ) -> Result<Checkpoint<T>> {
+        self.settle();
         on_own_thread(|| {
             let mut tries = 0;
             let (mut held, captured, mut watch) = loop {
@@ -130,9 +149,9 @@ impl Engine {
                 let shared = self.shared.take();
                 tries += 1;
                 match captured {
-                    Ok((mut image, pages)) => {
-                        image.shared = Arc::new(shared);
-                        break (held, (image, pages), watch);
+                    Ok(mut captured) => {
+                        captured.image.shared = Arc::new(shared);
+                        break (held, captured, watch);
                     }
                     // One that was killed while it stood still is not what the others fail for.
                     Err(e) if tries < TRIES && (e.is_death() || held.has_casualties()) => {
@@ -141,15 +160,17 @@ impl Engine {
                     Err(e) => return Err(e),
                 }
             };
-            let (image, pages) = captured;
+            let Captured { image, pages, work } = captured;
             let cut = cut(held.deaths)?;
             watch.lap("files");
             held.release()?;
             watch.lap("resume");
+            let stop = held.since.elapsed();
+            self.background.begin(work)?;
             Ok(Checkpoint {
                 image,
                 cut,
-                stop: held.since.elapsed(),
+                stop,
                 phases: watch.phases,
                 pages,
             })
@@ -161,7 +182,7 @@ impl Engine {
         env: &dyn Environment,
         held: &mut Held,
         watch: &mut Stopwatch,
-    ) -> Result<(TreeImage, u64)> {
+    ) -> Result<Captured> {
         self.forget_the_dead(held);
         // While the processes answer, their descriptors are looked at.
         let interviews = interview_all(held, |_| true)?;
@@ -179,8 +200,10 @@ impl Engine {
             store: &self.store,
             shared: &self.shared,
             env,
+            gears: self.gears,
         };
         let mut pages = 0;
+        let mut left = Vec::new();
         let mut processes: BTreeMap<InnerPid, Arc<ProcessImage>> = BTreeMap::new();
         for (pid, (mut state, layout)) in described {
             let process = member(&mut held.processes, pid)?;
@@ -193,7 +216,9 @@ impl Engine {
                 .get(&state.stat.parent)
                 .filter(|_| tracker.is_none());
             let like = parent.map(|p| p.memory.clone());
-            state.memory = memory.capture(remote, tracker, scan, like.as_deref())?;
+            let (captured, work) = memory.capture(remote, tracker, scan, like.as_deref())?;
+            state.memory = captured;
+            left.extend(work);
             processes.insert(pid, Arc::new(state));
         }
         watch.lap("memory");
@@ -203,14 +228,21 @@ impl Engine {
             descriptors: Arc::new(descriptors),
             shared: Arc::default(),
         };
-        Ok((image, pages))
+        Ok(Captured {
+            image,
+            pages,
+            work: left,
+        })
     }
 
     fn forget_the_dead(&mut self, held: &Held) {
         let alive: HashSet<HostPid> = held.threads().map(|thread| thread.host).collect();
         // A number may have been used again since.
         let met = held.met_before(&self.known);
-        self.trackers.retain(|host, _| met.contains(host));
+        // A state whose pages were lost is no state to go on from.
+        let is_good = |t: &Option<Tracker>| t.as_ref().is_none_or(|t| t.base().pages.get().is_ok());
+        self.trackers
+            .retain(|host, tracker| met.contains(host) && is_good(tracker));
         self.waits.retain(|host, _| alive.contains(host));
     }
 
@@ -226,6 +258,8 @@ impl Engine {
         target: &TreeImage,
         switch: impl FnOnce() -> Result<Switched<T>> + Send,
     ) -> Result<Rollback<T>> {
+        self.settle();
+        target.complete()?;
         on_own_thread(|| {
             let mut watch = Stopwatch::start();
             let mut held = self.hold(env)?;
@@ -257,6 +291,8 @@ impl Engine {
     /// # Errors
     /// No process is left of those that were made.
     pub fn rebuild(&mut self, env: &dyn Environment, target: &TreeImage) -> Result<Rollback<()>> {
+        self.settle();
+        target.complete()?;
         on_own_thread(|| {
             let mut watch = Stopwatch::start();
             let done = self.make_all(env, target, &mut watch)?;
@@ -269,6 +305,7 @@ impl Engine {
     /// # Errors
     /// They do not end.
     pub fn kill_all(&mut self, env: &dyn Environment) -> Result<()> {
+        self.settle();
         self.known.clear();
         self.trackers.clear();
         self.waits.clear();
@@ -314,6 +351,7 @@ impl Engine {
             store: &self.store,
             shared: &self.shared,
             env,
+            gears: self.gears,
         };
         for (pid, interview) in interviews {
             let process = member(&mut held.processes, pid)?;
@@ -367,6 +405,7 @@ impl Engine {
                 store: &self.store,
                 shared: &self.shared,
                 env,
+                gears: self.gears,
             },
             procfs: &held.procfs,
             process,
@@ -449,6 +488,13 @@ impl Engine {
             fallback: None,
         })
     }
+}
+
+/// What was captured of a tree that stands still, and what is left to be done when it runs again.
+struct Captured {
+    image: TreeImage,
+    pages: u64,
+    work: Vec<Work>,
 }
 
 /// What there is before a rollback, of the processes that may stay.

@@ -46,6 +46,14 @@ pub enum Error {
         /// Which process, and what it waits for.
         what: String,
     },
+    /// The checkpoint's pages of a process were not copied, so that it cannot be given back.
+    #[error("the memory of process {pid} at the checkpoint is lost: {what}")]
+    Lost {
+        /// The process, as the sandbox counts.
+        pid: InnerPid,
+        /// Why.
+        what: String,
+    },
     /// An image on disk could not be written or read, or is damaged.
     #[error(transparent)]
     Image(#[from] deltalog::Error),

@@ -6,10 +6,11 @@ use std::sync::Arc;
 use serde::{Deserialize, Serialize};
 
 use crate::attributes::Attributes;
+use crate::error::Result;
 use crate::fd::Descriptors;
 use crate::files::Place;
 use crate::ids::InnerPid;
-use crate::mem::{AddressSpace, Backing, SharedMemory, VERSIONED};
+use crate::mem::{AddressSpace, Backing, Kept, SharedMemory, VERSIONED};
 use crate::procfs::Stat;
 use crate::signals::Queue;
 use crate::threads::ThreadImage;
@@ -65,6 +66,14 @@ impl TreeImage {
             descriptors: Arc::new(Descriptors::default()),
             shared: Arc::new(SharedMemory::default()),
         }
+    }
+
+    /// Waits until all of it is known: the memory may still be being copied. Tells what became of the pages.
+    ///
+    /// # Errors
+    /// Memory is lost, so that the image cannot be given back.
+    pub fn complete(&self) -> Result<Kept> {
+        self.processes.values().map(|p| p.memory.pages.kept()).sum()
     }
 
     /// How many processes are alive in it.

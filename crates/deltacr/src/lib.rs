@@ -3,6 +3,7 @@
 //! Stock kernel, no CRIU, no cooperation of the programs. See `docs/deltacr.md`.
 
 mod attributes;
+mod background;
 mod birth;
 mod describe;
 mod disk;
@@ -23,6 +24,7 @@ mod reconcile;
 pub mod remote;
 mod resume;
 mod signals;
+mod snapshot;
 pub mod stop;
 mod stopwatch;
 pub mod store;

@@ -198,7 +198,7 @@ pub(crate) fn die(remote: &Remote, signal: i32) -> io::Result<()> {
 }
 
 /// Begins a `clone` in a stopped process, which is left where it reports the birth. Returns the new-born, which is about to stop.
-fn clone(parent: &mut Remote, flags: i32) -> io::Result<HostPid> {
+pub(crate) fn clone(parent: &mut Remote, flags: i32) -> io::Result<HostPid> {
     let mut clone = Batch::new();
     clone.call(
         libc::SYS_clone,
@@ -209,7 +209,7 @@ fn clone(parent: &mut Remote, flags: i32) -> io::Result<HostPid> {
 }
 
 /// The whole of a `clone` that does not keep the parent waiting; both stand still.
-fn clone_through(parent: &mut Remote, flags: i32) -> io::Result<HostPid> {
+pub(crate) fn clone_through(parent: &mut Remote, flags: i32) -> io::Result<HostPid> {
     let host = clone(parent, flags)?;
     ptrace::resume(parent.host())?;
     parent.finish(parent.host())?;

@@ -51,7 +51,7 @@ impl TreeImage {
         for (pid, process) in &mut self.processes {
             let pages = held.remove(&Whose::Process(*pid)).unwrap_or_default();
             if let Some(process) = Arc::get_mut(process) {
-                Arc::make_mut(&mut process.memory).pages = pages;
+                Arc::make_mut(&mut process.memory).pages = pages.into();
             }
         }
         let objects = std::mem::take(&mut Arc::make_mut(&mut self.shared).objects);

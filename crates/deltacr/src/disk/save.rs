@@ -9,6 +9,7 @@ use super::records::{
     self, DESCRIPTORS, MAP, Map, PROCESS, RUNS, Run, SHARED, SUMS, Whose, ZOMBIES,
 };
 use super::{ImageInfo, MAPS, PAGES, PROCESSES};
+use crate::error;
 use crate::image::TreeImage;
 use crate::store::PageMap;
 
@@ -20,15 +21,16 @@ impl TreeImage {
     /// `before`. When this returns the files are on disk; their names are so when the directory is.
     ///
     /// # Errors
-    /// The disk refuses.
-    pub fn save(&self, dir: &Path, before: Option<&Self>) -> Result<ImageInfo> {
+    /// The disk refuses, or memory that was still being copied is lost.
+    pub fn save(&self, dir: &Path, before: Option<&Self>) -> error::Result<ImageInfo> {
         self.save_processes(dir)?;
         let mut saver = Saver {
             log: LogWriter::create(&dir.join(MAPS), records::MAPS)?,
             blocks: BlockWriter::create(&dir.join(PAGES))?,
             written: HashMap::new(),
         };
-        for (whose, pages) in self.maps() {
+        for map in self.maps() {
+            let (whose, pages) = map?;
             let like = before.and_then(|before| before.like(whose, self));
             let nothing = PageMap::new();
             let from = like.and_then(|like| before?.pages_of(like));
@@ -53,17 +55,17 @@ impl TreeImage {
     }
 
     /// All page maps.
-    fn maps(&self) -> impl Iterator<Item = (Whose, &PageMap)> {
+    fn maps(&self) -> impl Iterator<Item = error::Result<(Whose, &PageMap)>> {
         let processes = self.processes.iter();
-        let processes = processes.map(|(pid, p)| (Whose::Process(*pid), &p.memory.pages));
+        let processes = processes.map(|(pid, p)| Ok((Whose::Process(*pid), p.memory.pages.get()?)));
         let shared = self.shared.objects.iter();
-        processes.chain(shared.map(|(key, object)| (Whose::Shared(*key), &object.pages)))
+        processes.chain(shared.map(|(key, object)| Ok((Whose::Shared(*key), &object.pages))))
     }
 
-    /// The pages of one process or object.
+    /// The pages of one process or object; none if they were lost.
     pub(super) fn pages_of(&self, whose: Whose) -> Option<&PageMap> {
         match whose {
-            Whose::Process(pid) => Some(&self.processes.get(&pid)?.memory.pages),
+            Whose::Process(pid) => self.processes.get(&pid)?.memory.pages.get().ok(),
             Whose::Shared(key) => Some(&self.shared.objects.get(&key)?.pages),
         }
     }

@@ -1,15 +1,25 @@
 //! Taking down the memory of a stopped process.
 
 use std::fs::File;
+use std::io;
 use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 
 use crate::error::{During, Result};
+use crate::mem::harvest::{Work, Written, count};
+use crate::mem::pages::{common, outside};
+use crate::mem::pages_to_come::Promise;
 use crate::mem::scan::{Change, Scan};
-use crate::mem::{AddressSpace, Backing, Memory, PAGE, Tracker, Vma, pages_of, tracker};
+use crate::mem::spare::{self, Spare};
+use crate::mem::{
+    AddressSpace, Backing, Memory, PAGE, Pages, Tracker, Vma, addresses_of, merged, pages_of,
+    tracker,
+};
 use crate::remote::Remote;
-use crate::store::{Fresh, PageMap, is_zero};
+use crate::snapshot::Snapshot;
+use crate::store::{Fresh, PageMap};
+use crate::sys::pagemap::{Pagemap, category};
 use crate::sys::vm;
 
 impl Memory<'_> {
@@ -18,6 +28,9 @@ impl Memory<'_> {
     ///
     /// Pages that are as they were share their storage with the last known state, or with `like`:
     /// the state of another process that this one was forked from.
+    ///
+    /// What is much to read or to compare is left to the returned work, which can be done while the process runs on; the
+    /// pages of the state are known when it is done. It is to be done before the process is scanned again.
     ///
     /// # Errors
     /// The memory could not be read, or there is no room to keep it. The tracker then knows what it
@@ -28,7 +41,7 @@ impl Memory<'_> {
         tracker: &mut Option<Tracker>,
         scan: Scan,
         like: Option<&AddressSpace>,
-    ) -> Result<Arc<AddressSpace>> {
+    ) -> Result<(Arc<AddressSpace>, Option<Work>)> {
         for vma in &scan.vmas {
             if let Backing::Shm(key) = vma.backing {
                 self.shared
@@ -36,7 +49,14 @@ impl Memory<'_> {
                     .during(scan.pid, "reading the shared memory")?;
             }
         }
-        let pages = self.pages(remote, &scan, like)?;
+        let (pages, promise) = Pages::to_come(scan.pid);
+        let work = self.read(remote, &scan, like, promise)?;
+        let work = if work.is_quick(&self.gears) {
+            work.run();
+            None
+        } else {
+            Some(work)
+        };
         let state = Arc::new(AddressSpace {
             vmas: scan.vmas,
             guards: scan.guards,
@@ -52,42 +72,80 @@ impl Memory<'_> {
             scan.reset,
             &mut pagemap,
         )?;
-        Ok(state)
+        Ok((state, work))
     }
 
-    fn pages(&self, remote: &Remote, scan: &Scan, like: Option<&AddressSpace>) -> Result<PageMap> {
-        let mut pages = scan
-            .base
-            .as_ref()
-            .map(|b| b.pages.clone())
-            .unwrap_or_default();
+    /// Reads the pages that were written, or takes a snapshot that they can be read from.
+    fn read(
+        &self,
+        remote: &mut Remote,
+        scan: &Scan,
+        like: Option<&AddressSpace>,
+        promise: Promise,
+    ) -> Result<Work> {
+        let mut pages = scan.known.clone();
         keep_private(&mut pages, &scan.vmas);
         for (range, _) in changes(scan, Change::Dropped) {
             pages.remove(pages_of(range));
         }
-        let written = written(scan);
-        let count = written
-            .iter()
-            .map(|w| w.pages.end - w.pages.start)
-            .sum::<u64>();
+        let mut written = written(scan);
+        let mut unread = None;
+        if let Some(snapshot) = self.snapshot(remote, scan, &written)? {
+            let told = shared(&snapshot, written);
+            let (shared, own) = told.during(scan.pid, "looking at its snapshot")?;
+            written = own;
+            unread = Some((shared, snapshot));
+        }
         let mut fresh = self
             .store
-            .allocate(count as usize)
+            .allocate(count(&written))
             .during(scan.pid, "finding room for the memory")?;
         read(remote, &written, &mut fresh)?;
-        let mut sorter = Sorter {
+        Ok(Work {
+            pid: scan.pid,
+            store: self.store.clone(),
             pages,
-            like: like.map(|l| &l.pages),
-            fresh,
-        };
-        let mut index = 0;
-        for run in &written {
-            for page in run.pages.clone() {
-                sorter.page(page, index, run.vma.is_anonymous());
-                index += 1;
+            like: like.map(|like| like.pages.clone()),
+            read: (written, fresh),
+            unread,
+            promise,
+        })
+    }
+}
+
+impl Memory<'_> {
+    /// Takes a snapshot, if that is better than reading the written pages at once.
+    fn snapshot(
+        &self,
+        remote: &mut Remote,
+        scan: &Scan,
+        written: &[Written],
+    ) -> Result<Option<Snapshot>> {
+        let pages = count(written) as u64;
+        if pages < self.gears.snapshot {
+            return Ok(None);
+        }
+        let doing = "taking a snapshot";
+        let ranges: Vec<_> = written.iter().map(|run| addresses_of(&run.pages)).collect();
+        let spares = spare::find(remote, &scan.clean, &ranges).during(scan.pid, doing)?;
+        let spared = spares.iter().map(Spare::pages).sum();
+        if !self
+            .gears
+            .wants_snapshot(pages, scan.present.saturating_sub(spared))
+        {
+            return Ok(None);
+        }
+        spare::keep_back(remote, &spares).during(scan.pid, doing)?;
+        let taken = Snapshot::take(remote);
+        let child = taken.as_ref().ok().map(Snapshot::host);
+        spare::give_back(remote, &spares, child).during(scan.pid, doing)?;
+        match taken {
+            Ok(snapshot) => Ok(Some(snapshot)),
+            Err(e) => {
+                tracing::debug!(error = %e, "no snapshot of process {}", scan.pid);
+                Ok(None)
             }
         }
-        Ok(sorter.pages)
     }
 }
 
@@ -106,31 +164,58 @@ fn changes(scan: &Scan, which: Change) -> impl Iterator<Item = &(Range<u64>, Cha
     scan.changes.iter().filter(move |(_, c)| *c == which)
 }
 
-/// A run of pages to be read, all in one mapping.
-struct Written<'a> {
-    pages: Range<u64>,
-    vma: &'a Vma,
-}
-
-fn written(scan: &Scan) -> Vec<Written<'_>> {
+fn written(scan: &Scan) -> Vec<Written> {
     let mut vmas = scan.vmas.iter().peekable();
     changes(scan, Change::Written)
         .filter_map(|(range, _)| {
             while vmas.next_if(|v| v.end <= range.start).is_some() {}
+            let vma = vmas.peek()?;
             Some(Written {
                 pages: pages_of(range),
-                vma: vmas.peek()?,
+                anonymous: vma.is_anonymous(),
+                readable: vma.prot & libc::PROT_READ != 0,
             })
         })
         .collect()
 }
 
+/// Tells apart the pages that a snapshot has and those that the process keeps from its children.
+fn shared(snapshot: &Snapshot, written: Vec<Written>) -> io::Result<(Vec<Written>, Vec<Written>)> {
+    let addresses = |run: &Written| addresses_of(&run.pages);
+    let (Some(first), Some(last)) = (written.first(), written.last()) else {
+        return Ok((Vec::new(), written));
+    };
+    let whole = addresses(first).start..addresses(last).end;
+    let there = category::PRESENT | category::SWAPPED;
+    let mut runs = Vec::new();
+    Pagemap::open(snapshot.host())?.scan(whole, there, 0, &mut runs)?;
+    let there = merged(runs.iter().map(|run| run.start..run.end).collect(), 0);
+    let part = |run: &Written, ranges: Vec<Range<u64>>| {
+        let run = run.clone();
+        ranges.into_iter().map(move |range| Written {
+            pages: pages_of(&range),
+            ..run.clone()
+        })
+    };
+    let (mut shared, mut own) = (Vec::new(), Vec::new());
+    let mut rest = &there[..];
+    for run in &written {
+        let range = addresses(run);
+        let before = rest.partition_point(|r| r.end <= range.start);
+        rest = &rest[before..];
+        let near = &rest[..rest.partition_point(|r| r.start < range.end)];
+        shared.extend(part(run, common(&[range.clone()], near)));
+        own.extend(part(run, outside(&[range], near)));
+    }
+    Ok((shared, own))
+}
+
 /// Reads the runs, one after another, into the fresh pages.
-fn read(remote: &Remote, runs: &[Written<'_>], fresh: &mut Fresh) -> Result<()> {
+fn read(remote: &Remote, runs: &[Written], fresh: &mut Fresh) -> Result<()> {
     let (pid, host) = (remote.pid(), remote.host());
     let doing = "reading the memory";
     let all = runs.iter().flat_map(|run| {
-        let readable = run.vma.prot & libc::PROT_READ != 0;
+        let readable = run.readable;
         run.pages.clone().map(move |page| (readable, page * PAGE))
     });
     let all = all
@@ -152,26 +237,4 @@ fn read(remote: &Remote, runs: &[Written<'_>], fresh: &mut Fresh) -> Result<()> 
         memory.read_exact_at(into, at).during(pid, doing)?;
     }
     Ok(())
-}
-
-/// Sorts pages that were read into a map.
-struct Sorter<'a> {
-    pages: PageMap,
-    like: Option<&'a PageMap>,
-    fresh: Fresh,
-}
-
-impl Sorter<'_> {
-    fn page(&mut self, page: u64, index: usize, anonymous: bool) {
-        let new = self.fresh.page(index);
-        if anonymous && is_zero(new) {
-            self.pages.remove(page..page + 1);
-        } else if self.pages.get(page) == Some(new) {
-            // It was written, but with what it held.
-        } else if let Some(like) = self.like.filter(|l| l.get(page) == Some(new)) {
-            self.pages.share(page, like, page);
-        } else {
-            self.pages.put(page, &mut self.fresh, index);
-        }
-    }
 }

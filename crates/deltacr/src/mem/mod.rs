@@ -6,12 +6,16 @@
 //! changed.
 
 mod capture;
+mod gears;
+mod harvest;
 mod layout;
 mod pages;
+mod pages_to_come;
 mod plan;
 mod restore;
 mod scan;
 mod shm;
+mod spare;
 #[cfg(test)]
 mod tests;
 mod tracker;
@@ -22,7 +26,10 @@ use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
+pub use gears::Gears;
+pub use harvest::{Kept, Work};
 pub use layout::Layout;
+pub use pages_to_come::Pages;
 pub use scan::Scan;
 pub use shm::{SharedMemory, SharedObjects, ShmImage, ShmKey};
 pub use tracker::Tracker;
@@ -30,7 +37,7 @@ pub use tracker::Tracker;
 use crate::env::Environment;
 use crate::error::Error;
 use crate::ids::InnerPid;
-use crate::store::{PageMap, PageStore};
+use crate::store::PageStore;
 
 /// Stands for the device number of the sandbox's own filesystem.
 pub const VERSIONED: u64 = 0;
@@ -144,7 +151,7 @@ pub struct AddressSpace {
     /// The pages, by address divided by 4096, that differ from what the private mapping shows by
     /// itself. Persisted apart from the rest.
     #[serde(skip)]
-    pub pages: PageMap,
+    pub pages: Pages,
 }
 
 impl AddressSpace {
@@ -172,6 +179,8 @@ pub struct Memory<'a> {
     pub shared: &'a SharedObjects,
     /// The sandbox.
     pub env: &'a dyn Environment,
+    /// When to work another way.
+    pub gears: Gears,
 }
 
 fn unsupported(pid: InnerPid, what: String) -> Error {

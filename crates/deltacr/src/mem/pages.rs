@@ -6,29 +6,30 @@ use std::ops::Range;
 use crate::error::{During, Result};
 use crate::mem::{AddressSpace, PAGE, addresses_of, overlap};
 use crate::remote::{Batch, Remote};
-use crate::store::PageBytes;
+use crate::store::{PageBytes, PageMap};
 use crate::sys::vm;
 
 /// `MADV_DONTNEED` that works on locked pages too (Linux 5.18).
 const MADV_DONTNEED_LOCKED: i32 = 24;
 
 /// Gives the pages in these runs (of page numbers, ascending) the contents that they have in
-/// `target`. A page that is not held there shows what lies behind the mapping again.
+/// `pages`, the page map of `target`. A page that is not held there shows what lies behind the mapping again.
 pub(crate) fn put_back(
     remote: &mut Remote,
     target: &AddressSpace,
+    pages: &PageMap,
     runs: &[Range<u64>],
 ) -> Result<()> {
-    drop_pages(remote, &absent(target, runs))?;
-    write_pages(remote, target, runs)
+    drop_pages(remote, &absent(pages, runs))?;
+    write_pages(remote, target, pages, runs)
 }
 
 /// The parts of the runs that the target holds no page of.
-fn absent(target: &AddressSpace, runs: &[Range<u64>]) -> Vec<Range<u64>> {
+fn absent(pages: &PageMap, runs: &[Range<u64>]) -> Vec<Range<u64>> {
     let mut absent = Vec::new();
     for run in runs {
         let mut at = run.start;
-        for held in target.pages.runs(run.clone()) {
+        for held in pages.runs(run.clone()) {
             if at < held.start {
                 absent.push(at..held.start);
             }
@@ -64,9 +65,14 @@ fn drop_pages(remote: &mut Remote, runs: &[Range<u64>]) -> Result<()> {
     Ok(())
 }
 
-fn write_pages(remote: &Remote, target: &AddressSpace, runs: &[Range<u64>]) -> Result<()> {
+fn write_pages(
+    remote: &Remote,
+    target: &AddressSpace,
+    pages: &PageMap,
+    runs: &[Range<u64>],
+) -> Result<()> {
     let (pid, host) = (remote.pid(), remote.host());
-    let pages = runs.iter().flat_map(|run| target.pages.pages(run.clone()));
+    let pages = runs.iter().flat_map(|run| pages.pages(run.clone()));
     let pages = pages.map(|(page, bytes)| (page * PAGE, bytes));
     let mut vmas = target.vmas.iter().peekable();
     let mut forced: Vec<(u64, &PageBytes)> = Vec::new();

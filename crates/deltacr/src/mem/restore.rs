@@ -58,10 +58,11 @@ impl Memory<'_> {
             what: format!("the kernel does not map {:?} of that size", vma.backing),
         })?;
         self.remap(remote, &plan)?;
-        let runs = runs_to_put_back(&scan, target, &plan.fresh);
+        let pages = target.pages.get()?;
+        let runs = runs_to_put_back(&scan, target, pages, &plan.fresh);
         let guards = guards_to_change(&scan, target, &plan.fresh);
         set_guards(remote, &guards.1, false)?;
-        put_back(remote, target, &runs)?;
+        put_back(remote, target, pages, &runs)?;
         set_guards(remote, &guards.0, true)?;
         let auxv = (scan.auxv != target.auxv).then_some(&target.auxv[..]);
         if auxv.is_some() || scan.layout != target.layout {
@@ -295,17 +296,21 @@ fn private_ranges(vmas: &[Vma]) -> Vec<Range<u64>> {
 /// The runs of pages whose contents must be put back, ascending: in mappings that were kept, those
 /// which changed since the base or differ between the base and the target; in fresh mappings, those
 /// that the target holds.
-fn runs_to_put_back(scan: &Scan, target: &AddressSpace, fresh: &[Range<u64>]) -> Vec<Range<u64>> {
+fn runs_to_put_back(
+    scan: &Scan,
+    target: &AddressSpace,
+    pages: &PageMap,
+    fresh: &[Range<u64>],
+) -> Vec<Range<u64>> {
     let mut differing: Vec<Range<u64>> = scan.changes.iter().map(|(r, _)| r.clone()).collect();
-    let empty = PageMap::new();
-    let known = scan.base.as_ref().map_or(&empty, |b| &b.pages);
-    known.diff(&target.pages, 0..u64::MAX / crate::mem::PAGE, |run| {
-        differing.push(addresses_of(&run));
-    });
+    scan.known
+        .diff(pages, 0..u64::MAX / crate::mem::PAGE, |run| {
+            differing.push(addresses_of(&run));
+        });
     let kept = outside(&private_ranges(&target.vmas), fresh);
     let mut runs = common(&merged(differing, 0), &kept);
     for range in fresh {
-        let held = target.pages.runs(pages_of(range));
+        let held = pages.runs(pages_of(range));
         runs.extend(held.map(|pages| addresses_of(&pages)));
     }
     let runs = runs.iter().map(pages_of).collect();

@@ -43,6 +43,12 @@ pub struct Scan {
     pub(crate) auxv: Vec<u8>,
     /// The last known state; `None` if nothing is known, so that every page is told as written.
     pub(crate) base: Option<Arc<AddressSpace>>,
+    /// The pages of that state, none if nothing is known.
+    pub(crate) known: PageMap,
+    /// How many pages its private mappings have in memory.
+    pub(crate) present: u64,
+    /// The runs of those that were not written, ascending.
+    pub(crate) clean: Vec<Range<u64>>,
     /// Ranges of addresses in private mappings, ascending.
     pub(crate) changes: Vec<(Range<u64>, Change)>,
     pub(crate) reset: Reset,
@@ -73,10 +79,13 @@ impl Memory<'_> {
         let base = tracker.map(|t| Arc::clone(t.base()));
         let known = base.as_ref().map_or(&[][..], |b| &b.vmas);
         let vmas = vmas::read(self, remote, known)?;
+        let known = match &base {
+            Some(base) => base.pages.get()?.clone(),
+            None => PageMap::new(),
+        };
         let auxv = layout::auxv(remote)?;
         let doing = "scanning the pages";
         let mut scanner = Scanner {
-            empty: PageMap::new(),
             scan: Scan {
                 pid,
                 vmas: Vec::new(),
@@ -84,6 +93,9 @@ impl Memory<'_> {
                 layout,
                 auxv,
                 base,
+                known,
+                present: 0,
+                clean: Vec::new(),
                 changes: Vec::new(),
                 reset: Reset::default(),
                 pagemap: Pagemap::open(remote.host()).during(pid, doing)?,
@@ -97,7 +109,6 @@ impl Memory<'_> {
 }
 
 struct Scanner {
-    empty: PageMap,
     scan: Scan,
 }
 
@@ -146,9 +157,12 @@ impl Scanner {
         };
         for run in runs {
             tracked &= run.facts & category::TRACKED != 0;
+            self.scan.present += (run.end - run.start) / PAGE;
             if self.is_written(&run) {
                 self.scan.reset.written.push(run.start..run.end);
                 add(run.start..run.end);
+            } else {
+                self.scan.clean.push(run.start..run.end);
             }
         }
         if !tracked {
@@ -157,7 +171,7 @@ impl Scanner {
         if vma.is_anonymous() {
             return None;
         }
-        let known = self.base_pages().runs(pages_of(&vma.range()));
+        let known = self.scan.known.runs(pages_of(&vma.range()));
         known.for_each(|pages| add(addresses_of(&pages)));
         hull
     }
@@ -165,10 +179,6 @@ impl Scanner {
     fn is_written(&self, run: &PageRun) -> bool {
         let clean = run.facts & (category::WRITTEN | category::TRACKED) == category::TRACKED;
         !clean || self.scan.base.is_none()
-    }
-
-    fn base_pages(&self) -> &PageMap {
-        self.scan.base.as_ref().map_or(&self.empty, |b| &b.pages)
     }
 
     /// Decides about each page of a range, of which the kernel told these runs.
@@ -202,10 +212,7 @@ impl Scanner {
         if range.is_empty() {
             return;
         }
-        let Some(base) = self.scan.base.clone() else {
-            return;
-        };
-        let known = base.pages.runs(pages_of(&range));
+        let known = self.scan.known.runs(pages_of(&range));
         let changes = known.map(|pages| (addresses_of(&pages), change));
         self.scan.changes.extend(changes);
     }

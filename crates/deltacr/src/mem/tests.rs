@@ -12,7 +12,8 @@ use std::sync::Arc;
 
 use parking_lot::Mutex;
 
-use super::{AddressSpace, Layout, Memory, SharedObjects, Tracker};
+use super::harvest::Written;
+use super::{AddressSpace, Gears, Layout, Memory, Scan, SharedObjects, Tracker, Work};
 use crate::env::{Environment, ExternalId, Namespace};
 use crate::ids::{HostPid, InnerPid};
 use crate::remote::{Arg, Batch, Remote};
@@ -99,6 +100,7 @@ impl Environment for Host {
 }
 
 struct Bench {
+    gears: Gears,
     store: Arc<PageStore>,
     shared: SharedObjects,
     host: Host,
@@ -108,6 +110,7 @@ impl Bench {
     fn new() -> Self {
         let store = PageStore::new();
         Self {
+            gears: Gears::default(),
             shared: SharedObjects::new(Arc::clone(&store)).unwrap(),
             store,
             host: Host::new(),
@@ -119,6 +122,7 @@ impl Bench {
             store: &self.store,
             shared: &self.shared,
             env: &self.host,
+            gears: self.gears,
         }
     }
 
@@ -128,7 +132,21 @@ impl Bench {
             .memory()
             .scan(remote, tracker.as_ref(), layout)
             .unwrap();
-        self.memory().capture(remote, tracker, scan, None).unwrap()
+        self.capture_like(remote, tracker, scan, None)
+    }
+
+    /// Captures, and does what is left to be done at once.
+    fn capture_like(
+        &self,
+        remote: &mut Remote,
+        tracker: &mut Option<Tracker>,
+        scan: Scan,
+        like: Option<&AddressSpace>,
+    ) -> Arc<AddressSpace> {
+        let captured = self.memory().capture(remote, tracker, scan, like);
+        let (state, work) = captured.unwrap();
+        work.into_iter().for_each(Work::run);
+        state
     }
 
     fn restore(
@@ -166,6 +184,11 @@ impl Process {
 
     fn host(&self) -> HostPid {
         HostPid(self.0.id() as i32)
+    }
+
+    fn children(&self) -> String {
+        let host = self.host();
+        fs::read_to_string(format!("/proc/{host}/task/{host}/children")).unwrap()
     }
 
     fn seize(&self) -> Stopped {
@@ -347,7 +370,25 @@ fn random_step(remote: &mut Remote, dice: &mut Dice, ground: u64, file: u64) {
 
 #[test]
 fn random_changes_are_undone_to_any_earlier_state() {
-    let bench = Bench::new();
+    undo_random_changes(Gears::default());
+}
+
+#[test]
+fn random_changes_are_undone_to_any_earlier_state_read_from_snapshots() {
+    undo_random_changes(LOW);
+}
+
+/// Everything is done in the second gear.
+const LOW: Gears = Gears {
+    sort_later: 1,
+    snapshot: 1,
+};
+
+fn undo_random_changes(gears: Gears) {
+    let bench = Bench {
+        gears,
+        ..Bench::new()
+    };
     let process = Process::sleeper();
     let mut stopped = process.seize();
     let remote = &mut stopped.remote;
@@ -434,14 +475,18 @@ fn a_state_costs_what_was_written_since_the_one_before() {
     let process = Process::sleeper();
     let mut stopped = process.seize();
     let remote = &mut stopped.remote;
+    forget_rseq(remote);
     let ground = call(remote, libc::SYS_mmap, &[0, 8 << 20, RW, ANON, NO_FD, 0]).unwrap();
-    remote.write(ground, &vec![1; 8 << 20]).unwrap();
+    let pages = (0..2048_u32).flat_map(|page| page.to_le_bytes().repeat(1024));
+    remote.write(ground, &pages.collect::<Vec<_>>()).unwrap();
     let mut tracker = None;
     let first = bench.capture(remote, &mut tracker);
     let full = bench.store.pages();
     assert!(full >= 2048);
     remote.write(ground + 4096 * 7, &[2; 10]).unwrap();
-    remote.write(ground + 4096 * 9, &[1; 10]).unwrap();
+    remote
+        .write(ground + 4096 * 9, &9_u32.to_le_bytes())
+        .unwrap();
     let layout = Layout::of(remote).unwrap();
     let scan = bench
         .memory()
@@ -450,10 +495,7 @@ fn a_state_costs_what_was_written_since_the_one_before() {
     let here = |r: &Range<u64>| (ground..ground + (8 << 20)).contains(&r.start);
     let changed = scan.changes.iter().filter(|(r, _)| here(r));
     assert_eq!(changed.count(), 2);
-    let second = bench
-        .memory()
-        .capture(remote, &mut tracker, scan, None)
-        .unwrap();
+    let second = bench.capture_like(remote, &mut tracker, scan, None);
     assert_eq!(
         bench.store.pages(),
         full + 1,
@@ -463,14 +505,172 @@ fn a_state_costs_what_was_written_since_the_one_before() {
     let scan = bench.memory().scan(remote, None, layout).unwrap();
     assert!(scan.changed_pages() >= 2048);
     let mut other = None;
-    let third = bench
-        .memory()
-        .capture(remote, &mut other, scan, Some(&second))
-        .unwrap();
+    let third = bench.capture_like(remote, &mut other, scan, Some(&second));
     assert_eq!(bench.store.pages(), full + 1);
-    assert_eq!(third.pages, second.pages);
-    assert_ne!(first.pages, second.pages);
+    let pages = |state: &AddressSpace| state.pages.get().unwrap().clone();
+    assert_eq!(pages(&third), pages(&second));
+    assert_ne!(pages(&first), pages(&second));
     stopped.release().unwrap();
+}
+
+#[test]
+fn a_checkpoint_in_second_gear_holds_what_was_when_it_was_taken() {
+    let bench = Bench {
+        gears: LOW,
+        ..Bench::new()
+    };
+    let process = Process::sleeper();
+    let mut stopped = process.seize();
+    let remote = &mut stopped.remote;
+    let mut map = |bytes: u64| call(remote, libc::SYS_mmap, &[0, bytes, RW, ANON, NO_FD, 0]);
+    let (plain, own, wiped) = (map(8 << 20), map(1 << 20), map(1 << 20));
+    let (plain, own, wiped) = (plain.unwrap(), own.unwrap(), wiped.unwrap());
+    let keep = |remote: &mut Remote, at, advice: i32| {
+        call(remote, libc::SYS_madvise, &[at, 1 << 20, advice as u64]).unwrap();
+    };
+    keep(remote, own, libc::MADV_DONTFORK);
+    keep(remote, wiped, libc::MADV_WIPEONFORK);
+    let fill = |remote: &Remote, byte: u8| {
+        let pages: Vec<u8> = (0..2048_u64)
+            .flat_map(|page| [(page % 100) as u8 + byte; 4096])
+            .collect();
+        remote.write(plain, &pages).unwrap();
+        remote.write(own, &vec![byte; 1 << 20]).unwrap();
+        remote.write(wiped, &vec![byte + 1; 1 << 20]).unwrap();
+    };
+    fill(remote, 1);
+    let layout = Layout::of(remote).unwrap();
+    let scan = bench.memory().scan(remote, None, layout).unwrap();
+    let mut tracker = None;
+    let captured = bench.memory().capture(remote, &mut tracker, scan, None);
+    let (state, work) = captured.unwrap();
+    let work = work.unwrap();
+    assert!(work.unread.is_some());
+    let inside = |runs: &[Written], at: u64| runs.iter().any(|r| r.pages.contains(&(at / 4096)));
+    assert!(inside(&work.read.0, own) && inside(&work.read.0, wiped));
+    assert!(!inside(&work.read.0, plain));
+    fill(remote, 77);
+    work.run();
+    let pages = state.pages.get().unwrap();
+    for page in 0..2048 {
+        let expected = [(page % 100) as u8 + 1; 4096];
+        assert_eq!(pages.get(plain / 4096 + page), Some(&expected), "{page}");
+    }
+    assert_eq!(pages.get(own / 4096 + 3), Some(&[1; 4096]));
+    assert_eq!(pages.get(wiped / 4096 + 3), Some(&[2; 4096]));
+    let kept = state.pages.kept().unwrap();
+    // A hundred contents are there, the first two of them in what is kept from children as well.
+    assert!(kept.repeated >= 2048 - 100 + 512, "{kept:?}");
+    let scan = bench
+        .memory()
+        .scan(remote, tracker.as_ref(), layout)
+        .unwrap();
+    assert!(scan.changed_pages() >= 2048 + 512);
+    stopped.release().unwrap();
+}
+
+#[test]
+fn what_a_snapshot_spares_is_forked_to_children_as_before() {
+    let bench = Bench {
+        gears: LOW,
+        ..Bench::new()
+    };
+    let process = Process::sleeper();
+    let mut stopped = process.seize();
+    let remote = &mut stopped.remote;
+    const LEN: u64 = 16 << 20;
+    let mut map = || call(remote, libc::SYS_mmap, &[0, LEN, RW, ANON, NO_FD, 0]).unwrap();
+    let grounds = [map(), map(), map()];
+    // The last is the program's own secret.
+    let args = [grounds[2], LEN, libc::MADV_DONTFORK as u64];
+    call(remote, libc::SYS_madvise, &args).unwrap();
+    for ground in grounds {
+        remote.write(ground, &vec![3; LEN as usize]).unwrap();
+    }
+    let mut tracker = None;
+    bench.capture(remote, &mut tracker);
+    // A page in the middle of the first.
+    remote.write(grounds[0] + LEN / 2, &[4]).unwrap();
+    let maps = || fs::read_to_string(format!("/proc/{}/smaps", process.host())).unwrap();
+    let before = kept_from_children(&maps());
+    assert_eq!(before, [grounds[2]..grounds[2] + LEN]);
+    let lines = maps().lines().count();
+
+    let layout = Layout::of(remote).unwrap();
+    let scan = bench
+        .memory()
+        .scan(remote, tracker.as_ref(), layout)
+        .unwrap();
+    let captured = bench.memory().capture(remote, &mut tracker, scan, None);
+    let (_, work) = captured.unwrap();
+    let work = work.unwrap();
+    let (_, snapshot) = work.unread.as_ref().unwrap();
+    let status = fs::read_to_string(format!("/proc/{}/status", snapshot.host())).unwrap();
+    let resident = status.lines().find_map(|l| l.strip_prefix("RssAnon:"));
+    let resident: u64 = resident
+        .unwrap()
+        .trim()
+        .trim_end_matches(" kB")
+        .parse()
+        .unwrap();
+    assert!(resident < 4 << 10, "{resident} KiB are in the snapshot");
+    work.run();
+    assert_eq!(kept_from_children(&maps()), before);
+    assert_eq!(maps().lines().count(), lines, "mappings stay cut");
+    stopped.release().unwrap();
+}
+
+/// The writable mappings with `MADV_DONTFORK`.
+fn kept_from_children(smaps: &str) -> Vec<Range<u64>> {
+    let mut found = Vec::new();
+    let mut mapping = 0..0;
+    for line in smaps.lines() {
+        let (first, rest) = line.split_once(' ').unwrap_or((line, ""));
+        let address = |text| u64::from_str_radix(text, 16);
+        if let Some((start, end)) = first.split_once('-') {
+            mapping = address(start).unwrap()..address(end).unwrap();
+        } else if first == "VmFlags:" && ["dc", "wr"].iter().all(|flag| rest.contains(flag)) {
+            found.push(mapping.clone());
+        }
+    }
+    found
+}
+
+#[test]
+fn a_snapshot_that_is_killed_loses_the_state_and_does_not_falsify_it() {
+    let bench = Bench {
+        gears: LOW,
+        ..Bench::new()
+    };
+    let process = Process::sleeper();
+    let mut stopped = process.seize();
+    let remote = &mut stopped.remote;
+    let layout = Layout::of(remote).unwrap();
+    let scan = bench.memory().scan(remote, None, layout).unwrap();
+    let mut tracker = None;
+    let (state, work) = bench
+        .memory()
+        .capture(remote, &mut tracker, scan, None)
+        .unwrap();
+    let work = work.unwrap();
+    let (_, snapshot) = work.unread.as_ref().unwrap();
+    let stat = fs::read_to_string(format!("/proc/{}/stat", snapshot.host())).unwrap();
+    let parent = stat.rsplit(") ").next().unwrap().split(' ').nth(1).unwrap();
+    assert_ne!(
+        parent,
+        process.host().to_string(),
+        "it is no child of the original"
+    );
+    let pidfd = crate::sys::process::pidfd_open(snapshot.host()).unwrap();
+    crate::sys::process::pidfd_signal(pidfd.as_fd(), libc::SIGKILL).unwrap();
+    while fs::read(format!("/proc/{}/maps", snapshot.host())).is_ok_and(|maps| !maps.is_empty()) {
+        std::thread::sleep(std::time::Duration::from_millis(1));
+    }
+    work.run();
+    let told = state.pages.get().unwrap_err().to_string();
+    assert!(told.contains("snapshot"), "{told}");
+    stopped.release().unwrap();
+    assert_eq!(process.children(), "", "no child is left to it");
 }
 
 #[test]

@@ -147,7 +147,19 @@ impl Remote {
         self.set_going(tid, batch, area + STUB_ROOM)
     }
 
+    /// Makes a thread run a batch as soon as it runs on.
+    pub(crate) fn aim(&mut self, tid: HostPid, batch: &Batch) -> io::Result<()> {
+        let area = self.map_area()?;
+        self.aim_at(tid, batch, area + STUB_ROOM).map(drop)
+    }
+
     fn set_going(&mut self, tid: HostPid, batch: &Batch, at: u64) -> io::Result<usize> {
+        let len = self.aim_at(tid, batch, at)?;
+        ptrace::resume(tid)?;
+        Ok(len)
+    }
+
+    fn aim_at(&mut self, tid: HostPid, batch: &Batch, at: u64) -> io::Result<usize> {
         let area = self.map_area()?;
         let bytes = batch.encode(at);
         if at + bytes.len() as u64 > area + STUB_ROOM + CAPACITY as u64 {
@@ -170,7 +182,6 @@ impl Remote {
             false => ptrace::registers(tid).map(|own| (own.fs_base, own.gs_base))?,
         };
         ptrace::set_registers(tid, &regs)?;
-        ptrace::resume(tid)?;
         Ok(bytes.len())
     }
 

@@ -125,6 +125,26 @@ impl PageMap {
         Arc::make_mut(block).share(to, source, at);
     }
 
+    /// Holds at `page` too what it holds at `from`, if it holds something there.
+    pub(crate) fn repeat(&mut self, page: u64, from: u64) {
+        let (key, leaf, at) = locate(from);
+        let Some(source) = self.leaf(key, leaf).cloned() else {
+            return;
+        };
+        if source.mask() & 1 << at == 0 {
+            return;
+        }
+        let (to_key, to_leaf, to) = locate(page);
+        let place = &mut self.node_mut(to_key).leaves[to_leaf];
+        let block = place.get_or_insert_with(|| Arc::new(Block::beside(&source)));
+        if (to_key, to_leaf) == (key, leaf) {
+            drop(source);
+            Arc::make_mut(block).repeat(to, at);
+        } else {
+            Arc::make_mut(block).share(to, &source, at);
+        }
+    }
+
     /// Holds no page of this range any more.
     pub(crate) fn remove(&mut self, range: Range<u64>) {
         // Looked at before anything is copied: most ranges hold nothing.

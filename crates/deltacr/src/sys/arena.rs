@@ -372,6 +372,15 @@ impl Block {
         self.set(at, slot);
     }
 
+    /// Puts the page of one place at another; both hold it then.
+    pub(crate) fn repeat(&mut self, at: usize, from: usize) {
+        let slot = self.slots[from];
+        if slot != 0 {
+            self.arena.retain(slot);
+        }
+        self.set(at, slot);
+    }
+
     /// Lets go of the pages at the places whose bit is set.
     pub(crate) fn remove(&mut self, mask: u64) {
         let mut gone = [0; BLOCK];

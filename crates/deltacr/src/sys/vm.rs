@@ -1,6 +1,9 @@
 //! Copies of whole pages between stored slots and the memory of another process.
 
+use std::fs::File;
 use std::io;
+use std::ops::Range;
+use std::os::fd::AsRawFd;
 
 use crate::ids::HostPid;
 use crate::sys::arena::{Fresh, PAGE, PageBytes};
@@ -99,6 +102,43 @@ pub(crate) fn read_pages(
         transfer.page(address, fresh.pointer(index).as_ptr())?;
     }
     transfer.run()
+}
+
+/// Reads the pages of these ranges of addresses, one after another, into the fresh slots, by a process' `/proc/PID/mem`;
+/// all or an error.
+pub(crate) fn read_ranges(
+    memory: &File,
+    ranges: impl Iterator<Item = Range<u64>>,
+    fresh: &mut Fresh,
+) -> io::Result<()> {
+    let mut index = 0;
+    for range in ranges {
+        let mut address = range.start;
+        while address < range.end {
+            let mut local = Vec::new();
+            let mut end = address;
+            while end < range.end && local.len() < IOV_MAX {
+                add(&mut local, fresh.pointer(index).as_ptr() as usize);
+                index += 1;
+                end += PAGE as u64;
+            }
+            // SAFETY: the pieces are fresh pages, which are borrowed mutably and not shared with anybody.
+            let n = unsafe {
+                libc::preadv(
+                    memory.as_raw_fd(),
+                    local.as_ptr(),
+                    local.len() as libc::c_int,
+                    address as libc::off_t,
+                )
+            };
+            match n {
+                -1 => return Err(io::Error::last_os_error()),
+                n if n as u64 == end - address => address = end,
+                _ => return Err(io::Error::from_raw_os_error(libc::EFAULT)),
+            }
+        }
+    }
+    Ok(())
 }
 
 /// Writes pages to these addresses (`process_vm_writev(2)`); all or an error.

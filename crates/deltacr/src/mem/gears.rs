@@ -1,0 +1,36 @@
+//! When it pays to do a thing another way.
+
+/// From how many changed pages of a process on the engine works in its second gear.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Gears {
+    /// A checkpoint sorts the pages that it copied after the process runs on.
+    pub sort_later: u64,
+    /// A checkpoint takes a copy-on-write snapshot, and copies after the process runs on.
+    pub snapshot: u64,
+}
+
+impl Default for Gears {
+    fn default() -> Self {
+        Self {
+            // Comparing a page takes 0.3 µs; a thread is started in 50.
+            sort_later: 256,
+            // Copying a page takes 1.4 µs, and a snapshot 300 µs and 0.1 µs a page. But while the pages are copied
+            // from the snapshot, a page that the process writes to is copied by its fault.
+            snapshot: 1024,
+        }
+    }
+}
+
+/// What copying and snapshots cost, in nanoseconds: a page copied, a page that a snapshot shares, and a snapshot as such.
+const COPY: u64 = 1400;
+const SHARE: u64 = 100;
+const SNAPSHOT: u64 = 300_000;
+
+impl Gears {
+    /// Whether `written` pages are better read from a snapshot, which shares `shared` pages.
+    pub(crate) fn wants_snapshot(&self, written: u64, shared: u64) -> bool {
+        written >= self.snapshot
+            && (self.snapshot < Self::default().snapshot
+                || 2 * (SNAPSHOT + SHARE * shared) < COPY * written)
+    }
+}
