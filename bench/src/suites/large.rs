@@ -1,7 +1,7 @@
 //! Checkpoint and rollback of steps that write to much memory, and long trees of checkpoints.
 
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use deltabox::{CommandSpec, Host, Sandbox, SandboxSpec, SessionId};
@@ -110,6 +110,8 @@ impl Program {
 #[derive(Default)]
 struct Measured {
     stop: Samples,
+    complete: Samples,
+    stored: Samples,
     checkpoint: Operation,
     rollback: Operation,
     touch: Samples,
@@ -130,7 +132,11 @@ fn measure(options: &Options, size: u32, written: u32) -> Result<Measured> {
     let base = sandbox.checkpoint(None)?.id;
     for i in 0..if options.quick { 5 } else { 20 } {
         program.step(2 * i)?;
+        let begun = Instant::now();
         let checkpoint = sandbox.checkpoint(None)?;
+        let kept = sandbox.complete(checkpoint.id)?;
+        measured.complete.time(begun.elapsed());
+        measured.stored.count(kept.stored);
         measured.stop.time(checkpoint.stop);
         measured
             .checkpoint
@@ -168,9 +174,11 @@ impl Measured {
             &self.checkpoint.total,
             &floor.checkpoint,
         );
+        add("checkpoint complete", &self.complete, &floor.checkpoint);
         add("rollback", &self.rollback.total, &floor.rollback);
         add("touching all after", &self.touch, &self.touch_present);
         add("rollback and touching", &self.both, &self.both_eager);
+        rows.add(SUITE, case, "pages stored", "pages", &self.stored, None);
         self.checkpoint.tell(SUITE, case, "checkpoint", rows);
         self.rollback.tell(SUITE, case, "rollback", rows);
     }

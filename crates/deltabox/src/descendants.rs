@@ -30,20 +30,31 @@ struct Status {
 }
 
 /// Kills the command with pid `leader` (inside) of `session` and its descendants in the frozen-and-thawed group
-/// `payload`. The caller sees to it that no checkpoint or rollback is under way.
-pub(crate) fn kill(payload: &Path, session: SessionId, leader: i32) -> Result<()> {
+/// `payload`, but for the processes (outside) that are to be spared. The caller sees to it that no checkpoint or rollback is under way.
+pub(crate) fn kill(
+    payload: &Path,
+    session: SessionId,
+    leader: i32,
+    spare: &dyn Fn(i32) -> bool,
+) -> Result<()> {
     let frozen = cgroup::freeze(payload, true);
-    let killed = frozen.and_then(|()| kill_frozen(payload, session, leader));
+    let killed = frozen.and_then(|()| kill_frozen(payload, session, leader, spare));
     // Thawed whatever happened: a killed process must run to end.
     cgroup::freeze(payload, false).and(killed)
 }
 
-fn kill_frozen(payload: &Path, session: SessionId, leader: i32) -> Result<()> {
+fn kill_frozen(
+    payload: &Path,
+    session: SessionId,
+    leader: i32,
+    spare: &dyn Fn(i32) -> bool,
+) -> Result<()> {
     use crate::error::Doing;
     let pids = cgroup::processes(payload).doing("listing the sandbox's processes")?;
     let mark = format!("{MARK}={session}");
     let statuses: HashMap<i32, Status> = pids
         .iter()
+        .filter(|&&pid| !spare(pid))
         .filter_map(|&pid| Some((pid, parse(&read(pid, "status", 16 * 1024)?))))
         .collect();
     let mut doomed: HashSet<i32> = statuses

@@ -175,6 +175,19 @@ pub struct CheckpointReport {
     pub processes: usize,
 }
 
+/// What became of the memory pages that a checkpoint copied.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct KeptPages {
+    /// Stored.
+    pub stored: u64,
+    /// Not stored: zero.
+    pub zero: u64,
+    /// Not stored: as the checkpoint before has them, or the parent of a process that was forked since.
+    pub same: u64,
+    /// Not stored: as another page that was copied at the same time.
+    pub repeated: u64,
+}
+
 /// A rollback that was made.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct RollbackReport {

@@ -150,7 +150,7 @@ impl Sandbox {
             epoch: self.epoch(),
             created: self.created,
             checkpoints,
-            processes: self.container().processes(),
+            processes: self.shared().processes(),
             file_bytes: self.volume.stats().data_bytes,
             page_bytes,
             warnings: self.container().warnings().to_vec(),
@@ -238,6 +238,16 @@ impl Sandbox {
         let _whole = self.shared().whole.lock();
         self.shared().check(&self.name)?;
         self.state.lock().checkpoint(self.subject(), message)
+    }
+
+    /// Waits until a checkpoint is complete: of much memory the copying goes on after [`Sandbox::checkpoint`] has returned,
+    /// while the processes run. What needs the checkpoint before that waits by itself.
+    ///
+    /// # Errors
+    /// There is no such checkpoint, or memory could not be copied, so that it cannot be rolled back to.
+    pub fn complete(&self, id: CheckpointId) -> Result<KeptPages> {
+        let content = self.state.lock().content(id)?;
+        content.complete()
     }
 
     /// Gives the sandbox the state of a checkpoint of its tree back.

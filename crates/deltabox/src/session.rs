@@ -14,7 +14,7 @@ use crate::report::{SessionEvent, SessionId, SessionInfo};
 use crate::sessions::Shared;
 use crate::spec::WindowSize;
 use crate::streams::Streams;
-use crate::{descendants, sys};
+use crate::sys;
 
 /// How long a blocked writer sleeps before it looks whether the session still goes on.
 const LOOK_AGAIN: Duration = Duration::from_millis(100);
@@ -152,7 +152,7 @@ impl Session {
         if shared.is_closed() {
             return Err(self.orphaned());
         }
-        descendants::kill(shared.container.payload(), self.id, self.pid)
+        shared.kill_descendants(self)
     }
 
     /// The session's events from output byte `offset` on (0: from the beginning of what the log still has).

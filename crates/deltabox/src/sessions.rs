@@ -4,13 +4,14 @@ use std::collections::BTreeMap;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use deltabox_init::Event;
-use deltacr::Deaths;
+use deltacr::ids::HostPid;
+use deltacr::{Deaths, Snapshots};
 use parking_lot::{Condvar, Mutex};
 use rustix::event::epoll;
 use rustix::io::Errno;
@@ -44,6 +45,8 @@ pub(crate) struct Shared {
     pub(crate) container: Arc<Container>,
     /// Held by whatever changes or captures the whole state: one at a time.
     pub(crate) whole: Mutex<()>,
+    /// Processes among the sandbox's own that a checkpoint copies memory from; known from the first checkpoint on.
+    pub(crate) snapshots: OnceLock<Snapshots>,
     /// How often the sandbox was rolled back.
     pub(crate) epoch: AtomicU64,
     pub(crate) table: Mutex<Table>,
@@ -99,6 +102,7 @@ impl Sessions {
         let shared = Arc::new(Shared {
             container,
             whole: Mutex::default(),
+            snapshots: OnceLock::new(),
             epoch: AtomicU64::new(0),
             table: Mutex::default(),
             poller,
@@ -384,10 +388,23 @@ impl Shared {
             state.deadline = None;
             state.timed_out = true;
         }
-        if let Err(e) = descendants::kill(self.container.payload(), session.id, session.pid) {
+        if let Err(e) = self.kill_descendants(session) {
             tracing::warn!("killing session {}, whose time is up: {e}", session.id);
         }
         true
+    }
+
+    /// Kills the command of a session with all its descendants. The caller holds [`Shared::whole`].
+    pub(crate) fn kill_descendants(&self, session: &Session) -> Result<()> {
+        let snapshots = self.snapshots.get();
+        let spare = |pid| snapshots.is_some_and(|s| s.contains(HostPid(pid)));
+        descendants::kill(self.container.payload(), session.id, session.pid, &spare)
+    }
+
+    /// How many processes there are.
+    pub(crate) fn processes(&self) -> usize {
+        let snapshots = self.snapshots.get().map_or(0, Snapshots::count);
+        self.container.processes().saturating_sub(snapshots)
     }
 
     /// Whether the sandbox has not been removed; what belonged to it may have the name of something else's by now.

@@ -20,6 +20,7 @@ use crate::interview::Interview;
 use crate::mem::{Gears, Layout, Memory, SharedObjects, Tracker, Work};
 use crate::reconcile::{self, Now, Reconcile};
 use crate::resume::Wait;
+use crate::snapshot::Snapshots;
 use crate::stopwatch::{Phases, Stopwatch};
 use crate::store::PageStore;
 use crate::sys;
@@ -85,6 +86,7 @@ pub struct Engine {
     waits: HashMap<HostPid, Option<Wait>>,
     shared: SharedObjects,
     gears: Gears,
+    snapshots: Snapshots,
     background: Background,
 }
 
@@ -111,8 +113,14 @@ impl Engine {
             waits: HashMap::new(),
             shared,
             gears,
+            snapshots: Snapshots::default(),
             background: Background::default(),
         })
+    }
+
+    /// The processes of snapshots, for whoever lists those of the sandbox.
+    pub fn snapshots(&self) -> Snapshots {
+        self.snapshots.clone()
     }
 
     /// Waits until what the last checkpoint left to be done is done, and nothing of it is left among the processes.
@@ -200,6 +208,7 @@ impl Engine {
             store: &self.store,
             shared: &self.shared,
             env,
+            snapshots: &self.snapshots,
             gears: self.gears,
         };
         let mut pages = 0;
@@ -351,6 +360,7 @@ impl Engine {
             store: &self.store,
             shared: &self.shared,
             env,
+            snapshots: &self.snapshots,
             gears: self.gears,
         };
         for (pid, interview) in interviews {
@@ -405,6 +415,7 @@ impl Engine {
                 store: &self.store,
                 shared: &self.shared,
                 env,
+                snapshots: &self.snapshots,
                 gears: self.gears,
             },
             procfs: &held.procfs,

@@ -37,4 +37,5 @@ pub use engine::{Checkpoint, Engine, Rollback, Switched};
 pub use error::{During, Error, Result};
 pub use hold::Deaths;
 pub use image::{ProcessSummary, TreeImage};
+pub use snapshot::Snapshots;
 pub use stopwatch::{Phases, Stopwatch};

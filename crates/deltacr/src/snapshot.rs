@@ -8,11 +8,14 @@
 //! descriptors, a session of its own, all signals blocked, and waits in `pause(2)`; nobody traces it. Inside it is seen by `ps`
 //! for as long as it lives. Whoever kills it there makes the checkpoint fail, not wrong.
 
+use std::collections::HashSet;
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use parking_lot::Mutex;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use crate::birth::spawn;
@@ -33,9 +36,26 @@ const BURIAL: Duration = Duration::from_millis(20);
 /// Between two looks at whether it has.
 const PAUSE: Duration = Duration::from_micros(100);
 
+/// The processes of an engine's snapshots, which are among those of the sandbox and do not belong to it.
+#[derive(Clone, Debug, Default)]
+pub struct Snapshots(Arc<Mutex<HashSet<HostPid>>>);
+
+impl Snapshots {
+    /// Whether a process of the sandbox is a snapshot.
+    pub fn contains(&self, process: HostPid) -> bool {
+        self.0.lock().contains(&process)
+    }
+
+    /// How many there are.
+    pub fn count(&self) -> usize {
+        self.0.lock().len()
+    }
+}
+
 /// The memory of a process as it was. Ends with its process when dropped, which waits until that is gone.
 #[derive(Debug)]
 pub(crate) struct Snapshot {
+    all: Snapshots,
     host: HostPid,
     pidfd: OwnedFd,
     /// `/proc/PID/mem`. Unlike `process_vm_readv(2)`, which pins pages and must not pin shared ones, reading it does
@@ -49,12 +69,12 @@ impl Snapshot {
     ///
     /// # Errors
     /// No process can be made in the sandbox, or the original died.
-    pub(crate) fn take(original: &mut Remote) -> io::Result<Self> {
+    pub(crate) fn take(original: &mut Remote, all: &Snapshots) -> io::Result<Self> {
         let flags = libc::CLONE_VM | libc::CLONE_VFORK | libc::CLONE_FILES;
         let host = spawn::clone(original, flags)?;
         // From here on the original waits in the kernel until its helper has ended.
         ptrace::resume(original.host())?;
-        let taken = take_by(host, original.area_address());
+        let taken = take_by(host, original.area_address(), all);
         if taken.is_err() {
             let killed = process::pidfd_open(host);
             let _ = killed.and_then(|p| process::pidfd_signal(p.as_fd(), libc::SIGKILL));
@@ -63,6 +83,18 @@ impl Snapshot {
         original.finish(original.host())?;
         let (helper, snapshot) = taken?;
         spawn::reap(original, &[helper])?;
+        Ok(snapshot)
+    }
+
+    /// Takes up a process that was made to be one.
+    fn of(host: HostPid, all: &Snapshots) -> io::Result<Self> {
+        let snapshot = Self {
+            all: all.clone(),
+            host,
+            pidfd: process::pidfd_open(host)?,
+            memory: File::open(format!("/proc/{host}/mem"))?,
+        };
+        all.0.lock().insert(host);
         Ok(snapshot)
     }
 
@@ -82,6 +114,7 @@ impl Drop for Snapshot {
         let _ = process::pidfd_signal(self.pidfd.as_fd(), libc::SIGKILL);
         let mut end = [PollFd::new(&self.pidfd, PollFlags::IN)];
         let _ = poll(&mut end, Some(&END));
+        self.all.0.lock().remove(&self.host);
         // Until init has waited for it, it has its number.
         let until = Instant::now() + BURIAL;
         while process::pidfd_signal(self.pidfd.as_fd(), 0).is_ok() && Instant::now() < until {
@@ -91,7 +124,7 @@ impl Drop for Snapshot {
 }
 
 /// Makes the helper make the snapshot, and end. Returns the helper's number inside.
-fn take_by(host: HostPid, area: Option<u64>) -> io::Result<(InnerPid, Snapshot)> {
+fn take_by(host: HostPid, area: Option<u64>, all: &Snapshots) -> io::Result<(InnerPid, Snapshot)> {
     await_interruption(host)?;
     block_signals(host)?;
     let pid = host.inner()?;
@@ -103,22 +136,14 @@ fn take_by(host: HostPid, area: Option<u64>) -> io::Result<(InnerPid, Snapshot)>
     let closed = close.call(libc::SYS_close_range, &args);
     helper.run(&close)?.result(closed)?;
     let copy = spawn::clone_through(&mut helper, 0)?;
-    let snapshot = wait_forever(pid, copy, area);
-    if snapshot.is_err() {
-        let killed = process::pidfd_open(copy);
-        let _ = killed.and_then(|p| process::pidfd_signal(p.as_fd(), libc::SIGKILL));
-    }
+    let snapshot = Snapshot::of(copy, all)?;
+    wait_forever(pid, copy, area)?;
     spawn::end_thread(&mut helper, host)?;
-    Ok((pid, snapshot?))
+    Ok((pid, snapshot))
 }
 
 /// Lets the new-born copy go, into a wait that only a kill ends.
-fn wait_forever(pid: InnerPid, host: HostPid, area: Option<u64>) -> io::Result<Snapshot> {
-    let snapshot = Snapshot {
-        host,
-        pidfd: process::pidfd_open(host)?,
-        memory: File::open(format!("/proc/{host}/mem"))?,
-    };
+fn wait_forever(pid: InnerPid, host: HostPid, area: Option<u64>) -> io::Result<()> {
     let mut wait = Batch::new();
     // Neither a signal to the session or group of the original, nor the end of its terminal is meant for it.
     wait.call(libc::SYS_setsid, &[]);
@@ -126,6 +151,5 @@ fn wait_forever(pid: InnerPid, host: HostPid, area: Option<u64>) -> io::Result<S
     wait.call(libc::SYS_exit_group, &[0.into()]);
     Remote::new(pid, host, area)?.aim(host, &wait)?;
     ptrace::set_signal_mask(host, u64::MAX)?;
-    ptrace::detach(host)?;
-    Ok(snapshot)
+    ptrace::detach(host)
 }

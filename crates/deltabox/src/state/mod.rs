@@ -162,6 +162,8 @@ impl DeltaState {
     ) -> Result<CheckpointReport> {
         let begin = Instant::now();
         let env = subject.surroundings(None);
+        let snapshots = || self.engine.snapshots();
+        subject.shared.snapshots.get_or_init(snapshots);
         let made = self.engine.checkpoint(&env, |deaths| subject.cut(deaths))?;
         self.common.warmer.used(made.pages);
         let id = self.common.next_id();
@@ -275,6 +277,17 @@ impl DeltaState {
 }
 
 impl Content {
+    /// Waits until all of it is there.
+    pub(crate) fn complete(&self) -> Result<KeptPages> {
+        let kept = self.processes.complete()?;
+        Ok(KeptPages {
+            stored: kept.stored,
+            zero: kept.zero,
+            same: kept.same,
+            repeated: kept.repeated,
+        })
+    }
+
     /// The files, for a volume that is to show them.
     pub(crate) fn files(&self) -> &Snapshot {
         &self.files

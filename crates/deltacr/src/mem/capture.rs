@@ -136,7 +136,7 @@ impl Memory<'_> {
             return Ok(None);
         }
         spare::keep_back(remote, &spares).during(scan.pid, doing)?;
-        let taken = Snapshot::take(remote);
+        let taken = Snapshot::take(remote, self.snapshots);
         let child = taken.as_ref().ok().map(Snapshot::host);
         spare::give_back(remote, &spares, child).during(scan.pid, doing)?;
         match taken {
@@ -204,7 +204,7 @@ fn shared(snapshot: &Snapshot, written: Vec<Written>) -> io::Result<(Vec<Written
         let before = rest.partition_point(|r| r.end <= range.start);
         rest = &rest[before..];
         let near = &rest[..rest.partition_point(|r| r.start < range.end)];
-        shared.extend(part(run, common(&[range.clone()], near)));
+        shared.extend(part(run, common(std::slice::from_ref(&range), near)));
         own.extend(part(run, outside(&[range], near)));
     }
     Ok((shared, own))

@@ -37,6 +37,7 @@ pub use tracker::Tracker;
 use crate::env::Environment;
 use crate::error::Error;
 use crate::ids::InnerPid;
+use crate::snapshot::Snapshots;
 use crate::store::PageStore;
 
 /// Stands for the device number of the sandbox's own filesystem.
@@ -179,6 +180,8 @@ pub struct Memory<'a> {
     pub shared: &'a SharedObjects,
     /// The sandbox.
     pub env: &'a dyn Environment,
+    /// Where snapshots of processes are known.
+    pub snapshots: &'a Snapshots,
     /// When to work another way.
     pub gears: Gears,
 }

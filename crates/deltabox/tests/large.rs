@@ -1,0 +1,229 @@
+//! Steps that write to much memory: nobody sees that it is copied later than it was checkpointed.
+
+mod common;
+
+use std::sync::Arc;
+
+use common::*;
+use deltabox::{CommandSpec, Error, Events, Sandbox, SandboxSpec, Session};
+
+const PYTHON: &str = "/usr/bin/python3";
+
+/// Holds 48 MiB. Each command changes or tells something of it, and is answered with a line.
+const PROGRAM: &str = r"
+import ctypes, mmap, os, signal, subprocess, sys, time, zlib
+SIZE = 48 << 20
+M = mmap.mmap(-1, SIZE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+libc = ctypes.CDLL(None, use_errno=True)
+libc.mremap.restype = ctypes.c_void_p
+libc.mremap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t, ctypes.c_int, ctypes.c_void_p]
+libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+kept = []
+def fill(n):
+    for at in range(0, SIZE, 4096):
+        M[at:at + 16] = b'%8d%8d' % (n, at)
+def told():
+    return '%08x' % zlib.crc32(M)
+for line in sys.stdin:
+    command, n = line.split()
+    n = int(n)
+    if command == 'fill':
+        fill(n)
+        print(told(), flush=True)
+    elif command == 'tell':
+        print(told(), flush=True)
+    elif command == 'spoil':
+        # All that a program does to its memory and to its family.
+        child = os.fork()
+        if child == 0:
+            fill(n + 1)
+            os.execv('/bin/true', ['true'])
+        ghost = os.fork()
+        if ghost == 0:
+            M[0:4] = b'ghost'[:4]
+            time.sleep(1000)
+        fill(n + 2)
+        os.kill(ghost, signal.SIGKILL)
+        os.waitpid(ghost, 0)
+        os.waitpid(child, 0)
+        other = mmap.mmap(-1, 8 << 20, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        other[:] = b'x' * len(other)
+        # Python must not unmap it: parts of it will be elsewhere.
+        kept.append(other)
+        at = ctypes.addressof(ctypes.c_char.from_buffer(other))
+        moved = libc.mremap(at, 4 << 20, 6 << 20, 1, None)
+        libc.munmap(moved, 1 << 20)
+        M.madvise(mmap.MADV_DONTNEED, 0, 8 << 20)
+        subprocess.run(['true'], check=True)
+        print('spoiled', flush=True)
+    elif command == 'snapshots':
+        # Whoever waits under init and leads a session of its own with this program's name.
+        found = []
+        for pid in filter(str.isdigit, os.listdir('/proc')):
+            fields = open(f'/proc/{pid}/stat').read().rsplit(') ', 1)[1].split()
+            if fields[1] == '1' and fields[3] == pid and int(pid) != os.getpid():
+                found.append(int(pid))
+                os.kill(int(pid), signal.SIGKILL)
+        print(len(found), flush=True)
+";
+
+/// The program in a sandbox.
+struct Program {
+    _f: Fixture,
+    sandbox: Arc<Sandbox>,
+    session: Arc<Session>,
+    events: Events,
+}
+
+impl Program {
+    /// `None` if there is no Python on this machine.
+    fn start() -> Option<Self> {
+        if !std::path::Path::new(PYTHON).exists() {
+            eprintln!("{PYTHON} is not installed: nothing was tested with it");
+            return None;
+        }
+        let f = Fixture::new();
+        let sandbox = f.host.create(SandboxSpec::default()).unwrap();
+        let command = CommandSpec {
+            argv: vec![PYTHON.into(), "-c".into(), PROGRAM.into()],
+            stdin: true,
+            ..CommandSpec::default()
+        };
+        let session = sandbox.spawn(command).unwrap();
+        let events = session.events(0);
+        Some(Self {
+            _f: f,
+            sandbox,
+            session,
+            events,
+        })
+    }
+
+    fn ask(&mut self, command: &str, n: u32) -> String {
+        self.session
+            .write(format!("{command} {n}\n").as_bytes())
+            .unwrap();
+        read_until(&mut self.events, "\n").trim_end().to_owned()
+    }
+
+    /// After a rollback the old events are over.
+    fn went_back(&mut self) {
+        self.session = self.sandbox.session(self.session.info().id).unwrap();
+        self.events = self.session.events(self.session.info().output);
+    }
+}
+
+#[test]
+fn a_checkpoint_of_much_memory_is_of_its_moment_whatever_happens_at_once() {
+    let Some(mut program) = Program::start() else {
+        return;
+    };
+    let sandbox = Arc::clone(&program.sandbox);
+    let mut states = Vec::new();
+    for n in 0..6 {
+        let told = program.ask("fill", 100 * n);
+        states.push((sandbox.checkpoint(None).unwrap().id, told));
+        if n % 2 == 0 {
+            assert_eq!(program.ask("spoil", 100 * n), "spoiled");
+        }
+        if n % 3 == 0 {
+            // The next one follows at once.
+            states.push((sandbox.checkpoint(None).unwrap().id, program.ask("tell", 0)));
+        }
+    }
+    // To the newest first, which may not be complete.
+    for (id, told) in states.iter().rev().chain(&states) {
+        let report = sandbox.rollback(*id).unwrap();
+        assert_eq!(report.fallback, None);
+        program.went_back();
+        assert_eq!(&program.ask("tell", 0), told, "{id}");
+    }
+    for (id, _) in &states {
+        sandbox.complete(*id).unwrap();
+    }
+}
+
+#[test]
+fn a_checkpoint_of_much_memory_is_rolled_back_to_at_once() {
+    let Some(mut program) = Program::start() else {
+        return;
+    };
+    let sandbox = Arc::clone(&program.sandbox);
+    for n in 0..4 {
+        let told = program.ask("fill", n);
+        let id = sandbox.checkpoint(None).unwrap().id;
+        sandbox.rollback(id).unwrap();
+        program.went_back();
+        assert_eq!(program.ask("tell", 0), told);
+        let _ = program.ask("fill", n + 50);
+        let forks = program._f.host.fork(sandbox.name(), Some(id), 1, &[]);
+        let fork = Arc::clone(&forks.unwrap()[0]);
+        let session = fork.session(program.session.info().id).unwrap();
+        let mut events = session.events(session.info().output);
+        session.write(b"tell 0\n").unwrap();
+        assert_eq!(read_until(&mut events, "\n").trim_end(), told);
+        sandbox.rollback(id).unwrap();
+        program.went_back();
+        sandbox.delete(id).unwrap();
+        assert_eq!(program.ask("tell", 0), told);
+    }
+}
+
+#[test]
+fn a_killed_command_does_not_take_the_checkpoint_with_it() {
+    let Some(mut program) = Program::start() else {
+        return;
+    };
+    let sandbox = Arc::clone(&program.sandbox);
+    let told = program.ask("fill", 7);
+    let id = sandbox.checkpoint(None).unwrap().id;
+    assert!(
+        sandbox.info().processes <= 1,
+        "what copies it is not counted"
+    );
+    program.session.kill().unwrap();
+    sandbox.complete(id).unwrap();
+    sandbox.rollback(id).unwrap();
+    program.went_back();
+    assert_eq!(program.ask("tell", 0), told);
+}
+
+#[test]
+fn who_kills_what_is_copied_loses_that_checkpoint_and_no_other() {
+    let Some(mut program) = Program::start() else {
+        return;
+    };
+    let sandbox = Arc::clone(&program.sandbox);
+    let first = (program.ask("fill", 1), sandbox.checkpoint(None).unwrap().id);
+    sandbox.complete(first.1).unwrap();
+    let mut lost = None;
+    // The copying may be over before the program has looked.
+    for n in 0..50 {
+        program.ask("fill", 2 + n);
+        let id = sandbox.checkpoint(None).unwrap().id;
+        program.ask("snapshots", 0);
+        if sandbox.complete(id).is_err() {
+            lost = Some(id);
+            break;
+        }
+        sandbox.delete(id).unwrap();
+    }
+    let Some(lost) = lost else {
+        panic!("the program never found its snapshot")
+    };
+    let before = program.ask("tell", 0);
+    let refused = sandbox.rollback(lost);
+    let Err(Error::Processes(e)) = &refused else {
+        panic!("{refused:?}")
+    };
+    assert!(e.to_string().contains("is lost"), "{e}");
+    assert_eq!(program.ask("tell", 0), before, "the program runs on");
+    let next = sandbox.checkpoint(None).unwrap().id;
+    program.ask("fill", 99);
+    sandbox.rollback(next).unwrap();
+    program.went_back();
+    assert_eq!(program.ask("tell", 0), before);
+    sandbox.rollback(first.1).unwrap();
+    program.went_back();
+    assert_eq!(program.ask("tell", 0), first.0);
+}
