@@ -51,6 +51,8 @@ enum Suite {
     Large,
     /// DeltaFS beside overlayfs
     Fs,
+    /// Many threads, descriptors, mappings and processes
+    Scale,
 }
 
 /// What all suites are told.
@@ -90,6 +92,7 @@ fn main() -> Result<()> {
         Suite::Cr => suites::cr::run(&options, &mut rows)?,
         Suite::Fork => suites::fork::run(&options, &mut rows)?,
         Suite::Large => suites::large::run(&options, &mut rows)?,
+        Suite::Scale => suites::scale::run(&options, &mut rows)?,
         Suite::Fs => suites::fs::run_suite(&options, &mut rows)?,
     }
     println!("{}", rows.table());

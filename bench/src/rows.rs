@@ -25,6 +25,13 @@ impl Samples {
         self.0.push(bytes as f64 / f64::from(1 << 20));
     }
 
+    /// One sample: by how many microseconds the median is above that of `few`, which is of `items` items fewer, for each.
+    pub(crate) fn slope(&self, few: &Self, items: f64) -> Self {
+        let medians = self.quantile(0.5).zip(few.quantile(0.5));
+        let each = medians.map(|(more, few)| (more - few) * 1e3 / items);
+        Self(each.into_iter().collect())
+    }
+
     /// The value that the share `q` of the samples does not exceed; `None` without samples.
     fn quantile(&self, q: f64) -> Option<f64> {
         let mut sorted = self.0.clone();

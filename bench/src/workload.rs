@@ -94,6 +94,87 @@ pub(crate) const ALL: [Workload; 4] = [
     },
 ];
 
+const fn python(name: &'static str, setup: &'static str) -> Workload {
+    Workload {
+        name,
+        program: Program::Python,
+        setup,
+        step: "pass",
+    }
+}
+
+/// Programs that have many of something.
+pub(crate) const MANY: [Many; 4] = [
+    Many {
+        item: "thread",
+        counts: [50, 500],
+        workloads: [
+            python(
+                "50 threads",
+                "import threading; E = threading.Event(); \
+                _ = [threading.Thread(target=E.wait, daemon=True).start() for _ in range(50)]",
+            ),
+            python(
+                "500 threads",
+                "import threading; E = threading.Event(); \
+                _ = [threading.Thread(target=E.wait, daemon=True).start() for _ in range(500)]",
+            ),
+        ],
+    },
+    Many {
+        item: "descriptor",
+        counts: [500, 5000],
+        workloads: [
+            python(
+                "500 descriptors",
+                "import os; F = [os.open(f'/tmp/{i}', os.O_RDWR | os.O_CREAT) for i in range(500)]",
+            ),
+            python(
+                "5000 descriptors",
+                "import os, resource; resource.setrlimit(resource.RLIMIT_NOFILE, (8192, 8192)); \
+                F = [os.open(f'/tmp/{i}', os.O_RDWR | os.O_CREAT) for i in range(5000)]",
+            ),
+        ],
+    },
+    Many {
+        item: "mapping",
+        counts: [2000, 20_000],
+        // Every other one may only be read, so that the kernel does not make one of them all.
+        workloads: [
+            python(
+                "2000 mappings",
+                "import mmap; M = [mmap.mmap(-1, 4096, flags=34, prot=1 + i % 2 * 2) for i in range(2000)]",
+            ),
+            python(
+                "20000 mappings",
+                "import mmap; M = [mmap.mmap(-1, 4096, flags=34, prot=1 + i % 2 * 2) for i in range(20000)]",
+            ),
+        ],
+    },
+    Many {
+        item: "process",
+        counts: [8, 64],
+        workloads: [
+            python(
+                "8 processes",
+                "import subprocess; P = [subprocess.Popen(['sleep', '1000000']) for _ in range(8)]",
+            ),
+            python(
+                "64 processes",
+                "import subprocess; P = [subprocess.Popen(['sleep', '1000000']) for _ in range(64)]",
+            ),
+        ],
+    },
+];
+
+/// Two workloads that differ in how many of something they have.
+pub(crate) struct Many {
+    /// What they have, one of it.
+    pub(crate) item: &'static str,
+    pub(crate) counts: [u32; 2],
+    pub(crate) workloads: [Workload; 2],
+}
+
 /// A workload that runs.
 #[derive(Clone)]
 pub(crate) struct Running {

@@ -4,3 +4,4 @@ pub(crate) mod cr;
 pub(crate) mod fork;
 pub(crate) mod fs;
 pub(crate) mod large;
+pub(crate) mod scale;
