@@ -68,6 +68,29 @@ pub enum Error {
     /// Files: see the message.
     #[error(transparent)]
     Files(#[from] deltafs::Error),
+    /// A checkpoint was made, and is kept in memory, but is not on disk.
+    #[error(
+        "checkpoint {id} was made and is kept in memory, but could not be made durable: {source}"
+    )]
+    NotDurable {
+        /// The checkpoint.
+        id: CheckpointId,
+        /// Why.
+        source: Box<Error>,
+    },
+    /// A durable checkpoint is there and cannot be used.
+    #[error("checkpoint {id} of sandbox {sandbox:?} cannot be restored: {why}")]
+    Unusable {
+        /// The sandbox.
+        sandbox: String,
+        /// The checkpoint.
+        id: CheckpointId,
+        /// What is wrong with it.
+        why: String,
+    },
+    /// A file of a durable checkpoint could not be written or read, or is damaged.
+    #[error(transparent)]
+    Disk(#[from] deltalog::Error),
     /// A system call failed.
     #[error("{doing}: {source}")]
     System {
@@ -84,6 +107,23 @@ pub enum Error {
         /// Why.
         why: String,
     },
+}
+
+impl Error {
+    /// Whether it is for want of space on a disk.
+    pub fn is_disk_full(&self) -> bool {
+        let full = |e: &io::Error| e.kind() == io::ErrorKind::StorageFull;
+        let log =
+            |e: &deltalog::Error| matches!(e, deltalog::Error::Io { source, .. } if full(source));
+        match self {
+            Self::System { source, .. } => full(source),
+            Self::NotDurable { source, .. } => source.is_disk_full(),
+            Self::Disk(e)
+            | Self::Files(deltafs::Error::Layer(e))
+            | Self::Processes(deltacr::Error::Image(e)) => log(e),
+            _ => false,
+        }
+    }
 }
 
 /// Adds to an I/O error what was attempted.

@@ -42,7 +42,7 @@ struct Table {
 /// A name that is taken, and the range of ids that goes with it.
 struct Place {
     range: u32,
-    /// `None` while it is being created or removed, and as long as nobody has asked for it.
+    /// `None` while it is being created or removed, as long as nobody has asked for it, and if it is on disk only.
     sandbox: Option<Arc<Sandbox>>,
 }
 
@@ -61,12 +61,17 @@ impl Table {
 }
 
 impl Ground {
-    pub(crate) fn new(state_dir: PathBuf, hierarchies: Hierarchies, cgroup_parent: String) -> Self {
+    pub(crate) fn new(
+        state_dir: PathBuf,
+        hierarchies: Hierarchies,
+        cgroup_parent: String,
+        common: Arc<Common>,
+    ) -> Self {
         Self {
             state_dir,
             hierarchies,
             cgroup_parent,
-            common: Arc::default(),
+            common,
             table: Arc::default(),
         }
     }
@@ -135,6 +140,38 @@ impl Ground {
         let name = names::nameless(table.nameless);
         let range = table.take(&name)?;
         Ok(self.reserved(name, range))
+    }
+
+    /// Takes the name of a sandbox that is on disk only, and its ids if nobody has them; whether there are any.
+    pub(crate) fn hold(&self, name: &str, first_id: Option<u32>) -> bool {
+        let mut table = self.table.lock();
+        let Ok(mut range) = table.take(name) else {
+            return false;
+        };
+        let begin = (self.first_id(0) - FIRST_ID) / IDS;
+        if let Some(nth) = first_id.and_then(|id| Some(id.checked_sub(FIRST_ID)? / IDS % RANGES)) {
+            let wanted = (nth + RANGES - begin) % RANGES;
+            if table.sandboxes.values().all(|p| p.range != wanted) {
+                range = wanted;
+            }
+        }
+        if let Some(place) = table.sandboxes.get_mut(name) {
+            place.range = range;
+        }
+        true
+    }
+
+    /// The name and ids of a sandbox that is on disk only. The name stays taken whatever becomes of it.
+    pub(crate) fn held(&self, name: &str) -> Option<Reserved> {
+        let range = self.table.lock().sandboxes.get(name)?.range;
+        let mut reserved = self.reserved(name.to_owned(), range);
+        reserved.kept = true;
+        Some(reserved)
+    }
+
+    /// Gives the name of a sandbox back that was on disk only.
+    pub(crate) fn release(&self, name: &str) {
+        self.table.lock().sandboxes.remove(name);
     }
 
     pub(crate) fn sandbox_dir(&self, name: &str) -> PathBuf {

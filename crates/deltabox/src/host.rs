@@ -1,5 +1,8 @@
 //! All sandboxes of one state directory.
 
+mod awaken;
+
+use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::io::Write;
 use std::os::fd::OwnedFd;
@@ -13,13 +16,15 @@ use rustix::fs::{FlockOperation, Mode, OFlags};
 
 use crate::cgroup::{self, Hierarchies};
 use crate::doctor;
+use crate::dormant::Dormant;
+use crate::durable::{Archive, Ids};
 use crate::error::{Doing, Error, Result};
 use crate::ground::{Ground, Reserved};
 use crate::names;
 use crate::report::{CheckpointId, Feature, WarmInfo};
 use crate::sandbox::Sandbox;
 use crate::spec::SandboxSpec;
-use crate::state::Content;
+use crate::state::{Common, Content};
 use crate::warm::Warm;
 
 /// Threads that serve the files of one sandbox.
@@ -47,6 +52,8 @@ impl Default for HostConfig {
 pub struct Host {
     ground: Arc<Ground>,
     warm: Warm,
+    /// Sandboxes that are on disk only.
+    dormant: Mutex<BTreeMap<String, Arc<Dormant>>>,
     cleaned_up: Vec<String>,
     /// Locked as long as it is open.
     _lock: File,
@@ -67,14 +74,24 @@ impl Host {
                 )
             })?;
         let cgroup_parent = cgroup::parent_name(&state_dir);
-        let cleaned_up = clean_up(&state_dir, &hierarchies, &cgroup_parent)?;
-        let ground = Arc::new(Ground::new(state_dir, hierarchies, cgroup_parent));
-        Ok(Self {
+        let mut cleaned_up = clean_up(&state_dir, &hierarchies, &cgroup_parent)?;
+        let (archive, sentences) = Archive::open(&state_dir)?;
+        cleaned_up.extend(sentences);
+        let stored = archive.list()?;
+        let (ids, sentence) = Ids::open(&state_dir, awaken::highest(&stored))?;
+        cleaned_up.extend(sentence);
+        let common = Arc::new(Common::new(archive, ids));
+        let ground = Arc::new(Ground::new(state_dir, hierarchies, cgroup_parent, common));
+        let mut host = Self {
             warm: Warm::start(Arc::clone(&ground), config.warm)?,
             ground,
+            dormant: Mutex::default(),
             cleaned_up,
             _lock: lock,
-        })
+        };
+        let kept = host.find_dormant(stored);
+        host.cleaned_up.extend(kept);
+        Ok(host)
     }
 
     /// What [`Host::open`] cleaned up, one sentence each.
@@ -112,20 +129,34 @@ impl Host {
         Ok(sandbox)
     }
 
-    /// The sandbox of this name.
+    /// The sandbox of this name. One that is on disk only is read from there, which takes as long as what its checkpoints
+    /// hold is large; it is stopped then, and a rollback makes it run.
     pub fn get(&self, name: &str) -> Result<Arc<Sandbox>> {
-        self.ground
-            .get(name)
-            .ok_or_else(|| Error::NoSandbox(name.to_owned()))
+        if let Some(sandbox) = self.ground.get(name) {
+            return Ok(sandbox);
+        }
+        match self.find(name) {
+            Some(dormant) => self.awaken(&dormant),
+            None => Err(Error::NoSandbox(name.to_owned())),
+        }
     }
 
-    /// All sandboxes, by name.
+    /// All sandboxes but those that are on disk only, by name.
     pub fn list(&self) -> Vec<Arc<Sandbox>> {
         self.ground.list()
     }
 
     /// Ends a sandbox and removes all that belongs to it. Forks of it are not touched.
     pub fn remove(&self, name: &str) -> Result<()> {
+        if let Some(dormant) = self.find(name) {
+            return self.remove_dormant(&dormant);
+        }
+        self.get(name)?.remove_durable()?;
+        self.end(name)
+    }
+
+    /// Ends a sandbox. Its durable checkpoints stay.
+    fn end(&self, name: &str) -> Result<()> {
         let (sandbox, _place) = self
             .ground
             .take_out(name)
@@ -192,11 +223,11 @@ impl Host {
         Ok((Arc::new(sandbox), place))
     }
 
-    /// Ends all sandboxes.
+    /// Ends all sandboxes. Their durable checkpoints stay.
     pub fn shutdown(&self) {
         self.warm.close();
         for sandbox in self.list() {
-            if let Err(e) = self.remove(sandbox.name()) {
+            if let Err(e) = self.end(sandbox.name()) {
                 tracing::warn!("ending sandbox {:?}: {e}", sandbox.name());
             }
         }
@@ -225,6 +256,7 @@ impl Host {
 impl Drop for Host {
     fn drop(&mut self) {
         self.shutdown();
+        self.ground.common.ids.close();
         cgroup::remove_parent(&self.ground.hierarchies, &self.ground.cgroup_parent);
     }
 }

@@ -15,6 +15,8 @@ mod cgroup;
 mod container;
 mod descendants;
 mod doctor;
+mod dormant;
+mod durable;
 mod error;
 mod ground;
 mod host;

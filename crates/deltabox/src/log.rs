@@ -208,16 +208,37 @@ impl Log {
         Ok(Some(Piece::Output(run.stream, bytes, offset + n)))
     }
 
+    /// Shows nothing, and goes on at this offset: what was before is gone.
+    pub(crate) fn skip_to(&mut self, offset: u64) {
+        self.view = View {
+            end: offset,
+            ..View::default()
+        };
+    }
+
+    /// What `view` shows of it, without what `before` shows if `view` goes on where that ends.
+    pub(crate) fn since(&self, view: &View, before: Option<&View>) -> io::Result<Since> {
+        let source = self.borrow(view)?;
+        let before = before.filter(|before| before.end > 0 && source.view.goes_on(before));
+        Ok(Since {
+            continues: before.is_some(),
+            offset: before.map_or(0, |before| before.end),
+            source,
+        })
+    }
+
     /// A log of its own that shows what `view` shows of this one, in a file of path `to`.
     pub(crate) fn copy(&self, view: &View, to: &Path) -> io::Result<Self> {
+        Self::copy_from(&*self.borrow(view)?, to)
+    }
+
+    /// The log as `view` shows it.
+    fn borrow(&self, view: &View) -> io::Result<Borrowed> {
         let mut source = Self::with_capacity(self.path.clone(), self.capacity);
         source.file = self.file.as_ref().map(File::try_clone).transpose()?;
         source.written = self.written;
         source.restore(view);
-        let copied = Self::copy_from(&source, to);
-        // It only borrowed the file.
-        source.file = None;
-        copied
+        Ok(Borrowed(source))
     }
 
     fn copy_from(source: &Self, to: &Path) -> io::Result<Self> {
@@ -236,6 +257,75 @@ impl Log {
             }
         }
         Ok(copy)
+    }
+}
+
+/// A log that does not own its file.
+struct Borrowed(Log);
+
+impl std::ops::Deref for Borrowed {
+    type Target = Log;
+
+    fn deref(&self) -> &Log {
+        &self.0
+    }
+}
+
+impl Drop for Borrowed {
+    fn drop(&mut self) {
+        self.0.file = None;
+    }
+}
+
+/// The output from some offset on, piece by piece.
+pub(crate) struct Since {
+    /// Whether it goes on where the earlier view ends.
+    pub(crate) continues: bool,
+    offset: u64,
+    source: Borrowed,
+}
+
+impl Iterator for Since {
+    type Item = io::Result<Piece>;
+
+    fn next(&mut self) -> Option<Self::Item> {
+        let piece = self.source.read(self.offset, 1 << 20).transpose()?;
+        if let Ok(Piece::Output(_, _, next) | Piece::Missed(_, next)) = &piece {
+            self.offset = *next;
+        }
+        Some(piece)
+    }
+}
+
+impl View {
+    /// Whether this view shows what `before` showed, and perhaps more behind it, as far as both still have it.
+    fn goes_on(&self, before: &Self) -> bool {
+        let first = |view: &Self| view.runs.front().map_or(view.end, |run| run.offset);
+        let mut at = first(self).max(first(before));
+        if self.end < before.end || at > before.end {
+            return false;
+        }
+        let begin = at;
+        let later = |run: &&Run| run.offset + run.len > begin;
+        let mut mine = self.runs.iter().skip_while(|run| !later(run));
+        let mut theirs = before.runs.iter().skip_while(|run| !later(run));
+        let (mut a, mut b) = (mine.next(), theirs.next());
+        while at < before.end {
+            let (Some(x), Some(y)) = (a, b) else {
+                return false;
+            };
+            if x.stream != y.stream || x.place + (at - x.offset) != y.place + (at - y.offset) {
+                return false;
+            }
+            at = (x.offset + x.len).min(y.offset + y.len);
+            if x.offset + x.len == at {
+                a = mine.next();
+            }
+            if y.offset + y.len == at {
+                b = theirs.next();
+            }
+        }
+        true
     }
 }
 

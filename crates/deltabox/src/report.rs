@@ -246,6 +246,49 @@ pub struct CheckpointInfo {
     pub processes: usize,
     /// Whether the sandbox's present state comes from it.
     pub current: bool,
+    /// Where it is kept.
+    #[serde(flatten)]
+    pub state: CheckpointState,
+}
+
+/// Where a checkpoint is kept.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "state", rename_all = "lowercase")]
+pub enum CheckpointState {
+    /// In memory: it ends with the service.
+    Warm,
+    /// On disk: it outlives the service, and the machine's power.
+    Durable,
+    /// It was to be durable and is not, or what is on disk cannot be used.
+    Failed {
+        /// What is wrong.
+        reason: String,
+    },
+}
+
+/// A durable checkpoint as it is on disk. Bytes are those that the checkpoint it builds on does not have.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct LayerReport {
+    /// The sandbox that it is of.
+    pub sandbox: String,
+    /// Its name.
+    pub id: CheckpointId,
+    /// The durable checkpoint that it builds on.
+    pub parent: Option<CheckpointId>,
+    /// Seconds since 1970; zero if it cannot be read.
+    pub created: u64,
+    /// Files and directories that differ.
+    pub inodes: u64,
+    /// Bytes of file data.
+    pub file_bytes: u64,
+    /// Processes.
+    pub processes: u64,
+    /// Bytes of memory.
+    pub page_bytes: u64,
+    /// Whether every byte was read and checked.
+    pub verified: bool,
+    /// What is wrong with it, if anything was found.
+    pub damage: Option<String>,
 }
 
 /// The checkpoints of a sandbox, parents before children.

@@ -1,5 +1,7 @@
 //! One sandbox: what its user can do with it.
 
+mod durable;
+
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -29,6 +31,11 @@ pub struct Sandbox {
     volume: Volume,
     dir: Directory,
     making: Mutex<deltacr::Phases>,
+    common: Arc<Common>,
+    /// Held by whatever changes the checkpoints on disk.
+    disk: Mutex<()>,
+    /// What its user is warned of besides what the container lacks.
+    warnings: Mutex<Vec<String>>,
 }
 
 /// The sandbox's directory on the host; removed with it.
@@ -96,7 +103,7 @@ impl Sandbox {
     ) -> Result<Self> {
         let logs = dir.join("logs");
         Ok(Self {
-            state: Mutex::new(DeltaState::new(&name, common)?),
+            state: Mutex::new(DeltaState::new(&name, Arc::clone(&common))?),
             sessions: Sessions::start(&name, Arc::new(container), logs)?,
             name,
             spec: spec.clone(),
@@ -105,6 +112,9 @@ impl Sandbox {
             volume,
             dir,
             making: Mutex::default(),
+            common,
+            disk: Mutex::default(),
+            warnings: Mutex::default(),
         })
     }
 
@@ -127,6 +137,8 @@ impl Sandbox {
             self.container().kill()?;
         }
         let _whole = self.shared().whole.lock();
+        // What is being written is written to its end; nothing is begun any more.
+        let _disk = self.disk.lock();
         self.container().close()?;
         self.dir.remove()
     }
@@ -153,7 +165,7 @@ impl Sandbox {
             processes: self.shared().processes(),
             file_bytes: self.volume.stats().data_bytes,
             page_bytes,
-            warnings: self.container().warnings().to_vec(),
+            warnings: [self.container().warnings(), &self.warnings.lock()].concat(),
         }
     }
 
@@ -277,11 +289,6 @@ impl Sandbox {
     /// What differs between two checkpoints.
     pub fn diff(&self, a: CheckpointId, b: CheckpointId) -> Result<Difference> {
         self.state.lock().diff(a, b)
-    }
-
-    /// Forgets a checkpoint. Its children become its parent's.
-    pub fn delete(&self, id: CheckpointId) -> Result<()> {
-        self.state.lock().delete(id)
     }
 
     /// The tree of checkpoints.

@@ -12,28 +12,38 @@ use deltacr::env::ExternalId;
 use parking_lot::{Condvar, Mutex};
 
 use crate::error::{Doing, Result};
-use crate::log::View;
+use crate::log::{Log, View};
 use crate::readers::Readers;
 use crate::report::SessionId;
 use crate::session::{Exit, Session, State};
 use crate::sessions::Shared;
 use crate::spawn::open_terminal;
 use crate::streams::{Channel, Streams};
+use crate::sys;
 
 /// All sessions of a sandbox as they were at one moment.
 #[derive(Clone, Default)]
-pub(crate) struct SessionsImage(Arc<BTreeMap<SessionId, Kept>>);
+pub(crate) struct SessionsImage(pub(crate) Arc<BTreeMap<SessionId, Kept>>);
 
 /// One session.
-struct Kept {
-    session: Arc<Session>,
-    view: View,
-    exit: Option<Exit>,
+pub(crate) struct Kept {
+    pub(crate) session: Arc<Session>,
+    pub(crate) view: View,
+    pub(crate) exit: Option<Exit>,
     /// How much of its time was left.
-    left: Option<Duration>,
-    timed_out: bool,
+    pub(crate) left: Option<Duration>,
+    pub(crate) timed_out: bool,
     /// Input that it had not read.
-    input: Vec<u8>,
+    pub(crate) input: Vec<u8>,
+}
+
+/// A session that is made again from what is on disk of it.
+pub(crate) struct Restored {
+    pub(crate) id: SessionId,
+    pub(crate) argv: Vec<String>,
+    pub(crate) pid: i32,
+    pub(crate) terminal: Option<u32>,
+    pub(crate) owner: u32,
 }
 
 impl Shared {
@@ -151,6 +161,45 @@ impl Shared {
             }),
             changed: Condvar::new(),
         })
+    }
+
+    /// A session that was on disk, with an empty log. It is in no list until the sandbox is rolled back to a state that has
+    /// it.
+    pub(crate) fn restored(self: &Arc<Self>, session: Restored) -> Session {
+        Session {
+            id: session.id,
+            argv: session.argv,
+            pid: session.pid,
+            terminal: session.terminal,
+            owner: session.owner,
+            shared: Arc::downgrade(self),
+            state: Mutex::new(State {
+                log: Log::new(self.log_path(session.id)),
+                streams: Streams::default(),
+                exit: None,
+                epoch: self.epoch.load(Ordering::Acquire),
+                abandoned: false,
+                deadline: None,
+                timed_out: false,
+                kept: true,
+                readers: Readers::default(),
+            }),
+            changed: Condvar::new(),
+        }
+    }
+
+    /// Makes the terminal of such a session, if it is on one.
+    pub(crate) fn open_master(&self, session: &Session) -> Result<()> {
+        let streams = &mut session.state.lock().streams;
+        if let (Some(number), None) = (session.terminal, &streams.master) {
+            let (master, _) = open_terminal(self.container.root(), Some(number))?;
+            let owner = rustix::fs::Uid::from_raw(session.owner);
+            sys::open_peer(master.fd())
+                .and_then(|terminal| Ok(rustix::fs::fchown(&terminal, Some(owner), None)?))
+                .doing(session.doing("giving the terminal to the user of"))?;
+            streams.master = Some(master);
+        }
+        Ok(())
     }
 
     /// The session stream that the pipe with this inode number is.

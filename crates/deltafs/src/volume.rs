@@ -451,6 +451,11 @@ impl Snapshot {
         &self.0.view
     }
 
+    /// Whether an inode is just what the base has.
+    pub fn shows_base(&self, ino: u64) -> bool {
+        !self.view().nodes().contains_key(&ino)
+    }
+
     /// Inodes that differ from the base in this state.
     pub fn changed_inodes(&self) -> usize {
         self.view().nodes().len()

@@ -5,20 +5,23 @@
 //! three back in the same way.
 
 mod held;
+mod persist;
 mod surroundings;
 mod tree;
 mod warmer;
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use deltacr::store::PageStore;
 use deltacr::{Deaths, During, Engine, ProcessSummary, Rollback, Switched, TreeImage};
 use deltafs::{ChangeKind, Snapshot, Volume};
 
+use crate::dormant::unreadable;
+use crate::durable::{Archive, Ids};
 use crate::error::{Error, Result};
 use crate::report::*;
 use crate::sessions::Shared;
@@ -41,23 +44,20 @@ pub(crate) struct Common {
     /// Their memory pages.
     pub(crate) pages: Arc<PageStore>,
     warmer: Warmer,
-    last_id: AtomicU64,
+    /// Those of them that are on disk.
+    pub(crate) archive: Archive,
+    pub(crate) ids: Ids,
 }
 
-impl Default for Common {
-    fn default() -> Self {
+impl Common {
+    pub(crate) fn new(archive: Archive, ids: Ids) -> Self {
         let pages = PageStore::new();
         Self {
             warmer: Warmer::start(pages.clone()),
             pages,
-            last_id: AtomicU64::new(0),
+            archive,
+            ids,
         }
-    }
-}
-
-impl Common {
-    fn next_id(&self) -> CheckpointId {
-        CheckpointId(self.last_id.fetch_add(1, Ordering::Relaxed) + 1)
     }
 }
 
@@ -67,6 +67,10 @@ pub(crate) struct DeltaState {
     common: Arc<Common>,
     engine: Engine,
     checkpoints: Checkpoints<Content>,
+    /// Checkpoints on disk that cannot be used, and why.
+    lost: BTreeMap<CheckpointId, String>,
+    /// What is to be told with every rollback.
+    notes: Vec<String>,
 }
 
 /// The sandbox that a state is taken from or given to.
@@ -124,6 +128,8 @@ impl DeltaState {
             common,
             engine,
             checkpoints: Checkpoints::default(),
+            lost: BTreeMap::new(),
+            notes: Vec::new(),
         })
     }
 
@@ -132,7 +138,7 @@ impl DeltaState {
     }
 
     pub(crate) fn len(&self) -> usize {
-        self.checkpoints.len()
+        self.checkpoints.len() + self.lost.len()
     }
 
     /// Bytes of memory pages that the checkpoints of the whole host hold.
@@ -141,11 +147,19 @@ impl DeltaState {
     }
 
     pub(crate) fn tree(&self) -> Tree {
-        self.checkpoints.describe()
+        let mut tree = self.checkpoints.describe();
+        let lost = self.lost.iter().map(|(id, why)| unreadable(*id, why));
+        tree.nodes.extend(lost);
+        tree.nodes.sort_by_key(|node| node.id);
+        tree
     }
 
     fn node(&self, id: CheckpointId) -> Result<&Node<Content>> {
         let sandbox = self.name.clone();
+        if let Some(why) = self.lost.get(&id) {
+            let why = why.clone();
+            return Err(Error::Unusable { sandbox, id, why });
+        }
         self.checkpoints
             .get(id)
             .ok_or(Error::NoCheckpoint { sandbox, id })
@@ -166,7 +180,7 @@ impl DeltaState {
         subject.shared.snapshots.get_or_init(snapshots);
         let made = self.engine.checkpoint(&env, |deaths| subject.cut(deaths))?;
         self.common.warmer.used(made.pages);
-        let id = self.common.next_id();
+        let id = self.common.ids.next()?;
         let (files, sessions) = made.cut;
         let processes = made.image.len();
         let content = Content {
@@ -231,7 +245,9 @@ impl DeltaState {
         match done {
             Ok(done) => {
                 self.checkpoints.move_to(id);
-                Ok(report(id, epoch, begin.elapsed(), done))
+                let mut report = report(id, epoch, begin.elapsed(), done);
+                report.notes.extend_from_slice(&self.notes);
+                Ok(report)
             }
             Err(e) if switched.into_inner() => Err(Failure::Dead(e.into())),
             Err(e) => Err(Failure::Untouched(e.into())),
@@ -268,12 +284,6 @@ impl DeltaState {
             went: only_in(&a.processes, &b.processes),
         })
     }
-
-    pub(crate) fn delete(&mut self, id: CheckpointId) -> Result<()> {
-        let sandbox = self.name.clone();
-        let removed = self.checkpoints.remove(id);
-        removed.map(drop).ok_or(Error::NoCheckpoint { sandbox, id })
-    }
 }
 
 impl Content {
@@ -291,6 +301,11 @@ impl Content {
     /// The files, for a volume that is to show them.
     pub(crate) fn files(&self) -> &Snapshot {
         &self.files
+    }
+
+    /// The processes.
+    pub(crate) fn processes(&self) -> &TreeImage {
+        &self.processes
     }
 
     /// The sessions, for a sandbox that is to have them.

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use crate::report::{CheckpointId, CheckpointInfo, Tree};
+use crate::report::{CheckpointId, CheckpointInfo, CheckpointState, Tree};
 
 /// One checkpoint: where it stands in the tree, and what it holds.
 pub(crate) struct Node<T> {
@@ -13,6 +13,30 @@ pub(crate) struct Node<T> {
     pub(crate) created: u64,
     pub(crate) processes: usize,
     pub(crate) content: T,
+    pub(crate) disk: Disk,
+}
+
+/// What is on disk of a checkpoint.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Disk {
+    /// Nothing.
+    Nothing,
+    /// All of it, as it differs from this one.
+    Durable(Option<CheckpointId>),
+    /// Nothing, for this reason.
+    Failed(String),
+}
+
+impl Disk {
+    fn describe(&self) -> CheckpointState {
+        match self {
+            Self::Nothing => CheckpointState::Warm,
+            Self::Durable(_) => CheckpointState::Durable,
+            Self::Failed(reason) => CheckpointState::Failed {
+                reason: reason.clone(),
+            },
+        }
+    }
 }
 
 impl<T> Node<T> {
@@ -27,6 +51,7 @@ impl<T> Node<T> {
             created,
             processes,
             content,
+            disk: Disk::Nothing,
         }
     }
 }
@@ -71,6 +96,38 @@ impl<T> Checkpoints<T> {
         self.current = Some(id);
     }
 
+    /// Puts a checkpoint in its place in the tree, where `node` says.
+    pub(crate) fn put(&mut self, id: CheckpointId, node: Node<T>) {
+        self.nodes.insert(id, node);
+    }
+
+    /// Notes what is on disk of a checkpoint, if it is still there.
+    pub(crate) fn set_disk(&mut self, id: CheckpointId, disk: Disk) {
+        if let Some(node) = self.nodes.get_mut(&id) {
+            node.disk = disk;
+        }
+    }
+
+    /// The nearest ancestor of a checkpoint that is durable.
+    pub(crate) fn durable_ancestor(&self, id: CheckpointId) -> Option<CheckpointId> {
+        let mut at = self.nodes.get(&id)?.parent;
+        while let Some(id) = at {
+            let node = self.nodes.get(&id)?;
+            if matches!(node.disk, Disk::Durable(_)) {
+                return Some(id);
+            }
+            at = node.parent;
+        }
+        None
+    }
+
+    /// The durable checkpoints that are on disk as they differ from this one.
+    pub(crate) fn built_on(&self, id: CheckpointId) -> Vec<CheckpointId> {
+        let nodes = self.nodes.iter();
+        let on = nodes.filter(|(_, node)| node.disk == Disk::Durable(Some(id)));
+        on.map(|(id, _)| *id).collect()
+    }
+
     /// The present state comes from this checkpoint now.
     pub(crate) fn move_to(&mut self, id: CheckpointId) {
         self.current = Some(id);
@@ -102,6 +159,7 @@ impl<T> Checkpoints<T> {
             created: node.created,
             processes: node.processes,
             current: self.current == Some(*id),
+            state: node.disk.describe(),
         });
         Tree {
             nodes: nodes.collect(),

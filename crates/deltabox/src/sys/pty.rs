@@ -3,6 +3,8 @@
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 
+use rustix::fs::{Mode, OFlags};
+
 use crate::spec::WindowSize;
 
 fn check(result: i32) -> io::Result<i32> {
@@ -25,10 +27,15 @@ pub(crate) fn unlock_terminal(master: BorrowedFd<'_>) -> io::Result<()> {
 pub(crate) fn open_peer(master: BorrowedFd<'_>) -> io::Result<OwnedFd> {
     let flags = libc::O_RDWR | libc::O_NOCTTY | libc::O_CLOEXEC;
     // SAFETY: TIOCGPTPEER takes flags and returns a new descriptor that nothing else owns.
-    unsafe {
+    let peer = unsafe {
         let fd = check(libc::ioctl(master.as_raw_fd(), libc::TIOCGPTPEER, flags))?;
-        Ok(OwnedFd::from_raw_fd(fd))
-    }
+        OwnedFd::from_raw_fd(fd)
+    };
+    // The kernel keeps O_CLOEXEC among this file's own flags, and tells it of every descriptor of it from then on,
+    // to programs and to checkpoints. Opened once more it is an ordinary file.
+    let path = format!("/proc/self/fd/{}", peer.as_raw_fd());
+    let flags = OFlags::RDWR | OFlags::NOCTTY | OFlags::CLOEXEC;
+    Ok(rustix::fs::open(path, flags, Mode::empty())?)
 }
 
 /// Sets the size of a terminal; its foreground group gets SIGWINCH.

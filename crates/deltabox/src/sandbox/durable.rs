@@ -1,0 +1,144 @@
+//! Checkpoints of a sandbox that are on disk.
+
+use std::collections::BTreeMap;
+use std::sync::atomic::Ordering;
+use std::time::Instant;
+
+use super::Sandbox;
+use crate::dormant::Dormant;
+use crate::durable::{self, Draft, Loaded, Origin, SessionReader};
+use crate::error::{Error, Result};
+use crate::report::{CheckpointId, CheckpointReport};
+use crate::sessions_image::SessionsImage;
+
+impl Sandbox {
+    /// Checkpoints the sandbox as [`Sandbox::checkpoint`] does, lets it run on, and returns when the checkpoint is on disk.
+    ///
+    /// # Errors
+    /// As [`Sandbox::checkpoint`]; and [`Error::NotDurable`] if the checkpoint is in memory only.
+    pub fn checkpoint_durable(&self, message: Option<String>) -> Result<CheckpointReport> {
+        let begin = Instant::now();
+        let report = self.checkpoint(message)?;
+        self.persist(report.id)?;
+        Ok(CheckpointReport {
+            total: begin.elapsed(),
+            ..report
+        })
+    }
+
+    /// Makes a checkpoint durable; returns when it is on disk.
+    ///
+    /// # Errors
+    /// There is no such checkpoint; or [`Error::NotDurable`], and the checkpoint says why from then on. It can still be
+    /// rolled back to.
+    pub fn persist(&self, id: CheckpointId) -> Result<()> {
+        let _disk = self.disk.lock();
+        let Some(draft) = self.state.lock().draft(id)? else {
+            return Ok(());
+        };
+        self.write(&draft).map_err(|e| {
+            self.state.lock().not_written(id, e.to_string());
+            Error::NotDurable {
+                id,
+                source: Box::new(e),
+            }
+        })
+    }
+
+    /// The caller holds `disk`.
+    fn write(&self, draft: &Draft) -> Result<()> {
+        self.shared().check_open(&self.name)?;
+        let archive = &self.common.archive;
+        durable::write(archive, draft, &self.durable_origin(), self.epoch())?;
+        let before = draft.before.as_ref().map(|(id, _)| *id);
+        self.state.lock().written(draft.id, before);
+        Ok(())
+    }
+
+    fn durable_origin(&self) -> Origin {
+        Origin {
+            sandbox: self.name.clone(),
+            created: self.created,
+            first_id: self.first_id,
+            spec: self.spec.clone(),
+        }
+    }
+
+    /// Forgets a checkpoint. Its children become its parent's. What is on disk of it goes at once; durable checkpoints that
+    /// build on it are written anew before.
+    ///
+    /// # Errors
+    /// There is no such checkpoint; or one that builds on it could not be written anew, and it is still there.
+    pub fn delete(&self, id: CheckpointId) -> Result<()> {
+        let _disk = self.disk.lock();
+        self.shared().check_open(&self.name)?;
+        let built_on = self.state.lock().built_on(id);
+        if let Some((children, before)) = built_on {
+            for child in children {
+                let draft = self.state.lock().draft_against(child, before)?;
+                self.write(&draft)?;
+            }
+            self.common.archive.remove(&self.name, id)?;
+        }
+        self.state.lock().delete(id)
+    }
+
+    /// Removes all that is on disk of its checkpoints.
+    pub(crate) fn remove_durable(&self) -> Result<()> {
+        let _disk = self.disk.lock();
+        self.common.archive.remove_all(&self.name)
+    }
+
+    /// Has its user warned, and told with every rollback.
+    pub(crate) fn warn(&self, warning: Option<String>) {
+        if let Some(warning) = warning {
+            self.state.lock().note(warning.clone());
+            self.warnings.lock().push(warning);
+        }
+    }
+
+    /// Takes up, stopped, what was on disk of a sandbox: it has just been assembled.
+    pub(crate) fn take_up(
+        &mut self,
+        dormant: &Dormant,
+        loaded: BTreeMap<CheckpointId, Result<Loaded, String>>,
+    ) {
+        let shared = &self.sessions.shared;
+        shared.stopped.store(true, Ordering::Release);
+        shared.epoch.store(dormant.epoch(), Ordering::Release);
+        let mut reader = SessionReader::new(shared, self.first_id);
+        let mut read: BTreeMap<CheckpointId, SessionsImage> = BTreeMap::new();
+        let mut lost = BTreeMap::new();
+        let state = self.state.get_mut();
+        for (id, loaded) in loaded {
+            let usable = loaded.and_then(|loaded| {
+                let manifest = dormant.stored.get(&id).and_then(|m| m.as_ref().ok());
+                let manifest = manifest.ok_or("its manifest is missing")?;
+                let before = match manifest.parent {
+                    Some(parent) => {
+                        let unusable = || format!("it builds on {parent}, which cannot be used");
+                        Some(read.get(&parent).ok_or_else(unusable)?)
+                    }
+                    None => None,
+                };
+                let dir = self.common.archive.dir(&dormant.name, id);
+                let sessions = reader.read(&dir, before).map_err(|e| e.to_string())?;
+                Ok::<_, String>((manifest, loaded, sessions))
+            });
+            match usable {
+                Ok((manifest, loaded, sessions)) => {
+                    read.insert(id, sessions.clone());
+                    state.take_up(manifest, loaded, sessions);
+                }
+                Err(why) => {
+                    lost.insert(id, why);
+                }
+            }
+        }
+        shared.table.lock().last = reader.last();
+        state.lose(lost);
+        if let Some(origin) = dormant.origin() {
+            self.created = origin.created;
+        }
+    }
+}

@@ -1,0 +1,438 @@
+//! Durable checkpoints: they outlive the host, whatever became of it, and are never shown when they are damaged.
+#![cfg(target_os = "linux")]
+
+mod common;
+
+use std::fs;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use common::{Fixture, output, read_until, sh, text, wait};
+use deltabox::{
+    CheckpointId, CheckpointState, CommandSpec, Error, Host, HostConfig, Sandbox, SandboxState,
+    SessionId, WindowSize,
+};
+
+impl Fixture {
+    fn state_dir(&self) -> PathBuf {
+        self.dir.path().join("state")
+    }
+
+    fn checkpoint_dir(&self, sandbox: &str, id: CheckpointId) -> PathBuf {
+        let dir = self.state_dir().join("checkpoints").join(sandbox);
+        dir.join(id.to_string())
+    }
+
+    /// Ends the host, and opens another one on the same state directory.
+    fn restarted(self) -> Self {
+        let Self { host, dir } = self;
+        drop(host);
+        let host = Host::open(HostConfig {
+            state_dir: dir.path().join("state"),
+            ..HostConfig::default()
+        })
+        .unwrap();
+        Self { host, dir }
+    }
+}
+
+fn durable(sandbox: &Sandbox) -> CheckpointId {
+    sandbox.checkpoint_durable(None).unwrap().id
+}
+
+fn states(fixture: &Fixture, name: &str) -> Vec<(CheckpointId, CheckpointState)> {
+    let tree = fixture.host.tree(name).unwrap();
+    tree.nodes.into_iter().map(|n| (n.id, n.state)).collect()
+}
+
+/// A shell that answers; its variable tells which state it is in.
+fn shell(sandbox: &Sandbox) -> SessionId {
+    let session = sandbox
+        .spawn(CommandSpec {
+            stdin: true,
+            ..sh("while read line; do eval \"$line\"; done")
+        })
+        .unwrap();
+    session.id()
+}
+
+/// Has the shell run a line, and returns what it writes.
+fn tell(sandbox: &Sandbox, shell: SessionId, line: &str) -> String {
+    let session = sandbox.session(shell).unwrap();
+    let mut events = session.events(session.info().output);
+    session
+        .write(format!("{line}; echo END\n").as_bytes())
+        .unwrap();
+    let seen = read_until(&mut events, "END\n");
+    seen.trim_end_matches("END\n").trim_end().to_owned()
+}
+
+fn log(sandbox: &Sandbox, id: SessionId) -> String {
+    let session = sandbox.session(id).unwrap();
+    let end = session.info().output as usize;
+    let mut events = session.events(0);
+    let mut seen = String::new();
+    while seen.len() < end {
+        match events.next(Some(common::PATIENCE)) {
+            Some(deltabox::SessionEvent::Output { bytes, .. }) => seen.push_str(&text(&bytes)),
+            other => panic!("{other:?} after {seen:?}"),
+        }
+    }
+    seen
+}
+
+#[test]
+fn files_memory_and_output_come_back_after_a_restart() {
+    let fixture = Fixture::new();
+    let sandbox = fixture.sandbox();
+    let name = sandbox.name().to_owned();
+    let sh = shell(&sandbox);
+    tell(&sandbox, sh, "x=one; echo one > /file; cd /tmp");
+    let first = durable(&sandbox);
+    tell(
+        &sandbox,
+        sh,
+        "x=two; echo two > /file; cd /usr; echo second branch",
+    );
+    let warm = sandbox.checkpoint(None).unwrap().id;
+    let second = durable(&sandbox);
+    let logs = log(&sandbox, sh);
+    assert_eq!(
+        states(&fixture, &name),
+        [
+            (first, CheckpointState::Durable),
+            (warm, CheckpointState::Warm),
+            (second, CheckpointState::Durable)
+        ]
+    );
+    drop(sandbox);
+
+    let fixture = fixture.restarted();
+    assert!(
+        fixture
+            .host
+            .cleaned_up()
+            .iter()
+            .any(|s| s.contains("Kept the 2 durable"))
+    );
+    let info = fixture.host.info(&name).unwrap();
+    assert_eq!(info.state, SandboxState::Stopped);
+    assert_eq!(info.checkpoints, 2);
+    assert!(fixture.host.list().is_empty());
+    assert_eq!(fixture.host.infos().len(), 1);
+    let sandbox = fixture.host.get(&name).unwrap();
+    assert_eq!(sandbox.info().state, SandboxState::Stopped);
+    for (id, x, cwd) in [
+        (second, "two", "/usr"),
+        (first, "one", "/tmp"),
+        (second, "two", "/usr"),
+    ] {
+        let report = sandbox.rollback(id).unwrap();
+        assert_eq!(report.fallback, None);
+        assert_eq!(report.notes, Vec::<String>::new());
+        if id == second {
+            assert_eq!(log(&sandbox, sh), logs);
+        }
+        assert_eq!(
+            tell(&sandbox, sh, "echo $x; cat /file; pwd"),
+            format!("{x}\n{x}\n{cwd}")
+        );
+    }
+    let later = sandbox.checkpoint(None).unwrap().id;
+    assert!(later > second, "{later} was given before");
+}
+
+#[test]
+fn a_fork_of_a_sandbox_on_disk_runs_and_leaves_it_alone() {
+    let fixture = Fixture::new();
+    let sandbox = fixture.sandbox();
+    let name = sandbox.name().to_owned();
+    let sh = shell(&sandbox);
+    tell(&sandbox, sh, "x=kept; echo data > /data");
+    let id = durable(&sandbox);
+    drop(sandbox);
+    let fixture = fixture.restarted();
+    let forks = fixture.host.fork(&name, Some(id), 2, &[]).unwrap();
+    for fork in &forks {
+        assert_eq!(tell(fork, sh, "echo $x; cat /data"), "kept\ndata");
+    }
+    let of_fork = durable(&forks[1]);
+    let fork = forks[1].name().to_owned();
+    drop(forks);
+    let fixture = fixture.restarted();
+    assert_eq!(states(&fixture, &name), [(id, CheckpointState::Durable)]);
+    let sandbox = fixture.host.get(&fork).unwrap();
+    sandbox.rollback(of_fork).unwrap();
+    assert_eq!(tell(&sandbox, sh, "echo $x; cat /data"), "kept\ndata");
+}
+
+#[test]
+fn a_terminal_comes_back_after_a_restart() {
+    let fixture = Fixture::new();
+    let sandbox = fixture.sandbox();
+    let name = sandbox.name().to_owned();
+    let command = CommandSpec {
+        tty: Some(WindowSize { rows: 30, cols: 90 }),
+        argv: ["bash", "--norc"].map(String::from).into(),
+        ..CommandSpec::default()
+    };
+    let session = sandbox.spawn(command).unwrap();
+    let (id, mut events) = (session.id(), session.events(0));
+    session.write(b"x=secret; echo re''ady\n").unwrap();
+    read_until(&mut events, "ready");
+    let checkpoint = durable(&sandbox);
+    drop((events, session, sandbox));
+    let fixture = fixture.restarted();
+    let sandbox = fixture.host.get(&name).unwrap();
+    sandbox.rollback(checkpoint).unwrap();
+    let session = sandbox.session(id).unwrap();
+    let mut events = session.events(session.info().output);
+    session.write(b"echo \"<$x>\"; stty size\n").unwrap();
+    let seen = read_until(&mut events, "30 90");
+    assert!(seen.contains("<secret>"), "{seen}");
+}
+
+#[test]
+fn a_checkpoint_in_the_middle_can_be_deleted_and_all_others_stay_whole() {
+    let fixture = Fixture::new();
+    let sandbox = fixture.sandbox();
+    let name = sandbox.name().to_owned();
+    let sh = shell(&sandbox);
+    let mut ids = Vec::new();
+    for n in 1..=5 {
+        tell(
+            &sandbox,
+            sh,
+            &format!(
+                "x{n}={n}; echo {n} > /f{n}; rm -f /f{}; echo line {n}",
+                n - 2
+            ),
+        );
+        ids.push(durable(&sandbox));
+    }
+    sandbox.rollback(ids[1]).unwrap();
+    tell(&sandbox, sh, "x9=9; echo 9 > /f9");
+    ids.push(durable(&sandbox));
+    sandbox.delete(ids[1]).unwrap();
+    assert!(!fixture.checkpoint_dir(&name, ids[1]).exists());
+    drop(sandbox);
+    let fixture = fixture.restarted();
+    // From disk, too: the first goes, on which all others build.
+    let sandbox = fixture.host.get(&name).unwrap();
+    sandbox.delete(ids[0]).unwrap();
+    sandbox.delete(ids[3]).unwrap();
+    drop(sandbox);
+    let fixture = fixture.restarted();
+    assert_eq!(fixture.host.layers(None, true).unwrap().len(), 3);
+    let sandbox = fixture.host.get(&name).unwrap();
+    let check = "echo $x1$x2$x3$x4$x5$x9; echo /f[0-9]*";
+    for (id, expected) in [
+        (2, "123\n/f2 /f3"),
+        (4, "12345\n/f4 /f5"),
+        (5, "129\n/f1 /f2 /f9"),
+    ] {
+        sandbox.rollback(ids[id]).unwrap();
+        assert_eq!(
+            tell(&sandbox, sh, check),
+            expected,
+            "checkpoint {}",
+            ids[id]
+        );
+    }
+    assert!(matches!(
+        sandbox.rollback(ids[0]),
+        Err(Error::NoCheckpoint { .. })
+    ));
+}
+
+#[test]
+fn what_is_removed_frees_its_space_and_stays_away() {
+    let fixture = Fixture::new();
+    let (kept, gone) = (fixture.sandbox(), fixture.sandbox());
+    durable(&kept);
+    let ids = [durable(&gone), durable(&gone)];
+    let names = [kept.name().to_owned(), gone.name().to_owned()];
+    gone.delete(ids[1]).unwrap();
+    assert!(!fixture.checkpoint_dir(&names[1], ids[1]).exists());
+    fixture.host.remove(&names[1]).unwrap();
+    let checkpoints = fixture.state_dir().join("checkpoints");
+    assert_eq!(fs::read_dir(&checkpoints).unwrap().count(), 1);
+    drop((kept, gone));
+    let fixture = fixture.restarted();
+    assert_eq!(fixture.host.infos().len(), 1);
+    // One that is on disk only.
+    fixture.host.remove(&names[0]).unwrap();
+    assert_eq!(fs::read_dir(&checkpoints).unwrap().count(), 0);
+    assert!(fixture.host.infos().is_empty());
+    fixture
+        .host
+        .create(deltabox::SandboxSpec {
+            name: Some(names[0].clone()),
+            ..Default::default()
+        })
+        .unwrap();
+    assert!(fixture.restarted().host.infos().is_empty());
+}
+
+#[test]
+fn a_damaged_file_is_named_and_only_what_builds_on_it_is_lost() {
+    let fixture = Fixture::new();
+    let sandbox = fixture.sandbox();
+    let name = sandbox.name().to_owned();
+    let sh = shell(&sandbox);
+    tell(&sandbox, sh, "x=1; echo 1 > /f; echo out");
+    let first = durable(&sandbox);
+    tell(&sandbox, sh, "x=2; echo 2 > /f; echo more");
+    let second = durable(&sandbox);
+    sandbox.rollback(first).unwrap();
+    tell(&sandbox, sh, "x=3");
+    let third = durable(&sandbox);
+    drop(sandbox);
+    let mut fixture = fixture;
+    let files = [
+        "manifest",
+        "files.meta",
+        "files.data",
+        "processes",
+        "pages.meta",
+        "pages.data",
+        "sessions",
+    ];
+    for file in files {
+        let path = fixture.checkpoint_dir(&name, second).join(file);
+        let good = fs::read(&path).unwrap();
+        for damage in ["flipped", "torn", "missing"] {
+            match damage {
+                "flipped" => {
+                    let mut bytes = good.clone();
+                    bytes[good.len() / 2] ^= 0x20;
+                    fs::write(&path, bytes).unwrap();
+                }
+                "torn" => fs::write(&path, &good[..good.len() - 1]).unwrap(),
+                _ => fs::remove_file(&path).unwrap(),
+            }
+            fixture = fixture.restarted();
+            let layers = fixture.host.layers(Some(&name), true).unwrap();
+            let bad: Vec<_> = layers.iter().filter(|l| l.damage.is_some()).collect();
+            assert_eq!(bad.len(), 1, "{file} {damage}");
+            assert_eq!(bad[0].id, second);
+            assert!(bad[0].damage.as_ref().unwrap().contains(file));
+            let sandbox = fixture.host.get(&name).unwrap();
+            let refused = sandbox.rollback(second).unwrap_err();
+            assert!(matches!(refused, Error::Unusable { .. }), "{refused}");
+            assert!(refused.to_string().contains(file), "{refused}");
+            let shown = states(&fixture, &name);
+            assert!(matches!(&shown[1], (id, CheckpointState::Failed { .. }) if *id == second));
+            sandbox.rollback(third).unwrap();
+            assert_eq!(tell(&sandbox, sh, "echo $x; cat /f"), "3\n1");
+            drop(sandbox);
+            fs::write(&path, &good).unwrap();
+        }
+    }
+    fixture = fixture.restarted();
+    let sandbox = fixture.host.get(&name).unwrap();
+    sandbox.rollback(second).unwrap();
+    assert_eq!(tell(&sandbox, sh, "echo $x; cat /f"), "2\n2");
+    // The first one is what the others build on.
+    let path = fixture.checkpoint_dir(&name, first).join("pages.data");
+    drop(sandbox);
+    let mut bytes = fs::read(&path).unwrap();
+    bytes[0] ^= 1;
+    fs::write(&path, bytes).unwrap();
+    fixture = fixture.restarted();
+    let sandbox = fixture.host.get(&name).unwrap();
+    for id in [first, second, third] {
+        let refused = sandbox.rollback(id).unwrap_err().to_string();
+        assert!(refused.contains("pages.data"), "{refused}");
+    }
+    sandbox.delete(third).unwrap();
+    fixture.host.remove(&name).unwrap();
+    assert!(fixture.host.infos().is_empty());
+}
+
+#[test]
+fn a_base_that_changed_is_told_of_and_one_that_matters_is_refused() {
+    let fixture = Fixture::new();
+    let base = base(&fixture);
+    let spec = deltabox::SandboxSpec {
+        base: base.clone(),
+        ..Default::default()
+    };
+    let sandbox = fixture.host.create(spec).unwrap();
+    let name = sandbox.name().to_owned();
+    output(&sandbox, "cat /notes; echo more >> /partly");
+    let id = durable(&sandbox);
+    drop(sandbox);
+    fs::write(base.join("notes"), "others").unwrap();
+    let fixture = fixture.restarted();
+    let sandbox = fixture.host.get(&name).unwrap();
+    let report = sandbox.rollback(id).unwrap();
+    assert!(
+        report.notes.iter().any(|note| note.contains("/notes")),
+        "{report:?}"
+    );
+    assert_eq!(output(&sandbox, "cat /partly"), "first\nmore");
+    drop(sandbox);
+    fs::write(base.join("partly"), "a first line that is another\n").unwrap();
+    let fixture = fixture.restarted();
+    let sandbox = fixture.host.get(&name).unwrap();
+    let refused = sandbox.rollback(id).unwrap_err().to_string();
+    assert!(refused.contains("/partly"), "{refused}");
+}
+
+/// A base of its own with a shell: busybox is one file.
+fn base(fixture: &Fixture) -> PathBuf {
+    let base = fixture.dir.path().join("base");
+    for dir in ["bin", "proc", "dev", "sys", "tmp", "etc", "root"] {
+        fs::create_dir_all(base.join(dir)).unwrap();
+    }
+    let script = "for f in /bin/sh /bin/cat /bin/echo; do echo $f; \
+        ldd $f | grep -o '/[^ ]*' ; done | sort -u";
+    let files = std::process::Command::new("sh")
+        .args(["-c", script])
+        .output()
+        .unwrap();
+    for file in text(&files.stdout).lines() {
+        let to = base.join(file.trim_start_matches('/'));
+        fs::create_dir_all(to.parent().unwrap()).unwrap();
+        fs::copy(file, to).unwrap();
+    }
+    fs::write(base.join("notes"), "notes").unwrap();
+    fs::write(base.join("partly"), "first\n").unwrap();
+    base
+}
+
+#[test]
+fn a_long_output_is_written_once() {
+    let fixture = Fixture::new();
+    let sandbox = fixture.sandbox();
+    let name = sandbox.name().to_owned();
+    let sh = shell(&sandbox);
+    let session = sandbox.spawn(common::sh("seq 1 200000")).unwrap();
+    let whole = wait(&session).stdout;
+    let id = session.id();
+    let first = durable(&sandbox);
+    let second = durable(&sandbox);
+    let size = |id| {
+        let path = fixture.checkpoint_dir(&name, id).join("sessions");
+        fs::metadata(path).unwrap().len()
+    };
+    assert!(size(first) > whole.len() as u64);
+    assert!(size(second) < 10_000, "{}", size(second));
+    drop((session, sandbox));
+    let fixture = fixture.restarted();
+    let sandbox = fixture.host.get(&name).unwrap();
+    sandbox.rollback(second).unwrap();
+    assert!(log(&sandbox, id).as_bytes() == whole);
+    assert_eq!(tell(&sandbox, sh, "echo here"), "here");
+}
+
+#[test]
+fn a_handle_of_a_sandbox_whose_host_has_ended_writes_nothing() {
+    let fixture = Fixture::new();
+    let sandbox: Arc<Sandbox> = fixture.sandbox();
+    let id = sandbox.checkpoint(None).unwrap().id;
+    let fixture = fixture.restarted();
+    assert!(sandbox.persist(id).is_err());
+    assert!(fixture.host.layers(None, false).unwrap().is_empty());
+}
