@@ -19,6 +19,7 @@ from .errors import (
     DiskFull,
     InvalidRequest,
     NameTaken,
+    NotDurable,
     NotRunning,
     ProcessError,
     ReadTimeout,
@@ -30,6 +31,7 @@ from .errors import (
     SpawnFailed,
     TooLarge,
     UnexpectedEnd,
+    Unusable,
 )
 from .files import Files
 from .models import (
@@ -69,6 +71,7 @@ __all__ = [
     "Files",
     "InvalidRequest",
     "NameTaken",
+    "NotDurable",
     "NotRunning",
     "Output",
     "ProcessError",
@@ -92,4 +95,5 @@ __all__ = [
     "TooLarge",
     "Tree",
     "UnexpectedEnd",
+    "Unusable",
 ]

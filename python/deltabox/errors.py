@@ -117,6 +117,14 @@ class CommandNotExecutable(SpawnFailed):
     """The program may not be executed."""
 
 
+class NotDurable(ApiError):
+    """The checkpoint was made, and is in memory; but it could not be put on disk."""
+
+
+class Unusable(ApiError):
+    """What is on disk of a checkpoint is damaged, or does not fit this machine any more."""
+
+
 class DiskFull(ApiError):
     """There is no room left in the state directory."""
 
@@ -137,6 +145,8 @@ _BY_CODE: dict[str, type[ApiError]] = {
     "spawn": SpawnFailed,
     "command_not_found": CommandNotFound,
     "command_not_executable": CommandNotExecutable,
+    "not_durable": NotDurable,
+    "unusable": Unusable,
     "disk_full": DiskFull,
     "stopping": ServiceStopping,
 }

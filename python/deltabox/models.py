@@ -105,6 +105,10 @@ class CheckpointInfo:
     processes: int
     current: bool
     """Whether the sandbox's state comes from it."""
+    state: str = "warm"
+    """``"warm"`` (in memory), ``"durable"`` (on disk), or ``"failed"``."""
+    reason: str | None = None
+    """Why it is failed: it was to be durable and is not, or what is on disk cannot be used."""
 
     def __str__(self) -> str:
         return self.id

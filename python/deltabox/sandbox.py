@@ -201,11 +201,15 @@ class Sandbox:
 
     # States
 
-    def checkpoint(self, message: str | None = None) -> Checkpoint:
+    def checkpoint(self, message: str | None = None, *, durable: bool = False) -> Checkpoint:
         """Checkpoints files, processes and sessions together. Fails with :class:`ProcessError` if something cannot be
-        carried; the sandbox runs on as if nothing had happened."""
+        carried; the sandbox runs on as if nothing had happened.
+
+        With ``durable`` it returns when the checkpoint is on disk, so that it outlives the service; if that fails
+        (:class:`NotDurable`) the checkpoint is kept in memory."""
         here = self._sessions.now()
-        answer = self._request("POST", "/checkpoints", {"message": message})
+        body = {"message": message, "durable": durable}
+        answer = self._request("POST", "/checkpoints", body)
         checkpoint = parse(Checkpoint, {**answer, "message": message})
         self._sessions.keep(checkpoint.id, here)
         return checkpoint

@@ -35,6 +35,13 @@ for line in sys.stdin:
 class States(ServiceTest):
     """Checkpoints and what can be done with them."""
 
+    def test_a_durable_checkpoint_says_so(self) -> None:
+        sb = self.sandbox()
+        warm = sb.checkpoint()
+        durable = sb.checkpoint("kept", durable=True)
+        states = {node.id: (node.state, node.reason) for node in sb.tree()}
+        self.assertEqual({warm.id: ("warm", None), durable.id: ("durable", None)}, states)
+
     def test_a_rollback_gives_files_and_memory_back(self) -> None:
         sb = self.sandbox()
         counter = sb.spawn(["python3", "-u", "-c", COUNTER], stdin=True)

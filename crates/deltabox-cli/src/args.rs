@@ -69,6 +69,11 @@ pub(crate) enum Command {
     Rm(Names),
     /// End the processes of sandboxes; a rollback makes them run again
     Stop(Names),
+    /// Durable checkpoints as they are on disk
+    Layer {
+        #[command(subcommand)]
+        command: LayerCommand,
+    },
     /// Say which kernel features are there, and what to do about those that are not
     Doctor,
     /// Search a tree of states of a real project, verify every rollback, and measure
@@ -78,6 +83,20 @@ pub(crate) enum Command {
         #[command(subcommand)]
         command: ServiceCommand,
     },
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum LayerCommand {
+    /// List them, with what they take on disk
+    Ls(Sandbox),
+    /// Read and check every byte of them; the exit code is 1 if one is damaged
+    Verify(Sandbox),
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Sandbox {
+    /// Those of this sandbox only
+    pub(crate) name: Option<String>,
 }
 
 #[derive(Debug, Subcommand)]
@@ -216,6 +235,9 @@ pub(crate) struct Checkpoint {
     /// What to call it
     #[arg(long, short, value_name = "TEXT")]
     pub(crate) message: Option<String>,
+    /// Wait until it is on disk; it outlives the service then, and the machine's power
+    #[arg(long)]
+    pub(crate) durable: bool,
 }
 
 #[derive(Debug, Args)]

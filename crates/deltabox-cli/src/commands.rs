@@ -4,11 +4,11 @@ use std::io::{self, IsTerminal, Write};
 
 use anyhow::Context;
 use deltabox::{Host, SandboxInfo, SandboxSpec};
-use deltaboxd::api::ForkRequest;
+use deltaboxd::api::{CheckpointRequest, ForkRequest};
 use deltaboxd::client::{Client, SessionRef};
 use serde_json::json;
 
-use crate::args::{Command, Create, Fork, Global, Kill, Names};
+use crate::args::{Command, Create, Fork, Global, Kill, LayerCommand, Names};
 use crate::failure::Failure;
 use crate::{exec, service, show};
 
@@ -30,7 +30,11 @@ pub(crate) async fn run(global: &Global, command: Command) -> Result<u8, Failure
         Command::Rm(args) => rm(&client, args).await,
         Command::Stop(args) => stop(&client, json, args).await,
         Command::Checkpoint(args) => {
-            let report = client.checkpoint(&args.name, args.message).await?;
+            let request = CheckpointRequest {
+                message: args.message,
+                durable: args.durable,
+            };
+            let report = client.checkpoint(&args.name, &request).await?;
             match json {
                 true => show::json(&report)?,
                 false => show::checkpoint(&report, io::stdout().is_terminal())?,
@@ -73,6 +77,7 @@ pub(crate) async fn run(global: &Global, command: Command) -> Result<u8, Failure
             }
             Ok(0)
         }
+        Command::Layer { command } => layer(&client, json, command).await,
         Command::Inspect(args) => inspect(&client, json, &args.name).await,
         Command::Demo(_) | Command::Doctor | Command::Service { .. } => {
             unreachable!("these need no service and are run before")
@@ -134,6 +139,20 @@ async fn inspect(client: &Client, json: bool, name: &str) -> Result<u8, Failure>
         false => show::inspect(&sandbox, &sessions)?,
     }
     Ok(0)
+}
+
+async fn layer(client: &Client, json: bool, command: LayerCommand) -> Result<u8, Failure> {
+    let (of, verify) = match command {
+        LayerCommand::Ls(of) => (of, false),
+        LayerCommand::Verify(of) => (of, true),
+    };
+    let layers = client.layers(of.name.as_deref(), verify).await?;
+    match json {
+        true => show::json(&layers)?,
+        false => show::layers(&layers)?,
+    }
+    let damaged = layers.iter().any(|layer| layer.damage.is_some());
+    Ok(if damaged { 1 } else { 0 })
 }
 
 /// All are tried; the failures are told one by one.

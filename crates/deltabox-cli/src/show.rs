@@ -5,8 +5,8 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use comfy_table::{Table, presets};
 use deltabox::{
-    CheckpointInfo, CheckpointReport, Difference, Feature, FileChange, RollbackReport, SandboxInfo,
-    SandboxState, SessionInfo, Tree,
+    CheckpointInfo, CheckpointReport, CheckpointState, Difference, Feature, FileChange,
+    LayerReport, RollbackReport, SandboxInfo, SandboxState, SessionInfo, Tree,
 };
 use serde::Serialize;
 
@@ -192,10 +192,51 @@ fn node(node: &CheckpointInfo, now: u64, colour: bool) -> String {
     }
     let processes = count(node.processes, "process", "processes");
     line.push_str(&format!("  ({processes}, {})", age(now, node.created)));
+    match &node.state {
+        CheckpointState::Warm => {}
+        CheckpointState::Durable => line.push_str("  durable"),
+        CheckpointState::Failed { reason } => {
+            line.push_str("  failed: ");
+            line.push_str(&visible(reason));
+        }
+    }
     if node.current {
         line.push_str("  ← current");
     }
     line
+}
+
+pub(crate) fn layers(layers: &[LayerReport]) -> io::Result<()> {
+    let mut table = table(&[
+        "SANDBOX",
+        "ID",
+        "ON",
+        "INODES",
+        "FILES",
+        "PROCESSES",
+        "MEMORY",
+        "CREATED",
+        "STATE",
+    ]);
+    for layer in layers {
+        let state = match (&layer.damage, layer.verified) {
+            (Some(damage), _) => format!("damaged: {}", visible(damage)),
+            (None, true) => "good".to_owned(),
+            (None, false) => "durable".to_owned(),
+        };
+        table.add_row([
+            layer.sandbox.clone(),
+            layer.id.to_string(),
+            layer.parent.map_or("-".into(), |id| id.to_string()),
+            layer.inodes.to_string(),
+            size(layer.file_bytes),
+            layer.processes.to_string(),
+            size(layer.page_bytes),
+            age(now(), layer.created),
+            state,
+        ]);
+    }
+    print(&table)
 }
 
 pub(crate) fn difference(difference: &Difference) -> io::Result<()> {
@@ -295,6 +336,7 @@ mod tests {
             created: 40,
             processes: 1,
             current: true,
+            state: CheckpointState::Warm,
         };
         let line = node(&info, 100, false);
         assert_eq!(
@@ -304,5 +346,7 @@ mod tests {
         info.current = false;
         assert!(node(&info, 100, false).starts_with("○ c4"));
         assert!(!node(&info, 100, false).contains("current"));
+        info.state = CheckpointState::Durable;
+        assert!(node(&info, 100, false).ends_with("  durable"));
     }
 }

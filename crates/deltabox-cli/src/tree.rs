@@ -65,6 +65,7 @@ fn push_children<'a>(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use deltabox::CheckpointState;
 
     fn tree(edges: &[(u64, Option<u64>)]) -> Tree {
         let node = |&(id, parent): &(u64, Option<u64>)| CheckpointInfo {
@@ -74,6 +75,7 @@ mod tests {
             created: 0,
             processes: 0,
             current: false,
+            state: CheckpointState::Warm,
         };
         Tree {
             nodes: edges.iter().map(node).collect(),

@@ -85,7 +85,7 @@ impl Dormant {
             Err(why) => unreadable(*id, why),
             Ok(manifest) => CheckpointInfo {
                 id: *id,
-                parent: manifest.parent,
+                parent: manifest.parent.filter(|id| self.stored.contains_key(id)),
                 message: manifest.message.clone(),
                 created: manifest.created,
                 processes: manifest.processes,

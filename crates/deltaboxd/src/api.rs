@@ -34,6 +34,8 @@ pub struct ServiceInfo {
 pub struct CheckpointRequest {
     /// What to call it.
     pub message: Option<String>,
+    /// Answer when it is on disk, so that it outlives the service.
+    pub durable: bool,
 }
 
 /// The body of `POST /v1/sandboxes/{name}/rollback`.

@@ -60,6 +60,23 @@ impl App {
         }
     }
 
+    /// The same for a question about one sandbox, which is answered without waking it up if it is on disk only; refused when
+    /// the epoch that `headers` name is over.
+    pub(crate) async fn ask<T: Send + 'static>(
+        &self,
+        operation: &'static str,
+        name: String,
+        headers: &HeaderMap,
+        question: impl FnOnce(&Host, &str) -> deltabox::Result<T> + Send + 'static,
+    ) -> Answer<T> {
+        let expected = expected_epoch(headers)?;
+        self.call(operation, move |host| {
+            check_epoch_of(host, &name, expected)?;
+            question(host, &name)
+        })
+        .await
+    }
+
     /// The same for a call that concerns one sandbox, refused when the epoch that `headers` name is over.
     pub(crate) async fn call_on<T: Send + 'static>(
         &self,
@@ -75,6 +92,21 @@ impl App {
             work(&sandbox)
         })
         .await
+    }
+}
+
+/// As [`check_epoch`], without waking up a sandbox that is on disk only.
+pub(crate) fn check_epoch_of(
+    host: &Host,
+    name: &str,
+    expected: Option<u64>,
+) -> deltabox::Result<()> {
+    let Some(expected) = expected else {
+        return Ok(());
+    };
+    match host.info(name)?.epoch {
+        actual if actual == expected => Ok(()),
+        actual => Err(Error::Epoch { expected, actual }),
     }
 }
 

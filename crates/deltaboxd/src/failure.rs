@@ -65,10 +65,13 @@ fn classify(error: &Error) -> (StatusCode, &'static str) {
         Error::NotRunning { .. } => (StatusCode::CONFLICT, "not_running"),
         Error::Invalid(_) => (StatusCode::BAD_REQUEST, "invalid"),
         Error::Spawn { source, .. } => (StatusCode::UNPROCESSABLE_ENTITY, spawn_code(source)),
-        Error::Processes(_) => (StatusCode::CONFLICT, "processes"),
-        Error::System { source, .. } if source.kind() == ErrorKind::StorageFull => {
-            (StatusCode::INSUFFICIENT_STORAGE, "disk_full")
+        Error::NotDurable { .. } if error.is_disk_full() => {
+            (StatusCode::INSUFFICIENT_STORAGE, "not_durable")
         }
+        Error::NotDurable { .. } => (StatusCode::INTERNAL_SERVER_ERROR, "not_durable"),
+        Error::Unusable { .. } => (StatusCode::CONFLICT, "unusable"),
+        _ if error.is_disk_full() => (StatusCode::INSUFFICIENT_STORAGE, "disk_full"),
+        Error::Processes(_) => (StatusCode::CONFLICT, "processes"),
         _ => (StatusCode::INTERNAL_SERVER_ERROR, "failed"),
     }
 }

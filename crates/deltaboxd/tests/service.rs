@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use deltabox::{CheckpointId, CommandSpec, SandboxSpec, SessionId, Stream, WindowSize};
-use deltaboxd::api::{End, ForkRequest, StartedSession, socket_path};
+use deltaboxd::api::{CheckpointRequest, End, ForkRequest, StartedSession, socket_path};
 use deltaboxd::client::{Client, Error, FromSessionStream, SessionRef};
 use deltaboxd::frame::{FromSession, ToSession};
 use tempfile::TempDir;
@@ -169,6 +169,13 @@ fn assert_code<T: std::fmt::Debug>(result: Result<T, Error>, status: u16, code: 
             status: s, code: c, ..
         }) => assert_eq!((s, c.as_str()), (status, code)),
         other => panic!("{other:?} instead of {code}"),
+    }
+}
+
+fn named(message: Option<&str>) -> CheckpointRequest {
+    CheckpointRequest {
+        message: message.map(str::to_owned),
+        durable: false,
     }
 }
 
@@ -349,11 +356,11 @@ async fn a_rollback_gives_the_state_back_and_ends_what_came_after() {
     service.sandbox("a").await;
     service.run("a", "echo one > /tmp/f").await;
     let kept = service.exec("a", sh("sleep 1000")).await;
-    let first = client.checkpoint("a", Some("first".into())).await.unwrap();
+    let first = client.checkpoint("a", &named(Some("first"))).await.unwrap();
     service
         .run("a", "echo two > /tmp/f; echo new > /tmp/g")
         .await;
-    let second = client.checkpoint("a", None).await.unwrap();
+    let second = client.checkpoint("a", &named(None)).await.unwrap();
 
     let difference = client.diff("a", first.id, second.id).await.unwrap();
     let paths: Vec<_> = difference.files.iter().map(|f| format!("{f:?}")).collect();
@@ -403,7 +410,7 @@ async fn forks_have_the_state_and_lives_of_their_own() {
     let client = &service.client;
     service.sandbox("a").await;
     service.run("a", "echo source > /tmp/f").await;
-    let id = client.checkpoint("a", None).await.unwrap().id;
+    let id = client.checkpoint("a", &named(None)).await.unwrap().id;
     let request = ForkRequest {
         checkpoint: Some(id),
         n: 2,

@@ -1,10 +1,12 @@
 //! A state directory whose service ends with the test, also when that fails.
 
+use std::ffi::CString;
 use std::io::Write;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
+use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 use tempfile::TempDir;
@@ -13,7 +15,31 @@ use tempfile::TempDir;
 pub(crate) const PATIENCE: Duration = Duration::from_secs(30);
 
 pub(crate) struct Home {
+    /// Gone before its directory.
+    disk: Option<SmallDisk>,
     pub(crate) dir: TempDir,
+}
+
+/// A filesystem in memory; unmounted at the end.
+struct SmallDisk(PathBuf);
+
+impl SmallDisk {
+    fn mount(path: &Path, bytes: u64) -> Self {
+        let options = CString::new(format!("size={bytes}")).unwrap();
+        let flags = MountFlags::empty();
+        mount("tmpfs", path, "tmpfs", flags, Some(options.as_c_str())).unwrap();
+        Self(path.to_owned())
+    }
+}
+
+impl Drop for SmallDisk {
+    fn drop(&mut self) {
+        let unmounted = unmount(&self.0, UnmountFlags::DETACH);
+        assert!(
+            unmounted.is_ok() || std::thread::panicking(),
+            "{unmounted:?}"
+        );
+    }
 }
 
 /// What a command did.
@@ -37,8 +63,16 @@ impl From<Output> for Ran {
 impl Home {
     pub(crate) fn new() -> Self {
         Self {
+            disk: None,
             dir: tempfile::tempdir().unwrap(),
         }
+    }
+
+    /// In a filesystem of this many bytes.
+    pub(crate) fn with_small_disk(bytes: u64) -> Self {
+        let mut home = Self::new();
+        home.disk = Some(SmallDisk::mount(home.path(), bytes));
+        home
     }
 
     /// With one sandbox, called `box`.

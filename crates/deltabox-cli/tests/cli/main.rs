@@ -1,5 +1,6 @@
 //! The `deltabox` program as a user meets it. Every test has a state directory of its own, and so a service.
 
+mod durable;
 mod faults;
 mod harness;
 mod state;

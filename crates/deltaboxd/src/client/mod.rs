@@ -7,8 +7,8 @@ mod stream;
 use std::path::{Path, PathBuf};
 
 use deltabox::{
-    CheckpointId, CheckpointReport, CommandSpec, Difference, RollbackReport, SandboxInfo,
-    SandboxSpec, SessionId, SessionInfo, Tree, WindowSize,
+    CheckpointId, CheckpointReport, CommandSpec, Difference, LayerReport, RollbackReport,
+    SandboxInfo, SandboxSpec, SessionId, SessionInfo, Tree, WindowSize,
 };
 use hyper::Method;
 
@@ -151,10 +151,18 @@ impl Client {
     pub async fn checkpoint(
         &self,
         name: &str,
-        message: Option<String>,
+        request: &CheckpointRequest,
     ) -> Result<CheckpointReport> {
         let path = format!("{}/checkpoints", sandbox(name));
-        self.post(&path, &CheckpointRequest { message }).await
+        self.post(&path, request).await
+    }
+
+    /// The durable checkpoints of a sandbox, or of all, as they are on disk; checked with `verify`.
+    pub async fn layers(&self, sandbox: Option<&str>, verify: bool) -> Result<Vec<LayerReport>> {
+        let of = sandbox.map_or(String::new(), |name| {
+            format!("&sandbox={}", http::escape(name))
+        });
+        self.get(&format!("/v1/layers?verify={verify}{of}")).await
     }
 
     /// Rolls a sandbox back.

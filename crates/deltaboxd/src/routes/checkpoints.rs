@@ -3,7 +3,7 @@
 use axum::Json;
 use axum::extract::State;
 use axum::http::{HeaderMap, StatusCode};
-use deltabox::{CheckpointReport, Difference, RollbackReport, Tree};
+use deltabox::{CheckpointReport, Difference, Host, LayerReport, RollbackReport, Tree};
 use serde::Deserialize;
 
 use super::checkpoint_id;
@@ -17,9 +17,7 @@ pub(super) async fn tree(
     At(name): At<String>,
     headers: HeaderMap,
 ) -> Answer<Json<Tree>> {
-    app.call_on("tree", name, &headers, |sandbox| Ok(sandbox.tree()))
-        .await
-        .map(Json)
+    app.ask("tree", name, &headers, Host::tree).await.map(Json)
 }
 
 pub(super) async fn create(
@@ -29,8 +27,11 @@ pub(super) async fn create(
     Body(request): Body<CheckpointRequest>,
 ) -> Answer<(StatusCode, Json<CheckpointReport>)> {
     let report = app
-        .call_on("checkpoint", name, &headers, |sandbox| {
-            sandbox.checkpoint(request.message)
+        .call_on("checkpoint", name, &headers, move |sandbox| {
+            match request.durable {
+                true => sandbox.checkpoint_durable(request.message),
+                false => sandbox.checkpoint(request.message),
+            }
         })
         .await?;
     app.metrics.checkpoint_stop(report.stop);
@@ -56,6 +57,24 @@ pub(super) async fn rollback(
 ) -> Answer<Json<RollbackReport>> {
     app.call_on("rollback", name, &headers, move |sandbox| {
         sandbox.rollback(request.checkpoint)
+    })
+    .await
+    .map(Json)
+}
+
+#[derive(Deserialize)]
+pub(super) struct Which {
+    sandbox: Option<String>,
+    #[serde(default)]
+    verify: bool,
+}
+
+pub(super) async fn layers(
+    State(app): State<App>,
+    Params(which): Params<Which>,
+) -> Answer<Json<Vec<LayerReport>>> {
+    app.call("layers", move |host| {
+        host.layers(which.sandbox.as_deref(), which.verify)
     })
     .await
     .map(Json)

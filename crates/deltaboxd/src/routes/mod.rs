@@ -28,6 +28,7 @@ pub(crate) fn router(app: App) -> Router {
         .route("/v1/doctor", get(service::doctor))
         .route("/v1/metrics", get(service::metrics))
         .route("/v1/openapi.json", get(service::openapi))
+        .route("/v1/layers", get(checkpoints::layers))
         .route(
             "/v1/sandboxes",
             get(sandboxes::list).post(sandboxes::create),

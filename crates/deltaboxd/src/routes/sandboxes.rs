@@ -3,7 +3,7 @@
 use axum::Json;
 use axum::extract::State;
 use axum::http::{HeaderMap, StatusCode};
-use deltabox::{Sandbox, SandboxInfo, SandboxSpec};
+use deltabox::{Host, Sandbox, SandboxInfo, SandboxSpec};
 
 use super::extract::{At, Body};
 use crate::api::ForkRequest;
@@ -11,11 +11,7 @@ use crate::app::{App, check_epoch, expected_epoch};
 use crate::failure::Answer;
 
 pub(super) async fn list(State(app): State<App>) -> Answer<Json<Vec<SandboxInfo>>> {
-    app.call("list", |host| {
-        Ok(host.list().iter().map(|sandbox| sandbox.info()).collect())
-    })
-    .await
-    .map(Json)
+    app.call("list", |host| Ok(host.infos())).await.map(Json)
 }
 
 pub(super) async fn create(
@@ -32,7 +28,7 @@ pub(super) async fn get(
     At(name): At<String>,
     headers: HeaderMap,
 ) -> Answer<Json<SandboxInfo>> {
-    app.call_on("inspect", name, &headers, |sandbox| Ok(sandbox.info()))
+    app.ask("inspect", name, &headers, Host::info)
         .await
         .map(Json)
 }
@@ -42,13 +38,9 @@ pub(super) async fn remove(
     At(name): At<String>,
     headers: HeaderMap,
 ) -> Answer<StatusCode> {
-    let expected = expected_epoch(&headers)?;
-    app.call("remove", move |host| {
-        check_epoch(&*host.get(&name)?, expected)?;
-        host.remove(&name)
-    })
-    .await
-    .map(|()| StatusCode::NO_CONTENT)
+    app.ask("remove", name, &headers, Host::remove)
+        .await
+        .map(|()| StatusCode::NO_CONTENT)
 }
 
 pub(super) async fn stop(

@@ -7,7 +7,7 @@ use axum::extract::State;
 use axum::extract::ws::{WebSocketUpgrade, rejection::WebSocketUpgradeRejection};
 use axum::http::{HeaderMap, StatusCode, header};
 use axum::response::{IntoResponse, Response};
-use deltabox::{CommandSpec, Session, SessionInfo, WindowSize};
+use deltabox::{CommandSpec, Host, Session, SessionInfo, WindowSize};
 use serde::Deserialize;
 
 use super::extract::{At, Body, Params, Raw};
@@ -23,7 +23,7 @@ pub(super) async fn list(
     At(name): At<String>,
     headers: HeaderMap,
 ) -> Answer<Json<Vec<SessionInfo>>> {
-    app.call_on("sessions", name, &headers, |sandbox| Ok(sandbox.sessions()))
+    app.ask("sessions", name, &headers, Host::sessions)
         .await
         .map(Json)
 }
