@@ -547,3 +547,61 @@ fn what_still_uses_a_volume_that_ended_gets_an_error_and_does_not_hang() {
     let ended = fs::metadata(f.volume.at("never looked up")).unwrap_err();
     assert_eq!(ended.raw_os_error(), Some(libc::ENOTCONN));
 }
+
+#[test]
+fn a_copied_file_shares_its_blocks_until_one_of_the_two_changes() {
+    let f = fixture(|base| fs::write(base.join("base"), vec![b'b'; 1 << 20]).unwrap());
+    let v = &f.volume;
+    let own: Vec<u8> = (0..1 << 20).map(|i| (i / 4096 % 251) as u8).collect();
+    v.write("own", &own);
+    let before = v.stats().data_bytes;
+    for (from, to) in [("own", "copy"), ("base", "copy of base")] {
+        let copied = fs::copy(v.at(from), v.at(to)).unwrap();
+        assert_eq!(copied, 1 << 20);
+        assert!(fs::read(v.at(from)).unwrap() == fs::read(v.at(to)).unwrap());
+    }
+    assert_eq!(v.stats().data_bytes, before, "no data was copied");
+    let edit = |name: &str, byte: &[u8]| {
+        let file = OpenOptions::new().write(true).open(v.at(name)).unwrap();
+        file.write_all_at(byte, 5000).unwrap();
+    };
+    edit("own", b"O");
+    edit("copy", b"C");
+    edit("copy of base", b"B");
+    assert_eq!(v.stats().data_bytes, before + 3 * 4096 - 4096);
+    let byte = |name: &str| fs::read(v.at(name)).unwrap()[5000];
+    let found = ["own", "copy", "base", "copy of base"].map(byte);
+    assert_eq!(found, *b"OCbB");
+}
+
+#[test]
+fn what_cannot_be_done_by_reference_is_refused_as_documented() {
+    use std::os::fd::AsRawFd;
+    let f = fixture(|_| {});
+    let v = &f.volume;
+    v.write("a", vec![1; 16384]);
+    v.write("b", "");
+    let (a, b) = (
+        File::open(v.at("a")).unwrap(),
+        File::create(v.at("b")).unwrap(),
+    );
+    // FICLONE ends in the kernel: it does not pass the request on.
+    let clone = rustix::fs::ioctl_ficlone(&b, &a).unwrap_err();
+    assert_eq!(clone, rustix::io::Errno::OPNOTSUPP);
+    let whole = OpenOptions::new()
+        .read(true)
+        .write(true)
+        .open(v.at("a"))
+        .unwrap();
+    for mode in [libc::FALLOC_FL_COLLAPSE_RANGE, libc::FALLOC_FL_INSERT_RANGE] {
+        let mode = rustix::fs::FallocateFlags::from_bits_retain(mode.cast_unsigned());
+        let refused = rustix::fs::fallocate(&whole, mode, 4096, 4096).unwrap_err();
+        assert_eq!(refused, rustix::io::Errno::OPNOTSUPP);
+    }
+    assert_eq!(
+        whole.metadata().unwrap().len(),
+        16384,
+        "{}",
+        whole.as_raw_fd()
+    );
+}

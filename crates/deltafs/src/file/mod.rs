@@ -1,5 +1,6 @@
 //! The content of a regular file: blocks of its own over what its base file shows.
 
+mod copy;
 mod read;
 mod seek;
 mod stored;

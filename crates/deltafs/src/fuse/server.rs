@@ -152,6 +152,8 @@ impl Server {
             opcode::READ => self.read(request, reply),
             opcode::WRITE => self.write(request, reply),
             opcode::FALLOCATE => self.fallocate(request),
+            opcode::COPY_FILE_RANGE => self.copy_file_range(request, reply, false),
+            opcode::COPY_FILE_RANGE_64 => self.copy_file_range(request, reply, true),
             opcode::LSEEK => self.lseek(request, reply),
             opcode::STATFS => self.statfs(reply),
             opcode::SETXATTR => self.set_xattr(request),

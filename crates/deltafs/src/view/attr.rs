@@ -4,7 +4,7 @@ use std::ops::Range;
 
 use rustix::io::Errno;
 
-use super::{Caller, View};
+use super::{Caller, View, as_file};
 use crate::acl;
 use crate::node::{Ino, Meta, Node, NodeRef, Time};
 use crate::xattr::SetMode;
@@ -78,6 +78,27 @@ impl View {
     ) -> Result<(), Errno> {
         self.change_file(ino, |file, to| file.write(to, offset, data))?;
         self.content_changed(ino, kill_privileges)
+    }
+
+    /// Makes a range of a file that of another, or of itself; see [`FileBody::copy_from`]. Tells how many bytes were copied.
+    pub(crate) fn copy(
+        &mut self,
+        (from, offset): (Ino, u64),
+        (to, at): (Ino, u64),
+        len: u64,
+        who: Caller,
+    ) -> Result<u64, Errno> {
+        let source = self.node(from)?;
+        let source = as_file(&source)?;
+        // Blocks that two files share must not be overwritten in place.
+        self.seal();
+        let copied = self.change_file(to, |file, writer| {
+            file.copy_from(writer, source, offset, at, len)
+        })?;
+        if copied > 0 {
+            self.content_changed(to, !who.is_root())?;
+        }
+        Ok(copied)
     }
 
     /// Reserves disk space for a range (`fallocate(2)`).

@@ -46,6 +46,13 @@ pub(crate) enum TreeOp {
     SetXattr(PathBuf, u8),
     RemoveXattr(PathBuf),
     List(PathBuf),
+    Copy {
+        from: PathBuf,
+        to: PathBuf,
+        offset: u64,
+        at: u64,
+        len: u64,
+    },
 }
 
 /// A step on the content of a file.
@@ -99,8 +106,26 @@ impl TreeOp {
                 rustix::fs::lremovexattr(at(path), XATTR).map_err(Into::into)
             }
             Self::List(path) => return list(&at(path)),
+            Self::Copy {
+                from,
+                to,
+                offset,
+                at: place,
+                len,
+            } => return copy(&at(from), &at(to), (*offset, *place), *len),
         };
         done.map(|()| String::new()).map_err(errno)
+    }
+}
+
+fn copy(from: &Path, to: &Path, (mut offset, mut at): (u64, u64), len: u64) -> Outcome {
+    let open = |path: &Path| OpenOptions::new().read(true).write(true).open(path);
+    let (from, to) = (open(from).map_err(errno)?, open(to).map_err(errno)?);
+    let (offset, at) = (Some(&mut offset), Some(&mut at));
+    let len = usize::try_from(len).unwrap();
+    match rustix::fs::copy_file_range(&from, offset, &to, at, len) {
+        Ok(copied) => Ok(copied.to_string()),
+        Err(error) => Err(error.raw_os_error()),
     }
 }
 
@@ -194,6 +219,16 @@ fn path() -> impl Strategy<Value = PathBuf> {
     ]
 }
 
+/// Where a copy begins: at the beginning, at a block, anywhere.
+fn place() -> impl Strategy<Value = u64> {
+    prop_oneof![2 => Just(0), 2 => (0..4_u64).prop_map(|block| block * 4096), 1 => 0..SIZE]
+}
+
+/// How much is copied.
+fn copied() -> impl Strategy<Value = u64> {
+    prop_oneof![Just(SIZE * 2), 1..20_000_u64, Just(8192)]
+}
+
 fn change() -> impl Strategy<Value = Change> {
     let at = || prop_oneof![0..SIZE, (0..SIZE / 4096).prop_map(|block| block * 4096)];
     let len = || prop_oneof![1..9000_u64, (1..3_u64).prop_map(|blocks| blocks * 4096)];
@@ -224,6 +259,7 @@ fn tree_op() -> impl Strategy<Value = TreeOp> {
         1 => (path(), any::<u8>()).prop_map(|(path, byte)| TreeOp::SetXattr(path, byte)),
         1 => path().prop_map(TreeOp::RemoveXattr),
         1 => path().prop_map(TreeOp::List),
+        2 => (path(), path(), place(), place(), copied()).prop_map(|(from, to, offset, at, len)| TreeOp::Copy { from, to, offset, at, len }),
     ]
 }
 
