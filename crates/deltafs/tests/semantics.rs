@@ -568,7 +568,8 @@ fn a_copied_file_shares_its_blocks_until_one_of_the_two_changes() {
     edit("own", b"O");
     edit("copy", b"C");
     edit("copy of base", b"B");
-    assert_eq!(v.stats().data_bytes, before + 3 * 4096 - 4096);
+    // Three new blocks; the one that the first two shared is nobody's now.
+    assert_eq!(v.stats().data_bytes, before + 2 * 4096);
     let byte = |name: &str| fs::read(v.at(name)).unwrap()[5000];
     let found = ["own", "copy", "base", "copy of base"].map(byte);
     assert_eq!(found, *b"OCbB");
@@ -576,7 +577,6 @@ fn a_copied_file_shares_its_blocks_until_one_of_the_two_changes() {
 
 #[test]
 fn what_cannot_be_done_by_reference_is_refused_as_documented() {
-    use std::os::fd::AsRawFd;
     let f = fixture(|_| {});
     let v = &f.volume;
     v.write("a", vec![1; 16384]);
@@ -598,10 +598,5 @@ fn what_cannot_be_done_by_reference_is_refused_as_documented() {
         let refused = rustix::fs::fallocate(&whole, mode, 4096, 4096).unwrap_err();
         assert_eq!(refused, rustix::io::Errno::OPNOTSUPP);
     }
-    assert_eq!(
-        whole.metadata().unwrap().len(),
-        16384,
-        "{}",
-        whole.as_raw_fd()
-    );
+    assert_eq!(whole.metadata().unwrap().len(), 16384);
 }
