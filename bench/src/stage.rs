@@ -25,6 +25,7 @@ impl Stage {
         let host = Host::open(HostConfig {
             state_dir: dir.path().to_owned(),
             warm,
+            ..HostConfig::default()
         })?;
         Ok(Self { host, _dir: dir })
     }

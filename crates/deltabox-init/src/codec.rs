@@ -1,5 +1,7 @@
 //! Bytes in, values out: little-endian numbers and length-prefixed strings.
 
+use std::ops::Range;
+
 /// Builds a message.
 #[derive(Default)]
 pub(crate) struct Writer(pub(crate) Vec<u8>);
@@ -11,6 +13,18 @@ impl Writer {
 
     pub(crate) fn u32(&mut self, v: u32) {
         self.0.extend_from_slice(&v.to_le_bytes());
+    }
+
+    fn u64(&mut self, v: u64) {
+        self.0.extend_from_slice(&v.to_le_bytes());
+    }
+
+    pub(crate) fn ranges(&mut self, v: &[Range<u64>]) {
+        self.u32(v.len() as u32);
+        for range in v {
+            self.u64(range.start);
+            self.u64(range.end);
+        }
     }
 
     pub(crate) fn i32(&mut self, v: i32) {
@@ -46,6 +60,16 @@ impl<'a> Reader<'a> {
 
     pub(crate) fn u32(&mut self) -> Option<u32> {
         Some(u32::from_le_bytes(self.take(4)?.try_into().ok()?))
+    }
+
+    fn u64(&mut self) -> Option<u64> {
+        Some(u64::from_le_bytes(self.take(8)?.try_into().ok()?))
+    }
+
+    pub(crate) fn ranges(&mut self) -> Option<Vec<Range<u64>>> {
+        (0..self.count(16)?)
+            .map(|_| Some(self.u64()?..self.u64()?))
+            .collect()
     }
 
     pub(crate) fn i32(&mut self) -> Option<i32> {

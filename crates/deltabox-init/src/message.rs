@@ -1,5 +1,7 @@
 //! What is said, and its form on the wire.
 
+use std::ops::Range;
+
 use crate::codec::{Reader, Writer};
 
 /// From the supervisor.
@@ -23,6 +25,25 @@ pub enum Request {
     },
     /// Reap every dead child and report it as an event, then answer [`Reply::Done`].
     Sync,
+    /// The first message to one that is to be a template, outside every sandbox; answered by [`Reply::Done`]. It understands the
+    /// requests below, and init those above.
+    Template {
+        /// Seccomp programs for the processes that it gives birth to, as in [`Setup`].
+        filters: Vec<Vec<u8>>,
+    },
+    /// Map private anonymous memory at these addresses; answered by [`Reply::Done`].
+    Hold(Vec<Range<u64>>),
+    /// Make large pages of the small ones in these ranges, as far as that can be; answered by [`Reply::Done`].
+    Collapse(Vec<Range<u64>>),
+    /// Give birth to a waiting process in a sandbox, which has all that this one has mapped. Comes with a pidfd of the
+    /// sandbox's init, the payload's cgroup (a directory), and the `cgroup.procs` files of the version 1 hierarchies to
+    /// join. Answered by the new process with [`Reply::Pid`].
+    Fork {
+        /// Its number inside.
+        pid: i32,
+        /// A number that is free inside, for a process that ends at once.
+        mother: i32,
+    },
 }
 
 /// How the sandbox is to be built.
@@ -148,6 +169,23 @@ impl Request {
                 w.i32(*group);
                 w.i32(*signal);
             }
+            Self::Template { filters } => {
+                w.u8(6);
+                w.list(filters);
+            }
+            Self::Hold(ranges) => {
+                w.u8(7);
+                w.ranges(ranges);
+            }
+            Self::Collapse(ranges) => {
+                w.u8(8);
+                w.ranges(ranges);
+            }
+            Self::Fork { pid, mother } => {
+                w.u8(9);
+                w.i32(*pid);
+                w.i32(*mother);
+            }
         }
         w.0
     }
@@ -177,6 +215,13 @@ impl Request {
             5 => Self::Signal {
                 group: r.i32()?,
                 signal: r.i32()?,
+            },
+            6 => Self::Template { filters: r.list()? },
+            7 => Self::Hold(r.ranges()?),
+            8 => Self::Collapse(r.ranges()?),
+            9 => Self::Fork {
+                pid: r.i32()?,
+                mother: r.i32()?,
             },
             _ => return None,
         };
@@ -299,6 +344,12 @@ mod tests {
             Request::Birth(-1),
             Request::Sync,
             Request::SetNextPid(3),
+            Request::Template {
+                filters: vec![vec![1; 8]],
+            },
+            Request::Hold(vec![4096..8192, 1 << 46..1 << 47]),
+            Request::Collapse(vec![]),
+            Request::Fork { pid: 5, mother: 6 },
         ] {
             assert_eq!(Request::decode(&r.encode()), Some(r));
         }

@@ -68,11 +68,7 @@ impl Init {
                     return Ok(());
                 };
                 let reply = self.answer(&buffer[..got.len], got.fds);
-                self.send(&reply.unwrap_or_else(|f| Reply::Failed {
-                    step: f.step,
-                    errno: f.errno,
-                    what: f.what.into_bytes(),
-                }))?;
+                self.send(&reply.unwrap_or_else(Reply::from))?;
             }
         }
     }
@@ -110,6 +106,12 @@ impl Init {
             .at(Step::Request, "reading the request")?;
         match request {
             Request::Setup(_) => Err(Errno::ALREADY).at(Step::Request, "setting up twice"),
+            Request::Template { .. }
+            | Request::Hold(_)
+            | Request::Collapse(_)
+            | Request::Fork { .. } => {
+                Err(Errno::INVAL).at(Step::Request, "doing a template's work")
+            }
             Request::Spawn(spawn) => child::spawn(self, &spawn, &fds).map(Reply::Pid),
             Request::SetNextPid(pid) => self.set_last_pid(pid).map(|()| Reply::Done),
             Request::Birth(pid) => self.birth(pid).map(Reply::Pid),

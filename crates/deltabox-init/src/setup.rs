@@ -10,7 +10,7 @@ use rustix::net::RecvFlags;
 
 use crate::serve::{Init, parse_filters};
 use crate::sys::{self, Fork, ForkOptions};
-use crate::{At, Failure, mounts};
+use crate::{At, Failure, mounts, template};
 
 /// Where the supervisor leaves the control socket.
 const CONTROL: i32 = 3;
@@ -69,16 +69,20 @@ pub(crate) fn run() -> io::Result<()> {
             let result = build(&control, &setup, fds);
             report(&control, result)
         }
+        (Some(Request::Template { filters }), None) => {
+            drop(buffer);
+            report(&control, template::serve(&control, &filters))
+        }
         _ => Err(io::ErrorKind::InvalidData.into()),
     }
 }
 
 fn report(control: &OwnedFd, result: Result<(), Failure>) -> io::Result<()> {
-    let Err(Failure { step, what, errno }) = result else {
+    let Err(failure) = result else {
         return Ok(());
     };
-    let what = what.into_bytes();
-    wire::send(control, &Reply::Failed { step, errno, what }.encode(), &[])?;
+    let errno = failure.errno;
+    wire::send(control, &Reply::from(failure).encode(), &[])?;
     Err(io::Error::from_raw_os_error(errno))
 }
 

@@ -36,25 +36,30 @@ fn check(result: i64) -> io::Result<i64> {
     }
 }
 
-/// `clone3(2)` without shared memory.
-pub(crate) fn fork(options: &ForkOptions<'_>) -> io::Result<Fork> {
-    let mut flags = options.flags as u64;
-    let tids = options.pid.map(|pid| [pid]);
+/// The arguments of `clone3(2)`; `tids` must live across the call.
+fn clone_args(options: &ForkOptions<'_>, tids: &Option<[i32; 1]>) -> libc::clone_args {
     // SAFETY: an all-zero clone_args is the default of every field.
     let mut args: libc::clone_args = unsafe { std::mem::zeroed() };
+    args.flags = options.flags as u64;
     // A child of the caller's own parent takes over its exit signal.
     if options.flags & libc::CLONE_PARENT == 0 {
         args.exit_signal = libc::SIGCHLD as u64;
     }
     if let Some(cgroup) = options.cgroup {
-        flags |= CLONE_INTO_CGROUP;
+        args.flags |= CLONE_INTO_CGROUP;
         args.cgroup = cgroup.as_raw_fd() as u64;
     }
-    if let Some(tids) = &tids {
+    if let Some(tids) = tids {
         args.set_tid = tids.as_ptr() as u64;
         args.set_tid_size = 1;
     }
-    args.flags = flags;
+    args
+}
+
+/// `clone3(2)` without shared memory.
+pub(crate) fn fork(options: &ForkOptions<'_>) -> io::Result<Fork> {
+    let tids = options.pid.map(|pid| [pid]);
+    let args = clone_args(options, &tids);
     // SAFETY: args and tids live across the call; without CLONE_VM the child has its own copy of everything, and with
     // one thread in this program no lock can be held by another.
     let pid = check(unsafe {
@@ -68,6 +73,119 @@ pub(crate) fn fork(options: &ForkOptions<'_>) -> io::Result<Fork> {
         0 => Fork::Child,
         pid => Fork::Parent(pid as i32),
     })
+}
+
+/// Bytes of stack of a process that [`run_beside`] makes.
+const STACK: usize = 64 * 1024;
+
+/// What a process that shares memory is to do.
+struct Task<'a, T> {
+    with: &'a T,
+    work: fn(&T),
+}
+
+/// Makes a process that shares this one's memory, has it do `work`, and waits for its end (`CLONE_VM | CLONE_VFORK`). It has
+/// descriptors, directories, namespaces and credentials of its own.
+pub(crate) fn run_beside<T>(options: &ForkOptions<'_>, with: &T, work: fn(&T)) -> io::Result<()> {
+    let mut stack = vec![0_u128; STACK / 16];
+    let tids = options.pid.map(|pid| [pid]);
+    let mut args = clone_args(options, &tids);
+    args.flags |= libc::CLONE_VM as u64 | libc::CLONE_VFORK as u64;
+    args.stack = stack.as_mut_ptr() as u64;
+    args.stack_size = STACK as u64;
+    let task = Task { with, work };
+    let pid: i64;
+    // SAFETY: this process is suspended until the child has ended (CLONE_VFORK), so that args, tids, task and the stack,
+    // which is aligned, outlive the child's use of them. The child never returns from the call: it starts at the top of
+    // its own stack and ends in exit. No handler can run in it, for this program installs none.
+    unsafe {
+        std::arch::asm!(
+            "syscall",
+            "test rax, rax",
+            "jnz 2f",
+            "xor ebp, ebp",
+            "mov rdi, r12",
+            "call r13",
+            "ud2",
+            "2:",
+            inlateout("rax") libc::SYS_clone3 => pid,
+            in("rdi") &raw const args,
+            in("rsi") std::mem::size_of::<libc::clone_args>(),
+            in("r12") &raw const task,
+            in("r13") run_task::<T> as *const std::ffi::c_void,
+            lateout("rcx") _,
+            lateout("r11") _,
+        );
+    }
+    if pid < 0 {
+        return Err(io::Error::from_raw_os_error(-pid as i32));
+    }
+    let mut status = 0;
+    // SAFETY: status is a live integer.
+    check(unsafe { libc::waitpid(pid as i32, &raw mut status, 0) }.into())?;
+    match status {
+        0 => Ok(()),
+        // Killed before it had done its work.
+        _ => Err(io::ErrorKind::Interrupted.into()),
+    }
+}
+
+/// Where the process begins that [`run_beside`] makes.
+extern "C" fn run_task<T>(task: *const Task<'_, T>) -> ! {
+    // SAFETY: the task is the suspended parent's.
+    let task = unsafe { &*task };
+    (task.work)(task.with);
+    exit(0)
+}
+
+/// Enters all namespaces of the process behind a pidfd (`setns(2)`).
+pub(crate) fn enter_namespaces(process: BorrowedFd<'_>) -> io::Result<()> {
+    let all = libc::CLONE_NEWUSER
+        | libc::CLONE_NEWPID
+        | libc::CLONE_NEWNS
+        | libc::CLONE_NEWNET
+        | libc::CLONE_NEWIPC
+        | libc::CLONE_NEWUTS
+        | libc::CLONE_NEWCGROUP;
+    // SAFETY: takes two integers.
+    check(unsafe { libc::setns(process.as_raw_fd(), all) }.into()).map(drop)
+}
+
+/// Mappings from this size on are not charged to the memory that the kernel has promised: they are reservations, most of which is
+/// never touched.
+const RESERVATION: u64 = 1 << 30;
+
+/// Maps private anonymous memory at addresses where nothing is mapped.
+pub(crate) fn map_at(range: std::ops::Range<u64>) -> io::Result<()> {
+    let len = range.end.saturating_sub(range.start);
+    let mut flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_FIXED_NOREPLACE;
+    if len >= RESERVATION {
+        flags |= libc::MAP_NORESERVE;
+    }
+    // SAFETY: what is mapped already stays as it is (MAP_FIXED_NOREPLACE), and nothing refers to the new memory.
+    let at = unsafe {
+        libc::mmap(
+            range.start as *mut libc::c_void,
+            len as usize,
+            libc::PROT_READ | libc::PROT_WRITE,
+            flags,
+            -1,
+            0,
+        )
+    };
+    if at == libc::MAP_FAILED {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(())
+}
+
+/// Makes large pages of small ones (`MADV_COLLAPSE`), without a change of what they hold.
+pub(crate) fn collapse(range: std::ops::Range<u64>) -> io::Result<()> {
+    const MADV_COLLAPSE: i32 = 25;
+    let len = range.end.saturating_sub(range.start);
+    let at = range.start as *mut libc::c_void;
+    // SAFETY: no content changes.
+    check(unsafe { libc::madvise(at, len as usize, MADV_COLLAPSE) }.into()).map(drop)
 }
 
 /// Ends the process without running anything at exit.

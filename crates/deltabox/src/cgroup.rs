@@ -365,7 +365,8 @@ fn remove_dir(path: &Path) -> io::Result<()> {
     }
 }
 
-fn remove_tree(path: &Path) -> io::Result<()> {
+/// Removes a group and all below; none may have processes that stay.
+pub(crate) fn remove_tree(path: &Path) -> io::Result<()> {
     let entries = match fs::read_dir(path) {
         Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(()),
         other => other?,

@@ -59,7 +59,7 @@ pub(crate) struct Container {
 }
 
 /// The control socket. Requests and answers alternate.
-struct Control {
+pub(crate) struct Control {
     socket: OwnedFd,
     buffer: Vec<u8>,
     /// Whom the last answer was from: for a process that was made, its number outside.
@@ -107,9 +107,7 @@ impl Container {
         let program = init_program().doing("unpacking deltabox-init")?;
         let (control, inits) = socket_pair().doing(doing("making the control sockets"))?;
         let (events, inits_events) = socket_pair().doing(doing("making the control sockets"))?;
-        sockopt::set_socket_timeout(&control, sockopt::Timeout::Recv, Some(PATIENCE))
-            .and_then(|()| sockopt::set_socket_passcred(&control, true))
-            .doing(doing("setting up the control socket"))?;
+        let mut control = Control::new(control).doing(doing("setting up the control socket"))?;
         let last_pid = rustix::fs::open(
             "/proc/sys/kernel/ns_last_pid",
             OFlags::WRONLY | OFlags::CLOEXEC,
@@ -135,12 +133,6 @@ impl Container {
 
         let helper = sys::start_program(program, INIT_NAME, inits.as_fd(), own.as_fd())
             .doing(doing("starting the builder"))?;
-        let mut control = Control {
-            socket: control,
-            buffer: vec![0; MAX_MESSAGE],
-            sender: None,
-            lost: false,
-        };
         // From here on, the other ends are the builder's and init's only: their death is seen as end of file.
         drop(inits);
         let created = control.ask(&setup, &fds);
@@ -282,6 +274,16 @@ impl Container {
         }
     }
 
+    /// What another process needs to give birth in here: init's pidfd, the payload's group, and those of version 1 to join.
+    pub(crate) fn for_births(&self) -> io::Result<Vec<OwnedFd>> {
+        let flags = rustix::process::PidfdFlags::empty();
+        let init = rustix::process::pidfd_open(self.init, flags)?;
+        let flags = OFlags::DIRECTORY | OFlags::CLOEXEC;
+        let payload = rustix::fs::open(&self.payload, flags, Mode::empty())?;
+        let v1 = self.cgroup.open_v1().map_err(io::Error::other)?;
+        Ok([init, payload].into_iter().chain(v1).collect())
+    }
+
     /// Sends a signal to a process group (its number inside). One that is gone is as good as signalled.
     pub(crate) fn signal_group(&self, group: i32, signal: i32) -> io::Result<()> {
         match done(self.ask(&Request::Signal { group, signal }, &[])?) {
@@ -336,7 +338,24 @@ impl Drop for Container {
 }
 
 impl Control {
-    fn ask(&mut self, request: &Request, fds: &[BorrowedFd<'_>]) -> io::Result<Reply> {
+    /// The supervisor's end of a socket pair.
+    pub(crate) fn new(socket: OwnedFd) -> io::Result<Self> {
+        sockopt::set_socket_timeout(&socket, sockopt::Timeout::Recv, Some(PATIENCE))?;
+        sockopt::set_socket_passcred(&socket, true)?;
+        Ok(Self {
+            socket,
+            buffer: vec![0; MAX_MESSAGE],
+            sender: None,
+            lost: false,
+        })
+    }
+
+    /// Whom the last answer was from, as this process sees it.
+    pub(crate) fn sender(&self) -> Option<i32> {
+        self.sender
+    }
+
+    pub(crate) fn ask(&mut self, request: &Request, fds: &[BorrowedFd<'_>]) -> io::Result<Reply> {
         if self.lost {
             return Err(io::Error::other(
                 "init did not answer an earlier request in time",
@@ -364,7 +383,8 @@ impl Control {
     }
 }
 
-fn done(reply: Reply) -> io::Result<()> {
+/// An answer that only says whether something was done.
+pub(crate) fn done(reply: Reply) -> io::Result<()> {
     match reply {
         Reply::Done => Ok(()),
         Reply::Failed { errno, .. } => Err(io::Error::from_raw_os_error(errno)),

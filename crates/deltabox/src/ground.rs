@@ -16,6 +16,7 @@ use crate::names;
 use crate::sandbox::{Directory, Sandbox};
 use crate::spec::SandboxSpec;
 use crate::state::Common;
+use crate::templates::Templates;
 
 /// The first id that is given to sandboxes: far above those of users.
 const FIRST_ID: u32 = 1_000_000;
@@ -79,6 +80,11 @@ impl Ground {
     /// The sandbox of this name.
     pub(crate) fn get(&self, name: &str) -> Option<Arc<Sandbox>> {
         self.table.lock().sandboxes.get(name)?.sandbox.clone()
+    }
+
+    /// The templates of their checkpoints.
+    pub(crate) fn templates(&self) -> &Templates {
+        &self.common.templates
     }
 
     /// All sandboxes, by name.

@@ -21,10 +21,11 @@ use crate::durable::{Archive, Ids};
 use crate::error::{Doing, Error, Result};
 use crate::ground::{Ground, Reserved};
 use crate::names;
-use crate::report::{CheckpointId, Feature, WarmInfo};
+use crate::report::{CheckpointId, Feature, TemplatesInfo, WarmInfo};
 use crate::sandbox::Sandbox;
 use crate::spec::SandboxSpec;
 use crate::state::{Common, Content};
+use crate::templates::{Limits, Template, Templates};
 use crate::warm::Warm;
 
 /// Threads that serve the files of one sandbox.
@@ -37,6 +38,10 @@ pub struct HostConfig {
     pub state_dir: PathBuf,
     /// How many blank sandboxes may be kept ready for forks, at most. 0 keeps none.
     pub warm: usize,
+    /// How many templates may be kept: processes that hold the memory of a checkpoint for its forks to share. 0 keeps none.
+    pub templates: usize,
+    /// How many bytes the templates may hold together.
+    pub template_bytes: u64,
 }
 
 impl Default for HostConfig {
@@ -44,6 +49,8 @@ impl Default for HostConfig {
         Self {
             state_dir: PathBuf::from("/var/lib/deltabox"),
             warm: 16,
+            templates: 16,
+            template_bytes: 4 << 30,
         }
     }
 }
@@ -80,7 +87,16 @@ impl Host {
         let stored = archive.list()?;
         let (ids, sentence) = Ids::open(&state_dir, awaken::highest(&stored))?;
         cleaned_up.extend(sentence);
-        let common = Arc::new(Common::new(archive, ids));
+        let limits = Limits {
+            number: config.templates,
+            bytes: config.template_bytes,
+        };
+        let group = hierarchies
+            .unified
+            .join(&cgroup_parent)
+            .join(names::TEMPLATES);
+        let templates = Templates::new(group, limits);
+        let common = Arc::new(Common::new(templates, archive, ids));
         let ground = Arc::new(Ground::new(state_dir, hierarchies, cgroup_parent, common));
         let mut host = Self {
             warm: Warm::start(Arc::clone(&ground), config.warm)?,
@@ -162,6 +178,7 @@ impl Host {
             .take_out(name)
             .ok_or_else(|| Error::NoSandbox(name.to_owned()))?;
         self.warm.forget(&sandbox);
+        sandbox.forget_templates();
         sandbox.close()
     }
 
@@ -191,10 +208,12 @@ impl Host {
             None => self.ground.reserve_like(source),
         });
         let places = places.collect::<Result<Vec<_>>>()?;
+        let template = self.template(id, &content, n);
         let forks = in_parallel(places, |place| {
-            self.fork_one(place, &origin, &content, spec.clone())
+            let template = template.as_deref();
+            self.fork_one(place, &origin, &content, spec.clone(), template)
         })?;
-        self.warm.expect(&origin, id, n);
+        self.warm.expect(&origin, id, n, false);
         Ok(forks
             .into_iter()
             .map(|(sandbox, place)| {
@@ -204,12 +223,21 @@ impl Host {
             .collect())
     }
 
+    /// What holds the memory of a checkpoint for `n` forks to share. It pays to make it for two.
+    fn template(&self, id: CheckpointId, content: &Content, n: usize) -> Option<Arc<Template>> {
+        let templates = self.ground.templates();
+        let found = templates.get(id, n);
+        let make = || templates.make(id, content.processes());
+        found.or_else(|| (n > 1).then(make).flatten())
+    }
+
     fn fork_one(
         &self,
         place: Reserved,
         origin: &Arc<Sandbox>,
         content: &Content,
         spec: SandboxSpec,
+        template: Option<&Template>,
     ) -> Result<(Arc<Sandbox>, Reserved)> {
         let blank = match self.warm.take(origin) {
             Some(blank) => self.ground.dedicate(blank, place, content.files())?,
@@ -219,7 +247,7 @@ impl Host {
         };
         // In this order: of one that is given up, the sandbox goes before its name is free.
         let (sandbox, place) = self.ground.settle(blank)?;
-        sandbox.populate(content)?;
+        sandbox.populate(content, template)?;
         Ok((Arc::new(sandbox), place))
     }
 
@@ -238,8 +266,23 @@ impl Host {
     pub fn expect_forks(&self, source: &str, id: CheckpointId, n: usize) -> Result<()> {
         let origin = self.get(source)?;
         origin.origin(id)?;
-        self.warm.expect(&origin, id, n);
+        self.warm.expect(&origin, id, n, true);
         Ok(())
+    }
+
+    /// Keeps the template of a checkpoint whatever comes, or no longer. Returns whether there is one.
+    pub fn pin_template(&self, id: CheckpointId, pinned: bool) -> bool {
+        self.ground.templates().pin(id, pinned)
+    }
+
+    /// The templates that hold the memory of checkpoints.
+    pub fn templates(&self) -> TemplatesInfo {
+        self.ground.templates().info()
+    }
+
+    /// The pids of the processes that are templates, as this process sees them.
+    pub fn template_processes(&self) -> Vec<i32> {
+        self.ground.templates().processes()
     }
 
     /// The blank sandboxes that are kept ready for forks.
@@ -256,6 +299,7 @@ impl Host {
 impl Drop for Host {
     fn drop(&mut self) {
         self.shutdown();
+        self.ground.templates().close();
         self.ground.common.ids.close();
         cgroup::remove_parent(&self.ground.hierarchies, &self.ground.cgroup_parent);
     }

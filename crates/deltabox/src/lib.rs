@@ -21,6 +21,7 @@ mod error;
 mod ground;
 mod host;
 mod log;
+mod memory;
 mod names;
 mod readers;
 mod report;
@@ -34,6 +35,7 @@ mod spec;
 mod state;
 mod streams;
 mod sys;
+mod templates;
 mod users;
 mod warm;
 

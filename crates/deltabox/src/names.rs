@@ -35,6 +35,9 @@ pub(crate) fn numbered(source: &str, number: u64) -> String {
     format!("{}{number}", &source[..kept])
 }
 
+/// What the control group of the templates is called: no sandbox's name.
+pub(crate) const TEMPLATES: &str = "+templates";
+
 /// What a sandbox is called that nobody has asked for yet: no sandbox's name.
 pub(crate) fn nameless(number: u64) -> String {
     format!("+{number}")

@@ -231,6 +231,29 @@ pub struct WarmInfo {
     pub dropped: u64,
 }
 
+/// The templates: processes that hold the memory of checkpoints for their forks to share.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct TemplatesInfo {
+    /// The most that may be kept.
+    pub limit: usize,
+    /// The most bytes that they may hold.
+    pub limit_bytes: u64,
+    /// How many there are.
+    pub number: usize,
+    /// Bytes that they hold; forks that are alive share them.
+    pub bytes: u64,
+    /// Age of the oldest in seconds.
+    pub oldest: f64,
+    /// Forks whose checkpoint had one.
+    pub hits: u64,
+    /// Forks whose checkpoint had none when they were asked for.
+    pub misses: u64,
+    /// How many were made.
+    pub made: u64,
+    /// How many were given up for others, or for want of memory.
+    pub evicted: u64,
+}
+
 /// One checkpoint in the tree.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct CheckpointInfo {

@@ -17,6 +17,7 @@ use crate::sessions::{Sessions, Shared};
 use crate::spawn;
 use crate::spec::{CommandSpec, SandboxSpec};
 use crate::state::{Common, Content, DeltaState, Failure, Subject};
+use crate::templates::Template;
 
 /// A sandbox. All methods may be called from any thread; operations that change the whole state exclude each other.
 pub struct Sandbox {
@@ -316,14 +317,22 @@ impl Sandbox {
     }
 
     /// Gives a sandbox that has just been assembled, and whose volume shows the files of `content`, the sessions and
-    /// processes of it.
-    pub(crate) fn populate(&self, content: &Content) -> Result<()> {
+    /// processes of it. `template` holds their memory, if there is one.
+    pub(crate) fn populate(&self, content: &Content, template: Option<&Template>) -> Result<()> {
         let _whole = self.shared().whole.lock();
         self.shared().restoring.store(true, Ordering::Release);
         self.shared().adopt(content.sessions())?;
-        let phases = self.state.lock().populate(self.subject(), content)?;
+        let phases = self
+            .state
+            .lock()
+            .populate(self.subject(), content, template)?;
         self.note_phases(phases);
         Ok(())
+    }
+
+    /// There will be no more forks of it.
+    pub(crate) fn forget_templates(&self) {
+        self.state.lock().forget_templates();
     }
 
     /// Notes how long further parts of its making took.

@@ -11,14 +11,15 @@ use parking_lot::{Condvar, Mutex};
 
 use crate::error::{Doing, Result};
 use crate::ground::{Blank, Ground};
+use crate::memory;
 use crate::report::{CheckpointId, WarmInfo};
 use crate::sandbox::Sandbox;
 
 /// Sources that blanks are kept for at a time.
 const SOURCES: usize = 8;
 
-/// A blank takes little more than its share of this; with less available none are kept.
-const LEAST_AVAILABLE: u64 = 512 << 20;
+/// What a blank takes, roughly, in bytes.
+const BLANK: u64 = 4 << 20;
 
 /// How soon to look again whether there is memory.
 const LOOK_AGAIN: Duration = Duration::from_secs(1);
@@ -52,6 +53,7 @@ struct Expected {
     /// What is expected to be forked.
     id: CheckpointId,
     count: usize,
+    wants_template: bool,
     ready: Vec<Blank>,
 }
 
@@ -113,8 +115,8 @@ impl Warm {
         found
     }
 
-    /// `count` more forks of `source` like this are likely.
-    pub(crate) fn expect(&self, source: &Arc<Sandbox>, id: CheckpointId, count: usize) {
+    /// `count` forks of `source` are likely: said by the caller, or because there were as many.
+    pub(crate) fn expect(&self, source: &Arc<Sandbox>, id: CheckpointId, count: usize, said: bool) {
         if self.pool.limit == 0 {
             return;
         }
@@ -123,12 +125,15 @@ impl Warm {
             return;
         }
         let at = state.expected.iter().position(|e| e.is_of(source));
-        let ready = at.map(|at| state.expected.remove(at).ready);
+        let before = at.map(|at| state.expected.remove(at));
+        // A template is memory, which one fork does not say much for; a second one does.
+        let again = before.as_ref().is_some_and(|b| b.id == id);
         let expected = Expected {
             source: Arc::downgrade(source),
             id,
             count,
-            ready: ready.unwrap_or_default(),
+            wants_template: said || again || count > 1,
+            ready: before.map(|b| b.ready).unwrap_or_default(),
         };
         state.expected.insert(0, expected);
         drop(state);
@@ -176,9 +181,11 @@ impl Drop for Warm {
 
 /// What the thread is to do next.
 enum Task {
+    Template(Arc<Sandbox>, CheckpointId),
     Make(Arc<Sandbox>, CheckpointId),
     Drop(Vec<Blank>),
-    Wait(Option<Duration>),
+    WaitForMemory,
+    Wait,
 }
 
 impl Pool {
@@ -192,21 +199,36 @@ impl Pool {
                     state = self.state.lock();
                     self.put(&mut state, &source, made);
                 }
+                Task::Template(source, id) => {
+                    drop(state);
+                    // Without it forks take longer; what is wrong with the checkpoint, they say.
+                    if let Ok((content, _)) = source.origin(id) {
+                        self.ground.templates().make(id, content.processes());
+                    }
+                    state = self.state.lock();
+                }
                 Task::Drop(blanks) => {
                     state.info.dropped += blanks.len() as u64;
                     drop(state);
                     drop(blanks);
                     state = self.state.lock();
                 }
-                Task::Wait(Some(time)) => drop(self.changed.wait_for(&mut state, time)),
-                Task::Wait(None) => self.changed.wait(&mut state),
+                Task::WaitForMemory => {
+                    drop(state);
+                    self.ground.templates().shrink();
+                    state = self.state.lock();
+                    if !state.closing {
+                        self.changed.wait_for(&mut state, LOOK_AGAIN);
+                    }
+                }
+                Task::Wait => self.changed.wait(&mut state),
             }
         }
     }
 
     fn next(&self, state: &mut State) -> Task {
         if state.busy > 0 {
-            return Task::Wait(None);
+            return Task::Wait;
         }
         let mut surplus = Vec::new();
         let gone = |e: &mut Expected| e.source.strong_count() == 0;
@@ -216,7 +238,10 @@ impl Pool {
         for old in state.expected.drain(SOURCES.min(state.expected.len())..) {
             surplus.extend(old.ready);
         }
-        let scarce = memory_available().is_some_and(|bytes| bytes < LEAST_AVAILABLE);
+        let scarce = memory::is_scarce(BLANK);
+        if !scarce && let Some(task) = self.next_template(state) {
+            return task;
+        }
         let mut left = if scarce { 0 } else { self.limit };
         let mut wanted = None;
         for expected in &mut state.expected {
@@ -233,9 +258,23 @@ impl Pool {
         match wanted {
             _ if !surplus.is_empty() => Task::Drop(surplus),
             Some((source, id)) => Task::Make(source, id),
-            None if scarce && !state.expected.is_empty() => Task::Wait(Some(LOOK_AGAIN)),
-            None => Task::Wait(None),
+            None if scarce && !state.expected.is_empty() => Task::WaitForMemory,
+            None => Task::Wait,
         }
+    }
+
+    /// A template that is likely to be used, and has not been tried yet.
+    fn next_template(&self, state: &mut State) -> Option<Task> {
+        let untried = |e: &&mut Expected| e.wants_template;
+        for expected in state.expected.iter_mut().filter(untried) {
+            expected.wants_template = false;
+            if let Some(source) = expected.source.upgrade()
+                && !self.ground.templates().has(expected.id)
+            {
+                return Some(Task::Template(source, expected.id));
+            }
+        }
+        None
     }
 
     fn make(&self, source: &Sandbox, id: CheckpointId) -> Result<Blank> {
@@ -259,12 +298,4 @@ impl Pool {
             }
         }
     }
-}
-
-/// Bytes of memory that can be had without swapping.
-fn memory_available() -> Option<u64> {
-    let text = std::fs::read_to_string("/proc/meminfo").ok()?;
-    let line = text.lines().find_map(|l| l.strip_prefix("MemAvailable:"))?;
-    let kib: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
-    Some(kib << 10)
 }

@@ -17,6 +17,7 @@ fn host(warm: usize) -> Fixture {
     let host = Host::open(HostConfig {
         state_dir: dir.path().join("state"),
         warm,
+        ..HostConfig::default()
     });
     Fixture {
         host: host.unwrap(),

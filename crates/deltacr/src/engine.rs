@@ -453,11 +453,12 @@ impl Engine {
         let mut pages = 0;
         for (pid, image) in &target.processes {
             let mut work = self.reconcile(env, held, *pid, image)?;
-            pages += work.memory(before.get_mut(pid))?;
+            let template = env.template().filter(|_| born.copies.contains(pid));
+            pages += work.memory(before.get_mut(pid), template)?;
             work.directory(before.get(pid))?;
         }
         watch.lap("memory");
-        let terminals = Terminals::missing(held, target, &born)?;
+        let terminals = Terminals::missing(held, target, &born.all)?;
         let notes = fd::restore(
             &descriptors,
             &target.descriptors,
@@ -481,7 +482,7 @@ impl Engine {
         }
         watch.lap("processes");
         // Stand-ins that were children of init may have died just now.
-        let deaths = match born.is_empty() {
+        let deaths = match born.all.is_empty() {
             true => held.deaths,
             false => Deaths::Pending,
         };
@@ -493,7 +494,7 @@ impl Engine {
         Ok(Done {
             pages,
             kept: keep.len(),
-            rebuilt: born.len(),
+            rebuilt: born.all.len(),
             killed,
             notes,
             fallback: None,

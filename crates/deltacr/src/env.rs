@@ -8,6 +8,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::hold::Deaths;
 use crate::ids::{HostPid, InnerPid};
+use crate::mem::Holding;
 
 /// Names a pipe or terminal end that lives outside the tree: the standard streams of a session,
 /// whose other end the service holds. The number is the caller's own.
@@ -40,6 +41,20 @@ pub trait Environment: Sync {
     /// Makes init give birth to a process with this number. It waits in `pause(2)`, has the sandbox's seccomp filter,
     /// bounding set and `no_new_privs`, holds no descriptor, and is in the tree's cgroup.
     fn birth(&self, pid: InnerPid) -> io::Result<HostPid>;
+    /// Where a template holds the memory of the state that is given back, if there is one.
+    fn template(&self) -> Option<&Holding> {
+        None
+    }
+    /// Makes the template give birth to a process with this number, as [`Environment::birth`] makes init; but it has
+    /// all that the template has mapped, may hold descriptors, and is in no session of the sandbox. `spare` is another
+    /// number that is free.
+    ///
+    /// # Errors
+    /// There is no template (any more), or no more processes can be made.
+    fn birth_from_template(&self, pid: InnerPid, spare: InnerPid) -> io::Result<HostPid> {
+        let _ = (pid, spare);
+        Err(io::ErrorKind::Unsupported.into())
+    }
     /// Called when all processes of a state that is given back are there, just before they run on. `deaths` tells whether
     /// init has reported those of the state that was given up.
     fn before_resume(&self, deaths: Deaths) -> io::Result<()>;

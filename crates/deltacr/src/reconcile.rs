@@ -17,7 +17,7 @@ use crate::hold::{Held, HeldProcess};
 use crate::ids::InnerPid;
 use crate::image::{ProcessImage, TreeImage};
 use crate::interview;
-use crate::mem::{Layout, Memory, Scan, Tracker};
+use crate::mem::{Holding, Layout, Memory, Scan, Tracker, layout};
 use crate::procfs::Procfs;
 use crate::remote::{Batch, Remote};
 use crate::signals::{Queue, Scope};
@@ -83,9 +83,13 @@ pub(crate) struct Reconcile<'a> {
 }
 
 impl Reconcile<'_> {
-    /// Program, threads that are too many, and memory. `now` is what the process is, if it is not newly made.
-    /// Returns how many pages had changed.
-    pub(crate) fn memory(&mut self, now: Option<&mut Now>) -> Result<u64> {
+    /// Program, threads that are too many, and memory. `now` is what the process is, if it is not newly made; `template` of
+    /// which it is a copy, if it is one. Returns how many pages had changed.
+    pub(crate) fn memory(
+        &mut self,
+        now: Option<&mut Now>,
+        template: Option<&Holding>,
+    ) -> Result<u64> {
         self.end_extra_threads()?;
         let scan = match now {
             Some(now) if now.exe.is(&self.image.exe) => now.scan.take(),
@@ -102,16 +106,27 @@ impl Reconcile<'_> {
             threads::release_rseq(remote, thread.host, wanted)
                 .during(remote.pid(), "ending a restartable sequence area")?;
         }
-        let scan = match scan {
+        let target = &self.image.memory;
+        if let Some(template) = template {
+            template.settle(remote, target)?;
+        }
+        let mut scan = match scan {
             Some(scan) => scan,
             None => {
                 let layout = Layout::of(remote)?;
                 self.memory.scan(remote, self.tracker.as_ref(), layout)?
             }
         };
+        if let Some(template) = template {
+            template.know(&mut scan);
+        }
         let pages = scan.changed_pages();
-        self.memory
-            .restore(remote, self.tracker, scan, &self.image.memory)?;
+        self.memory.restore(remote, self.tracker, scan, target)?;
+        if template.is_some() {
+            let exe = self.image.exe.open(self.env, OFlags::RDONLY);
+            let exe = exe.during(remote.pid(), "opening the program")?;
+            layout::write_program(remote, &target.layout, exe.as_fd())?;
+        }
         Ok(pages)
     }
 

@@ -26,6 +26,7 @@ use crate::error::{Error, Result};
 use crate::report::*;
 use crate::sessions::Shared;
 use crate::sessions_image::SessionsImage;
+use crate::templates::{Template, Templates};
 
 use surroundings::Surroundings;
 use tree::{Checkpoints, Node};
@@ -43,6 +44,7 @@ pub(crate) struct Content {
 pub(crate) struct Common {
     /// Their memory pages.
     pub(crate) pages: Arc<PageStore>,
+    pub(crate) templates: Templates,
     warmer: Warmer,
     /// Those of them that are on disk.
     pub(crate) archive: Archive,
@@ -50,11 +52,12 @@ pub(crate) struct Common {
 }
 
 impl Common {
-    pub(crate) fn new(archive: Archive, ids: Ids) -> Self {
+    pub(crate) fn new(templates: Templates, archive: Archive, ids: Ids) -> Self {
         let pages = PageStore::new();
         Self {
             warmer: Warmer::start(pages.clone()),
             pages,
+            templates,
             archive,
             ids,
         }
@@ -81,11 +84,16 @@ pub(crate) struct Subject<'a> {
 }
 
 impl<'a> Subject<'a> {
-    fn surroundings(self, restoring: Option<&'a SessionsImage>) -> Surroundings<'a> {
+    fn surroundings(
+        self,
+        restoring: Option<&'a SessionsImage>,
+        template: Option<&'a Template>,
+    ) -> Surroundings<'a> {
         Surroundings {
             shared: self.shared,
             volume: self.volume,
             restoring,
+            template,
         }
     }
 
@@ -154,6 +162,13 @@ impl DeltaState {
         tree
     }
 
+    /// The templates of its checkpoints are of no use any more.
+    pub(crate) fn forget_templates(&self) {
+        for node in self.checkpoints.describe().nodes {
+            self.common.templates.remove(node.id);
+        }
+    }
+
     fn node(&self, id: CheckpointId) -> Result<&Node<Content>> {
         let sandbox = self.name.clone();
         if let Some(why) = self.lost.get(&id) {
@@ -175,7 +190,7 @@ impl DeltaState {
         message: Option<String>,
     ) -> Result<CheckpointReport> {
         let begin = Instant::now();
-        let env = subject.surroundings(None);
+        let env = subject.surroundings(None, None);
         let snapshots = || self.engine.snapshots();
         subject.shared.snapshots.get_or_init(snapshots);
         let made = self.engine.checkpoint(&env, |deaths| subject.cut(deaths))?;
@@ -215,7 +230,8 @@ impl DeltaState {
             switched.store(true, Ordering::Relaxed);
             subject.switch(&target, epoch)
         };
-        let env = subject.surroundings(Some(&target.sessions));
+        let template = self.common.templates.look_up(id);
+        let env = subject.surroundings(Some(&target.sessions), template.as_deref());
         let mut done = if alive {
             self.engine.rollback(&env, &target.processes, switch)
         } else {
@@ -256,17 +272,19 @@ impl DeltaState {
 
     /// Kills all processes.
     pub(crate) fn kill_all(&mut self, subject: Subject<'_>) -> Result<()> {
-        Ok(self.engine.kill_all(&subject.surroundings(None))?)
+        Ok(self.engine.kill_all(&subject.surroundings(None, None))?)
     }
 
-    /// Makes the processes of a new sandbox, whose files show `content` already, those of `content`.
+    /// Makes the processes of a new sandbox, whose files show `content` already, those of `content`, whose memory `template`
+    /// holds, if there is one.
     /// Returns how long the parts of it took.
     pub(crate) fn populate(
         &mut self,
         subject: Subject<'_>,
         content: &Content,
+        template: Option<&Template>,
     ) -> Result<deltacr::Phases> {
-        let env = subject.surroundings(Some(&content.sessions));
+        let env = subject.surroundings(Some(&content.sessions), template);
         let made = self.engine.rebuild(&env, &content.processes)?;
         Ok(made.phases)
     }

@@ -70,6 +70,7 @@ impl DeltaState {
         }
         let sandbox = self.name.clone();
         let removed = self.checkpoints.remove(id);
+        self.common.templates.remove(id);
         removed.map(drop).ok_or(Error::NoCheckpoint { sandbox, id })
     }
 

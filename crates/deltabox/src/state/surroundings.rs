@@ -7,10 +7,12 @@ use std::path::Path;
 use deltacr::Deaths;
 use deltacr::env::{Environment, ExternalId, Namespace};
 use deltacr::ids::{HostPid, InnerPid};
+use deltacr::mem::Holding;
 use deltafs::Volume;
 
 use crate::sessions::Shared;
 use crate::sessions_image::SessionsImage;
+use crate::templates::Template;
 
 /// See the module's description.
 pub(crate) struct Surroundings<'a> {
@@ -18,6 +20,8 @@ pub(crate) struct Surroundings<'a> {
     pub(crate) volume: &'a Volume,
     /// The sessions of the state that is being given back, if one is.
     pub(crate) restoring: Option<&'a SessionsImage>,
+    /// What holds the memory of the state that is being given back, if something does.
+    pub(crate) template: Option<&'a Template>,
 }
 
 impl Environment for Surroundings<'_> {
@@ -55,6 +59,16 @@ impl Environment for Surroundings<'_> {
 
     fn birth(&self, pid: InnerPid) -> io::Result<HostPid> {
         self.shared.container.birth(pid.0).map(HostPid)
+    }
+
+    fn template(&self) -> Option<&Holding> {
+        self.template.map(Template::holding)
+    }
+
+    fn birth_from_template(&self, pid: InnerPid, spare: InnerPid) -> io::Result<HostPid> {
+        let template = self.template.ok_or(io::ErrorKind::NotFound)?;
+        let born = template.fork(&self.shared.container, pid.0, spare.0);
+        born.map(HostPid)
     }
 
     fn before_resume(&self, deaths: Deaths) -> io::Result<()> {

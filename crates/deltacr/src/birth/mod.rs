@@ -25,14 +25,19 @@ use crate::stop::{Stopped, hold_thread};
 use crate::sys::ptrace;
 
 const INIT: InnerPid = InnerPid(1);
+/// How a session outside shows inside.
+const NONE: InnerPid = InnerPid(0);
 
-/// Makes what `target` has and `held` lacks. Returns the processes that it made: each is a fresh image
-/// of its program.
-pub(crate) fn deliver(
-    env: &dyn Environment,
-    held: &mut Held,
-    target: &TreeImage,
-) -> Result<BTreeSet<InnerPid>> {
+/// The processes that were made.
+#[derive(Default)]
+pub(crate) struct Born {
+    pub(crate) all: BTreeSet<InnerPid>,
+    /// Those that are copies of the template; the others are fresh images of their programs.
+    pub(crate) copies: BTreeSet<InnerPid>,
+}
+
+/// Makes what `target` has and `held` lacks.
+pub(crate) fn deliver(env: &dyn Environment, held: &mut Held, target: &TreeImage) -> Result<Born> {
     let sessions = held
         .processes
         .iter()
@@ -43,7 +48,7 @@ pub(crate) fn deliver(
         held,
         target,
         sessions,
-        born: BTreeSet::new(),
+        born: Born::default(),
     };
     delivery.families()?;
     delivery.groups()?;
@@ -57,7 +62,7 @@ struct Delivery<'a> {
     target: &'a TreeImage,
     /// The session that each process is in by now.
     sessions: BTreeMap<InnerPid, InnerPid>,
-    born: BTreeSet<InnerPid>,
+    born: Born,
 }
 
 impl<'a> Delivery<'a> {
@@ -132,7 +137,7 @@ impl<'a> Delivery<'a> {
             }
             self.child(pid, child)?;
         }
-        let children: Vec<InnerPid> = self.born.iter().copied().collect();
+        let children: Vec<InnerPid> = self.born.all.iter().copied().collect();
         for child in children {
             if self.image(child).stat.parent == pid && child != pid {
                 self.family(child)?;
@@ -158,6 +163,9 @@ impl<'a> Delivery<'a> {
 
     fn child(&mut self, parent: InnerPid, pid: InnerPid) -> Result<()> {
         let image = self.image(pid);
+        if self.born.copies.contains(&parent) && self.is_in_template(pid) {
+            return self.twin(parent, pid);
+        }
         let exe = image
             .exe
             .open(self.env, OFlags::RDONLY)
@@ -176,7 +184,54 @@ impl<'a> Delivery<'a> {
         self.admit(pid, remote, session)
     }
 
+    fn is_in_template(&self, pid: InnerPid) -> bool {
+        let template = self.env.template();
+        template.is_some_and(|t| t.covers(pid, &self.image(pid).memory))
+    }
+
+    /// Makes a child of a copy of the template, another copy.
+    fn twin(&mut self, parent: InnerPid, pid: InnerPid) -> Result<()> {
+        self.env
+            .set_next_pid(pid)
+            .during(pid, "choosing the number")?;
+        let exit_signal = self.image(pid).stat.exit_signal;
+        let mother = self.held.remote(parent).expect("it was just made");
+        let remote = spawn::twin(mother, pid, exit_signal).during(pid, "copying its parent")?;
+        self.born.copies.insert(pid);
+        let session = self.sessions[&parent];
+        self.admit(pid, remote, session)
+    }
+
+    /// Makes a child of init by way of the template, if there is one that can. Such a child begins in no session of the
+    /// sandbox, so it has to make its own before it has children.
+    fn copy_of_template(&mut self, pid: InnerPid) -> Result<bool> {
+        let stat = &self.image(pid).stat;
+        let mut children = self.unborn_children(pid).into_iter();
+        let fits = stat.session == pid
+            && stat.exit_signal == libc::SIGCHLD
+            && children.all(|child| self.image(child).stat.session != INIT);
+        if !fits || !self.is_in_template(pid) {
+            return Ok(false);
+        }
+        match self.env.birth_from_template(pid, self.spare()) {
+            Ok(host) => {
+                let remote = spawn::adopt_copy(pid, host);
+                let remote = remote.during(pid, "taking up a copy of the template")?;
+                self.born.copies.insert(pid);
+                self.admit(pid, remote, NONE)?;
+                Ok(true)
+            }
+            Err(e) => {
+                tracing::debug!(error = %e, "a process is made without its template");
+                Ok(false)
+            }
+        }
+    }
+
     fn child_of_init(&mut self, pid: InnerPid) -> Result<()> {
+        if self.copy_of_template(pid)? {
+            return Ok(());
+        }
         let image = self.image(pid);
         let exe = image
             .exe
@@ -254,14 +309,14 @@ impl<'a> Delivery<'a> {
         let process = admit(self.held, remote, self.image(pid).birth)?;
         self.held.processes.insert(pid, process);
         self.sessions.insert(pid, session);
-        self.born.insert(pid);
+        self.born.all.insert(pid);
         Ok(())
     }
 
     fn groups(&mut self) -> Result<()> {
         let mut astray: Vec<(InnerPid, InnerPid)> = Vec::new();
         for (pid, image) in &self.target.processes {
-            let stat = self.held.stat(*pid, &self.born)?;
+            let stat = self.held.stat(*pid, &self.born.all)?;
             if stat.group != image.stat.group {
                 astray.push((*pid, image.stat.group));
             }

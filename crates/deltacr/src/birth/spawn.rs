@@ -78,6 +78,37 @@ pub(crate) fn adopt(
     Ok(child)
 }
 
+/// Takes up a new-born copy of a template, which waits in `pause(2)`, without the descriptors that it has.
+pub(crate) fn adopt_copy(pid: InnerPid, host: HostPid) -> io::Result<Remote> {
+    let mut child = adopt(pid, host, None)?;
+    close_all(&mut child)?;
+    Ok(child)
+}
+
+/// Makes a child of `parent` that is a copy of it. The caller has seen to its number.
+pub(crate) fn twin(parent: &mut Remote, pid: InnerPid, exit_signal: i32) -> io::Result<Remote> {
+    let mut child = copy(parent, pid, exit_signal & 0xff)?;
+    let found = child.host().inner()?;
+    if found != pid {
+        kill(&child, &[child.host()])?;
+        return Err(io::Error::new(
+            io::ErrorKind::AlreadyExists,
+            format!("the number {pid} is taken, the child got {found}"),
+        ));
+    }
+    close_all(&mut child)?;
+    Ok(child)
+}
+
+fn close_all(remote: &mut Remote) -> io::Result<()> {
+    let mut close = Batch::new();
+    close.call(
+        libc::SYS_close_range,
+        &[0.into(), u32::MAX.into(), 0.into()],
+    );
+    remote.run(&close).map(drop)
+}
+
 /// Makes a process, whose only thread is stopped, run a fresh image of `exe`.
 pub(crate) fn execute(remote: &mut Remote, exe: BorrowedFd<'_>) -> io::Result<()> {
     let fd = remote.give_fds(&[exe])?[0];
@@ -118,12 +149,7 @@ pub(crate) fn execute(remote: &mut Remote, exe: BorrowedFd<'_>) -> io::Result<()
         Stop::Signal(libc::SIGTRAP) => remote.forget_area()?,
         other => return Err(lost(other)),
     }
-    let mut close = Batch::new();
-    close.call(
-        libc::SYS_close_range,
-        &[0.into(), u32::MAX.into(), 0.into()],
-    );
-    remote.run(&close).map(drop)
+    close_all(remote)
 }
 
 /// A process that only exists to have a number, and to have children in its session or group.

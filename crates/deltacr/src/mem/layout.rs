@@ -1,6 +1,7 @@
 //! The bounds that the kernel keeps of an address space: `prctl(PR_SET_MM_MAP)`.
 
 use std::io;
+use std::os::fd::BorrowedFd;
 
 use rustix::fs::CWD;
 use serde::{Deserialize, Serialize};
@@ -89,9 +90,37 @@ pub(crate) fn auxv(remote: &Remote) -> Result<Vec<u8>> {
         .during(remote.pid(), "reading the auxiliary vector")
 }
 
+/// Makes `program` what `/proc/PID/exe` leads to. Takes `CAP_CHECKPOINT_RESTORE` in the process' user namespace, and
+/// that nothing of the program that it was is mapped any more.
+pub(crate) fn write_program(
+    remote: &mut Remote,
+    layout: &Layout,
+    program: BorrowedFd<'_>,
+) -> Result<()> {
+    let pid = remote.pid();
+    let doing = "setting the link to its program";
+    let fd = remote.give_fds(&[program]).during(pid, doing)?[0];
+    let set = write_map(remote, layout, None, fd as u32);
+    let mut close = Batch::new();
+    close.call(libc::SYS_close, &[fd.into()]);
+    remote.run(&close).during(pid, doing)?;
+    set.during(pid, doing)
+}
+
 /// Sets the bounds; `auxv` too, if it is given.
 pub(crate) fn write(remote: &mut Remote, layout: &Layout, auxv: Option<&[u8]>) -> Result<()> {
     let pid = remote.pid();
+    // No change of the link to the executable, which would need a capability.
+    write_map(remote, layout, auxv, u32::MAX).during(pid, "setting the bounds of the address space")
+}
+
+/// `PR_SET_MM_MAP`; `exe` is a descriptor of the process', or `u32::MAX`.
+fn write_map(
+    remote: &mut Remote,
+    layout: &Layout,
+    auxv: Option<&[u8]>,
+    exe: u32,
+) -> io::Result<()> {
     let mut batch = Batch::new();
     let vector = batch.input(auxv.unwrap_or_default());
     let l = layout;
@@ -113,8 +142,7 @@ pub(crate) fn write(remote: &mut Remote, layout: &Layout, auxv: Option<&[u8]>) -
     .flat_map(|field| field.to_le_bytes())
     .collect();
     map.extend((auxv.map_or(0, <[u8]>::len) as u32).to_le_bytes());
-    // No change of the link to the executable, which would need a capability.
-    map.extend(u32::MAX.to_le_bytes());
+    map.extend(exe.to_le_bytes());
     let map = batch.input(&map);
     if auxv.is_some() {
         batch.link(map, &[(11 * 8, vector)]);
@@ -129,9 +157,7 @@ pub(crate) fn write(remote: &mut Remote, layout: &Layout, auxv: Option<&[u8]>) -
             0.into(),
         ],
     );
-    let outcome: io::Result<u64> = remote.run(&batch).and_then(|o| o.result(done));
-    outcome.during(pid, "setting the bounds of the address space")?;
-    Ok(())
+    remote.run(&batch)?.result(done).map(drop)
 }
 
 #[cfg(test)]

@@ -8,7 +8,8 @@
 mod capture;
 mod gears;
 mod harvest;
-mod layout;
+mod holding;
+pub(crate) mod layout;
 mod pages;
 mod pages_to_come;
 mod plan;
@@ -28,6 +29,7 @@ use serde::{Deserialize, Serialize};
 
 pub use gears::Gears;
 pub use harvest::{Kept, Work};
+pub use holding::Holding;
 pub use layout::Layout;
 pub use pages_to_come::Pages;
 pub use scan::Scan;

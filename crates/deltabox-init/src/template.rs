@@ -1,0 +1,151 @@
+//! A template: this program outside every sandbox, holding the memory that the processes of a checkpoint are to have.
+//!
+//! The supervisor has it map ranges, fills them, and has it fork: the child is a process of a sandbox, as [`crate::serve`]
+//! would make one, with a copy-on-write copy of all that the template holds. It takes three steps, each by a
+//! process that shares the template's memory, so that its page tables are copied only once, in the last:
+//!
+//! 1. the *helper* is born in the sandbox's control group and enters all its namespaces, which lets its children be in its
+//!    pid namespace, but not itself;
+//! 2. the *mother* is the helper's child, so it is in there, and her orphans become init's children;
+//! 3. the child is hers; she ends, and the helper after her.
+
+use std::cell::Cell;
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+
+use deltabox_init::wire::{self, MAX_MESSAGE};
+use deltabox_init::{Reply, Request, Step};
+use rustix::io::Errno;
+use rustix::net::RecvFlags;
+
+use crate::serve::parse_filters;
+use crate::sys::{self, Fork, ForkOptions};
+use crate::{At, Failure, child};
+
+/// Serves until the supervisor closes the control socket.
+pub(crate) fn serve(control: &OwnedFd, filters: &[Vec<u8>]) -> Result<(), Failure> {
+    let filters = parse_filters(filters)?;
+    // Away from the terminal that the supervisor may have.
+    rustix::process::setsid().at(Step::Setup, "making the template's session")?;
+    rustix::process::chdir("/").at(Step::Setup, "leaving the directory")?;
+    let mut buffer = vec![0; MAX_MESSAGE];
+    let mut reply = Some(Reply::Done);
+    loop {
+        if let Some(reply) = reply.take() {
+            wire::send(control, &reply.encode(), &[]).at(Step::Request, "answering")?;
+        }
+        let Some(got) = wire::receive(control, &mut buffer, RecvFlags::empty())
+            .at(Step::Request, "waiting for a request")?
+        else {
+            return Ok(());
+        };
+        let done = match Request::decode(&buffer[..got.len]) {
+            Some(Request::Hold(ranges)) => hold(&ranges).map(|()| Some(Reply::Done)),
+            Some(Request::Collapse(ranges)) => {
+                // Where there is no room for large pages, small ones do.
+                ranges.iter().for_each(|r| drop(sys::collapse(r.clone())));
+                Ok(Some(Reply::Done))
+            }
+            Some(Request::Fork { pid, mother }) => {
+                give_birth(control, &filters, [pid, mother], got.fds).map(|()| None)
+            }
+            _ => Err(Errno::BADMSG).at(Step::Request, "reading the request"),
+        };
+        reply = done.unwrap_or_else(|f| Some(f.into()));
+    }
+}
+
+fn hold(ranges: &[std::ops::Range<u64>]) -> Result<(), Failure> {
+    let map = |range: &std::ops::Range<u64>| sys::map_at(range.clone());
+    let mapped: io::Result<()> = ranges.iter().try_for_each(map);
+    mapped.at(Step::Setup, "mapping the memory to be held")
+}
+
+/// All that helper and mother need. They run one after another while the template waits.
+struct Birth<'a> {
+    control: &'a OwnedFd,
+    filters: &'a [Vec<libc::sock_filter>],
+    pid: i32,
+    mother: i32,
+    /// Init, by a pidfd.
+    init: OwnedFd,
+    payload: OwnedFd,
+    v1: Vec<OwnedFd>,
+    failure: Cell<Option<Failure>>,
+}
+
+/// The child itself answers, so that its number outside is told; a failure before it is there is told by the caller.
+fn give_birth(
+    control: &OwnedFd,
+    filters: &[Vec<libc::sock_filter>],
+    [pid, mother]: [i32; 2],
+    fds: Vec<OwnedFd>,
+) -> Result<(), Failure> {
+    let mut fds = fds.into_iter();
+    let (Some(init), Some(payload)) = (fds.next(), fds.next()) else {
+        return Err(Errno::BADF).at(Step::Request, "counting descriptors");
+    };
+    let birth = Birth {
+        control,
+        filters,
+        pid,
+        mother,
+        init,
+        payload,
+        v1: fds.collect(),
+        failure: Cell::new(None),
+    };
+    let options = ForkOptions {
+        cgroup: Some(birth.payload.as_fd()),
+        ..ForkOptions::default()
+    };
+    sys::run_beside(&options, &birth, |birth| birth.note(help(birth)))
+        .at(Step::Clone, "making a helper")?;
+    match birth.failure.take() {
+        Some(failure) => Err(failure),
+        None => Ok(()),
+    }
+}
+
+impl Birth<'_> {
+    fn note(&self, result: Result<(), Failure>) {
+        if let Err(failure) = result {
+            self.failure.set(Some(failure));
+        }
+    }
+}
+
+fn help(birth: &Birth<'_>) -> Result<(), Failure> {
+    for procs in &birth.v1 {
+        rustix::io::write(procs, b"0").at(Step::Clone, "joining a version 1 cgroup")?;
+    }
+    sys::enter_namespaces(birth.init.as_fd()).at(Step::Clone, "entering the sandbox")?;
+    sys::become_user(0, 0, &[]).at(Step::Clone, "becoming root of the sandbox")?;
+    let options = ForkOptions {
+        pid: Some(birth.mother),
+        ..ForkOptions::default()
+    };
+    sys::run_beside(&options, birth, |birth| birth.note(bear(birth)))
+        .at(Step::Clone, "making a mother")
+}
+
+fn bear(birth: &Birth<'_>) -> Result<(), Failure> {
+    let options = ForkOptions {
+        pid: Some(birth.pid),
+        ..ForkOptions::default()
+    };
+    match sys::fork(&options).at(Step::Clone, "making a process with a chosen pid")? {
+        Fork::Parent(_) => Ok(()),
+        Fork::Child => {
+            let confined = child::confine(birth.filters).and_then(|()| sys::set_dumpable(true));
+            let reply = match confined.at(Step::Prepare, "confining a new process") {
+                Ok(()) => Reply::Pid(birth.pid),
+                Err(failure) => failure.into(),
+            };
+            match wire::send_as(birth.control, &reply.encode(), birth.pid) {
+                Ok(()) if matches!(reply, Reply::Pid(_)) => sys::pause_for_ever(),
+                _ => sys::exit(127),
+            }
+        }
+    }
+}

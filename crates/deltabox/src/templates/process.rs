@@ -1,0 +1,90 @@
+//! One template's process, driven by messages.
+
+use std::io;
+use std::ops::Range;
+use std::os::fd::{AsFd, OwnedFd};
+
+use deltabox_init::{Reply, Request};
+use parking_lot::Mutex;
+
+use crate::container::{Container, Control, done, reap, start_idle};
+use crate::error::{Doing, Result};
+use crate::seccomp;
+
+/// Ranges that one message holds.
+const RANGES: usize = 8192;
+
+/// See the module's description. Dropping it ends the process.
+pub(super) struct Process {
+    host: i32,
+    control: Mutex<Control>,
+}
+
+impl Process {
+    /// Starts one in the control group of a version 2 directory.
+    pub(super) fn start(group: &OwnedFd) -> Result<Self> {
+        let doing = "starting a template";
+        let (host, socket) = start_idle(group.as_fd()).doing(doing)?;
+        // From here on it is ended when it is dropped.
+        let process = Self {
+            host,
+            control: Mutex::new(Control::new(socket).doing(doing)?),
+        };
+        let filters = seccomp::filters().doing("building the seccomp filter")?;
+        process.order(&Request::Template { filters }).doing(doing)?;
+        Ok(process)
+    }
+
+    /// Whether it has not ended.
+    pub(super) fn is_alive(&self) -> bool {
+        use rustix::process::{WaitId, WaitIdOptions, waitid};
+        let flags = WaitIdOptions::EXITED | WaitIdOptions::NOHANG | WaitIdOptions::NOWAIT;
+        let pid = rustix::process::Pid::from_raw(self.host);
+        pid.is_some_and(|pid| matches!(waitid(WaitId::Pid(pid), flags), Ok(None)))
+    }
+
+    /// Its pid, as this process sees it.
+    pub(super) fn host(&self) -> i32 {
+        self.host
+    }
+
+    fn order(&self, request: &Request) -> io::Result<()> {
+        done(self.control.lock().ask(request, &[])?)
+    }
+
+    /// Has it map memory.
+    pub(super) fn hold(&self, ranges: Vec<Range<u64>>) -> io::Result<()> {
+        let mut parts = ranges.chunks(RANGES);
+        parts.try_for_each(|part| self.order(&Request::Hold(part.to_vec())))
+    }
+
+    /// Has it make large pages, where that can be.
+    pub(super) fn collapse(&self, ranges: Vec<Range<u64>>) -> io::Result<()> {
+        let mut parts = ranges.chunks(RANGES);
+        parts.try_for_each(|part| self.order(&Request::Collapse(part.to_vec())))
+    }
+
+    /// Has it give birth in a sandbox; the child's pid as this process sees it.
+    pub(super) fn fork(&self, container: &Container, pid: i32, spare: i32) -> io::Result<i32> {
+        let request = Request::Fork { pid, mother: spare };
+        let fds = container.for_births()?;
+        let fds: Vec<_> = fds.iter().map(AsFd::as_fd).collect();
+        let mut control = self.control.lock();
+        match control.ask(&request, &fds)? {
+            Reply::Pid(got) if got == pid => {
+                control.sender().ok_or(io::ErrorKind::InvalidData.into())
+            }
+            reply => done(reply).and(Err(io::ErrorKind::InvalidData.into())),
+        }
+    }
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        // Not reaped yet, so the number is still its own.
+        if let Some(pid) = rustix::process::Pid::from_raw(self.host) {
+            let _ = rustix::process::kill_process(pid, rustix::process::Signal::KILL);
+        }
+        reap(self.host);
+    }
+}
