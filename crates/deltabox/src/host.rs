@@ -407,9 +407,11 @@ fn lock(state_dir: &Path) -> Result<File> {
 fn clean_up(state_dir: &Path, hierarchies: &Hierarchies, parent: &str) -> Result<Vec<String>> {
     let mut sentences = Vec::new();
     for name in hierarchies.clear(parent)? {
-        sentences.push(format!(
-            "Killed what was left of sandbox {name:?} and removed its control groups."
-        ));
+        if !name.starts_with(names::NAMELESS) {
+            sentences.push(format!(
+                "Killed what was left of sandbox {name:?} and removed its control groups."
+            ));
+        }
     }
     let sandboxes = state_dir.join("sandboxes");
     let doing = || format!("clearing {}", sandboxes.display());

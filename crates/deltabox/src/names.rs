@@ -38,9 +38,12 @@ pub(crate) fn numbered(source: &str, number: u64) -> String {
 /// What the control group of the templates is called: no sandbox's name.
 pub(crate) const TEMPLATES: &str = "+templates";
 
+/// What the names begin with that are no sandbox's.
+pub(crate) const NAMELESS: char = '+';
+
 /// What a sandbox is called that nobody has asked for yet: no sandbox's name.
 pub(crate) fn nameless(number: u64) -> String {
-    format!("+{number}")
+    format!("{NAMELESS}{number}")
 }
 
 /// Checks limits and host name.

@@ -248,6 +248,8 @@ pub struct TemplatesInfo {
     pub hits: u64,
     /// Forks whose checkpoint had none when they were asked for.
     pub misses: u64,
+    /// Processes that were forked from one.
+    pub births: u64,
     /// How many were made.
     pub made: u64,
     /// How many were given up for others, or for want of memory.

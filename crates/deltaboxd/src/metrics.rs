@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::fmt::Write;
 use std::time::Duration;
 
-use deltabox::WarmInfo;
+use deltabox::{TemplatesInfo, WarmInfo};
 use parking_lot::Mutex;
 
 /// Upper bounds of the buckets, in microseconds: a checkpoint takes around a millisecond, a command minutes.
@@ -51,13 +51,19 @@ impl Metrics {
     }
 
     /// The text that a scrape gets.
-    pub(crate) fn render(&self, sandboxes: usize, warm: &WarmInfo) -> String {
+    pub(crate) fn render(
+        &self,
+        sandboxes: usize,
+        warm: &WarmInfo,
+        templates: &TemplatesInfo,
+    ) -> String {
         let tables = self.0.lock();
         let mut out = String::new();
         help(&mut out, "deltabox_sandboxes", "gauge", "Sandboxes.");
         line(&mut out, "deltabox_sandboxes", "", sandboxes);
 
         render_warm(&mut out, warm);
+        render_templates(&mut out, templates);
 
         let failed = "deltabox_operations_failed_total";
         help(&mut out, failed, "counter", "Operations that failed.");
@@ -98,6 +104,50 @@ fn render_warm(out: &mut String, warm: &WarmInfo) {
     );
     line(out, forks, "found=\"yes\"", warm.hits);
     line(out, forks, "found=\"no\"", warm.misses);
+}
+
+fn render_templates(out: &mut String, templates: &TemplatesInfo) {
+    let mut row = |name: &str, kind: &str, text: &str, value: &dyn std::fmt::Display| {
+        let name = format!("deltabox_templates{name}");
+        help(out, &name, kind, text);
+        line(out, &name, "", value);
+    };
+    let t = templates;
+    row("", "gauge", "Templates.", &t.number);
+    row("_bytes", "gauge", "Bytes that templates hold.", &t.bytes);
+    row(
+        "_oldest_seconds",
+        "gauge",
+        "Age of the oldest template.",
+        &t.oldest,
+    );
+    row(
+        "_made_total",
+        "counter",
+        "Templates that were made.",
+        &t.made,
+    );
+    row(
+        "_evicted_total",
+        "counter",
+        "Templates that had to go.",
+        &t.evicted,
+    );
+    row(
+        "_births_total",
+        "counter",
+        "Processes forked from templates.",
+        &t.births,
+    );
+    let forks = "deltabox_templates_forks_total";
+    help(
+        out,
+        forks,
+        "counter",
+        "Forks whose checkpoint had a template, or not.",
+    );
+    line(out, forks, "found=\"yes\"", t.hits);
+    line(out, forks, "found=\"no\"", t.misses);
 }
 
 impl Histogram {
@@ -153,10 +203,17 @@ mod tests {
             hits: 4,
             ..WarmInfo::default()
         };
-        let text = metrics.render(2, &warm);
+        let templates = TemplatesInfo {
+            bytes: 4096,
+            misses: 5,
+            ..TemplatesInfo::default()
+        };
+        let text = metrics.render(2, &warm, &templates);
         for expected in [
             "deltabox_sandboxes 2\n",
             "deltabox_warm_sandboxes 3\n",
+            "deltabox_templates_bytes 4096\n",
+            "deltabox_templates_forks_total{found=\"no\"} 5\n",
             "deltabox_warm_forks_total{found=\"yes\"} 4\n",
             "deltabox_operations_failed_total{operation=\"rollback\"} 1\n",
             "deltabox_operation_seconds_bucket{operation=\"rollback\",le=\"0.0005\"} 0\n",

@@ -10,6 +10,7 @@ use std::fs;
 use std::io;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use deltacr::TreeImage;
@@ -18,6 +19,7 @@ use deltacr::mem::Holding;
 use parking_lot::Mutex;
 
 use crate::cgroup;
+use crate::container::Container;
 use crate::error::{Doing, Result};
 use crate::memory;
 use crate::report::{CheckpointId, TemplatesInfo};
@@ -34,6 +36,8 @@ pub(crate) struct Template {
     holding: Holding,
     process: Process,
     made: Instant,
+    /// Counts for all templates.
+    births: Arc<AtomicU64>,
 }
 
 impl Template {
@@ -43,13 +47,11 @@ impl Template {
     }
 
     /// Makes it give birth to a process in a sandbox.
-    pub(crate) fn fork(
-        &self,
-        container: &crate::container::Container,
-        pid: i32,
-        spare: i32,
-    ) -> io::Result<i32> {
-        self.process.fork(container, pid, spare)
+    pub(crate) fn fork(&self, container: &Container, pid: i32, spare: i32) -> io::Result<i32> {
+        let born = self.process.fork(container, pid, spare);
+        self.births
+            .fetch_add(u64::from(born.is_ok()), Ordering::Relaxed);
+        born
     }
 }
 
@@ -57,6 +59,7 @@ impl Template {
 pub(crate) struct Templates {
     /// The control group that they are in.
     group: PathBuf,
+    births: Arc<AtomicU64>,
     state: Mutex<State>,
 }
 
@@ -75,6 +78,7 @@ impl Templates {
         };
         Self {
             group,
+            births: Arc::default(),
             state: Mutex::new(State {
                 pool: Pool::new(limits),
                 info,
@@ -153,6 +157,7 @@ impl Templates {
                 holding,
                 process,
                 made: Instant::now(),
+                births: Arc::clone(&self.births),
             }));
         }
         Ok(None)
@@ -194,6 +199,7 @@ impl Templates {
             number: state.pool.len(),
             bytes: state.pool.bytes(),
             oldest: oldest.as_secs_f64(),
+            births: self.births.load(Ordering::Relaxed),
             ..state.info
         }
     }

@@ -1,0 +1,251 @@
+//! Forks that share their memory with a template.
+
+mod common;
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Instant;
+
+use common::{Fixture, PATIENCE, output};
+use deltabox::{
+    CommandSpec, Host, HostConfig, Sandbox, SandboxSpec, Session, SessionEvent, SessionId,
+};
+
+/// A Python that does what it is told, line by line.
+fn python(sandbox: &Sandbox) -> Arc<Session> {
+    let argv = ["python3", "-I", "-u", "-c", DRIVER].map(str::to_owned);
+    let command = CommandSpec {
+        argv: argv.to_vec(),
+        stdin: true,
+        ..CommandSpec::default()
+    };
+    sandbox.spawn(command).unwrap()
+}
+
+/// Evaluates lines, in itself or (`>` first) in the child that `CHILD` makes.
+const DRIVER: &str = r#"
+import os, sys, hashlib
+def serve(source, sink):
+  names = {'os': os, 'sys': sys, 'hashlib': hashlib}
+  for line in source:
+    if line.startswith('>'):
+      down.write(line[1:]); down.flush(); sink.write(up.readline()); sink.flush(); continue
+    try: sink.write(repr(eval(line, names)) + '\n')
+    except SyntaxError: exec(line, names); sink.write('done\n')
+    sink.flush()
+a, b, c, d = *os.pipe(), *os.pipe()
+M = bytearray(1 << 20)
+if os.fork() == 0:
+  os.close(b); os.close(c)
+  serve(os.fdopen(a), os.fdopen(d, 'w'))
+  os._exit(0)
+os.close(a); os.close(d)
+down, up = os.fdopen(b, 'w'), os.fdopen(c)
+serve(sys.stdin, sys.stdout)
+"#;
+
+fn ask(sandbox: &Sandbox, id: SessionId, line: &str) -> String {
+    let session = sandbox.session(id).unwrap();
+    let mut events = session.events(session.info().output);
+    session.write(format!("{line}\n").as_bytes()).unwrap();
+    let begun = Instant::now();
+    let mut heard = String::new();
+    while !heard.ends_with('\n') {
+        assert!(begun.elapsed() < PATIENCE, "{line}: {heard:?}");
+        match events.next(Some(PATIENCE)) {
+            Some(SessionEvent::Output { bytes, .. }) => {
+                heard.push_str(&String::from_utf8_lossy(&bytes));
+            }
+            other => panic!("{line}: {other:?} after {heard:?}"),
+        }
+    }
+    heard.trim_end().to_owned()
+}
+
+const FILL: &str = "M = bytearray(b''.join(i.to_bytes(4, 'little') * 1024 for i in range(1536)))";
+const SUM: &str = "hashlib.sha256(M).hexdigest()";
+
+#[test]
+fn copies_of_one_template_write_everywhere_and_touch_neither_it_nor_each_other() {
+    let f = Fixture::new();
+    let source = f.sandbox();
+    let id = python(&source).info().id;
+    ask(&source, id, FILL);
+    ask(&source, id, &format!(">{FILL}"));
+    ask(&source, id, ">M.reverse()");
+    let [parent, child] = [SUM.to_owned(), format!(">{SUM}")].map(|q| ask(&source, id, &q));
+    let checkpoint = source.checkpoint(None).unwrap().id;
+    let fork = |n| {
+        f.host
+            .fork(source.name(), Some(checkpoint), n, &[])
+            .unwrap()
+    };
+    let forks = fork(3);
+    let before = f.host.templates();
+    assert_eq!((before.number, before.births), (1, 3));
+    for (n, fork) in forks.iter().enumerate() {
+        for prefix in ["", ">"] {
+            let line = format!("{prefix}M[:] = bytes([{n}]) * len(M)");
+            assert_eq!(ask(fork, id, &line), "done");
+        }
+    }
+    for (n, fork) in forks.iter().enumerate() {
+        for prefix in ["", ">"] {
+            let line = format!("{prefix}M == bytes([{n}]) * len(M)");
+            assert_eq!(ask(fork, id, &line), "True", "fork {n}{prefix}");
+        }
+    }
+    for fork in fork(2).iter().chain([&source]) {
+        assert_eq!(ask(fork, id, SUM), parent);
+        assert_eq!(ask(fork, id, &format!(">{SUM}")), child);
+    }
+    assert_eq!(f.host.templates().births, 5);
+    // And what is made of a copy goes on as usual.
+    let again = forks[1].checkpoint(None).unwrap().id;
+    ask(&forks[1], id, "M[5] = 99");
+    forks[1].rollback(again).unwrap();
+    assert_eq!(ask(&forks[1], id, "M[5]"), "1");
+}
+
+#[test]
+fn a_copy_of_a_template_is_confined_and_shows_itself_like_any_process() {
+    let f = Fixture::new();
+    let source = f.sandbox();
+    let id = python(&source).info().id;
+    ask(&source, id, "1");
+    let checkpoint = source.checkpoint(None).unwrap().id;
+    let forks = f
+        .host
+        .fork(source.name(), Some(checkpoint), 2, &[])
+        .unwrap();
+    assert_eq!(f.host.templates().births, 2);
+    let questions = [
+        "os.readlink('/proc/self/exe')",
+        "open('/proc/self/comm').read()",
+        "open('/proc/self/cmdline').read()",
+        "open('/proc/self/cgroup').read()",
+        "open('/proc/self/limits').read()",
+        "open('/proc/self/auxv', 'rb').read()",
+        "[l for l in open('/proc/self/status') if l.startswith(('Pid', 'PPid', 'Uid', 'Gid', 'Groups', \
+         'NS', 'Sig', 'Shd', 'Cap', 'NoNew', 'Seccomp', 'Umask', 'Threads', 'CoreDumping'))]",
+        "(os.getsid(0), os.getpgrp(), os.getppid(), os.getcwd(), sorted(os.listdir('/proc/self/fd')))",
+        "[l for l in os.listdir('/proc') if l.isdigit()]",
+        "os.stat('/proc/self/mem').st_uid",
+        "[l.split()[5] for l in open('/proc/self/maps') if len(l.split()) > 5 and 'memfd:deltabox' in l]",
+        "os.system('exit 3') >> 8",
+    ];
+    for question in questions {
+        for q in [question.to_owned(), format!(">{question}")] {
+            assert_eq!(ask(&forks[0], id, &q), ask(&source, id, &q), "{q}");
+        }
+    }
+    // The same namespaces as whatever else is started in there.
+    let script = "cd /proc/self/ns; for n in *; do echo \"'$n': '$(readlink $n)'\"; done | sort";
+    let expected = output(&forks[0], script).replace('\n', ", ");
+    let ask_for =
+        "{n: os.readlink('/proc/self/ns/' + n) for n in sorted(os.listdir('/proc/self/ns'))}";
+    assert_eq!(ask(&forks[0], id, ask_for), format!("{{{expected}}}"));
+    // What the filter denies, and what tracing inside allows.
+    assert_eq!(ask(&forks[0], id, "import ctypes"), "done");
+    let denied = "ctypes.CDLL(None, use_errno=True).unshare(0x10000000)";
+    assert_eq!(ask(&forks[0], id, denied), "-1");
+    let pid = forks[0].session(id).unwrap().info().pid;
+    let look = format!("head -c 0 /proc/{pid}/mem && cat /proc/{pid}/environ | wc -c");
+    assert_eq!(output(&forks[0], &look), output(&source, &look));
+}
+
+#[test]
+fn a_template_that_dies_costs_time_and_nothing_else() {
+    let f = Fixture::new();
+    let source = f.sandbox();
+    let id = python(&source).info().id;
+    ask(&source, id, FILL);
+    let sum = ask(&source, id, SUM);
+    let checkpoint = source.checkpoint(None).unwrap().id;
+    let stop = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            let mut pause = 0;
+            while !stop.load(Ordering::Relaxed) {
+                for pid in f.host.template_processes() {
+                    let pid = rustix::process::Pid::from_raw(pid).unwrap();
+                    let _ = rustix::process::kill_process(pid, rustix::process::Signal::KILL);
+                }
+                pause = (pause + 7) % 50;
+                std::thread::sleep(std::time::Duration::from_millis(pause));
+            }
+        });
+        for _ in 0..8 {
+            let forks = f.host.fork(source.name(), Some(checkpoint), 3, &[]);
+            for fork in forks.unwrap() {
+                assert_eq!(ask(&fork, id, SUM), sum);
+                f.host.remove(fork.name()).unwrap();
+            }
+        }
+        stop.store(true, Ordering::Relaxed);
+    });
+    let forks = f
+        .host
+        .fork(source.name(), Some(checkpoint), 2, &[])
+        .unwrap();
+    assert_eq!(ask(&forks[1], id, SUM), sum);
+}
+
+#[test]
+fn tight_limits_of_a_sandbox_hold_for_copies_and_do_not_keep_them_from_being_made() {
+    let f = Fixture::new();
+    let spec = SandboxSpec {
+        pids: Some(2),
+        memory: Some(256 << 20),
+        ..SandboxSpec::default()
+    };
+    let source = f.host.create(spec).unwrap();
+    let id = python(&source).info().id;
+    ask(&source, id, FILL);
+    let sum = ask(&source, id, SUM);
+    let checkpoint = source.checkpoint(None).unwrap().id;
+    let forks = f
+        .host
+        .fork(source.name(), Some(checkpoint), 2, &[])
+        .unwrap();
+    for fork in &forks {
+        assert_eq!(ask(fork, id, SUM), sum);
+        assert!(fork.run(&["true"]).is_err(), "a third process was allowed");
+    }
+}
+
+#[test]
+fn a_template_goes_with_its_checkpoint_its_sandbox_and_the_switch() {
+    let f = Fixture::new();
+    let source = f.sandbox();
+    let id = python(&source).info().id;
+    ask(&source, id, "1");
+    let [first, second] = [0; 2].map(|_| source.checkpoint(None).unwrap().id);
+    for checkpoint in [first, second] {
+        f.host
+            .fork(source.name(), Some(checkpoint), 2, &[])
+            .unwrap();
+    }
+    assert_eq!(f.host.templates().number, 2);
+    source.delete(first).unwrap();
+    assert_eq!(f.host.templates().number, 1);
+    f.host.remove(source.name()).unwrap();
+    assert_eq!(
+        (f.host.templates().number, f.host.templates().bytes),
+        (0, 0)
+    );
+
+    let dir = tempfile::tempdir().unwrap();
+    let off = Host::open(HostConfig {
+        state_dir: dir.path().join("state"),
+        templates: 0,
+        ..HostConfig::default()
+    });
+    let off = off.unwrap();
+    let source = off.create(SandboxSpec::default()).unwrap();
+    let id = python(&source).info().id;
+    ask(&source, id, FILL);
+    let forks = off.fork(source.name(), None, 2, &[]).unwrap();
+    assert_eq!(ask(&forks[1], id, SUM), ask(&source, id, SUM));
+    assert_eq!((off.templates().births, off.templates().made), (0, 0));
+}
