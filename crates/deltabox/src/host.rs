@@ -9,6 +9,7 @@ use std::os::fd::OwnedFd;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Duration;
 
 use deltafs::{Options, Volume};
 use parking_lot::Mutex;
@@ -30,6 +31,11 @@ use crate::warm::Warm;
 
 /// Threads that serve the files of one sandbox.
 const FILE_THREADS: usize = 2;
+
+/// How often to try to lock the state directory,
+const LOCK_TRIES: u32 = 20;
+/// and how long to wait in between.
+const LOCK_PAUSE: Duration = Duration::from_millis(10);
 
 /// Where a [`Host`] keeps its state.
 #[derive(Clone, Debug)]
@@ -62,8 +68,8 @@ pub struct Host {
     /// Sandboxes that are on disk only.
     dormant: Mutex<BTreeMap<String, Arc<Dormant>>>,
     cleaned_up: Vec<String>,
-    /// Locked as long as it is open.
-    _lock: File,
+    /// Locked as long as this lives.
+    lock: File,
 }
 
 impl Host {
@@ -103,7 +109,7 @@ impl Host {
             ground,
             dormant: Mutex::default(),
             cleaned_up,
-            _lock: lock,
+            lock,
         };
         let kept = host.find_dormant(stored);
         host.cleaned_up.extend(kept);
@@ -302,6 +308,10 @@ impl Drop for Host {
         self.ground.templates().close();
         self.ground.common.ids.close();
         cgroup::remove_parent(&self.ground.hierarchies, &self.ground.cgroup_parent);
+        // Explicitly, for a process that is just being started may still have it open.
+        if let Err(e) = rustix::fs::flock(&self.lock, FlockOperation::Unlock) {
+            tracing::warn!("unlocking the state directory: {e}");
+        }
     }
 }
 
@@ -385,7 +395,14 @@ fn lock(state_dir: &Path) -> Result<File> {
         .truncate(false)
         .open(&path)
         .map_err(|e| unusable(e.to_string()))?;
-    if rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive).is_err() {
+    // A process that a killed owner was just starting holds it until it runs its program.
+    let taken = (0..LOCK_TRIES).any(|attempt| {
+        if attempt > 0 {
+            std::thread::sleep(LOCK_PAUSE);
+        }
+        rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive).is_ok()
+    });
+    if !taken {
         let owner = fs::read_to_string(&path).unwrap_or_default();
         let owner = owner.trim();
         return Err(unusable(format!(

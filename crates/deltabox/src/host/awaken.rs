@@ -77,7 +77,12 @@ impl Host {
                 };
                 loaded = reader.read(&dormant.stored, &mut loader);
                 changed.clone_from(loader.changed_base());
-                Ok(loader.mount()?)
+                let volume = loader.mount()?;
+                // What is mounted in it is to find the places that it had before, which all checkpoints have.
+                if let Some(newest) = loaded.values().rev().flatten().next() {
+                    volume.rollback(&newest.files)?;
+                }
+                Ok(volume)
             })?;
         let (mut sandbox, place) = self.ground.settle(blank)?;
         sandbox.take_up(dormant, loaded);

@@ -51,7 +51,7 @@ impl Fixture {
     fn all_modes(&self) {
         let failures: Vec<String> = match Subject::new(self) {
             Err(e) => vec![e],
-            Ok(mut subject) => subject
+            Ok(subject) => subject
                 .modes()
                 .into_iter()
                 .filter_map(|(mode, outcome)| outcome.err().map(|e| format!("{mode}: {e}")))
@@ -92,12 +92,13 @@ impl Subject {
         })
     }
 
-    fn modes(&mut self) -> [(&'static str, Outcome); 4] {
+    fn modes(mut self) -> [(&'static str, Outcome); 5] {
         [
             ("continued", self.program.pass("check")),
             ("undone in place", self.undone()),
             ("rebuilt", self.rebuilt()),
             ("forked", self.forked()),
+            ("restored after a restart", self.restarted()),
         ]
     }
 
@@ -137,6 +138,23 @@ impl Subject {
             self.program.in_fork(&fork, self.mark)?.pass("check")?;
         }
         Ok(())
+    }
+
+    /// The host ends, and another one makes the sandbox of what is on disk.
+    fn restarted(self) -> Outcome {
+        let id = self.program.session.info().id;
+        let name = self.sandbox.name().to_owned();
+        let persisted = self.sandbox.persist(self.checkpoint);
+        persisted.map_err(|e| format!("persist: {e}"))?;
+        drop((self.sandbox, self.program));
+        let lab = self.lab.restarted();
+        let sandbox = lab.host.get(&name).map_err(|e| e.to_string())?;
+        let report = sandbox.rollback(self.checkpoint);
+        let report = report.map_err(|e| format!("rollback: {e}"))?;
+        if let Some(why) = report.fallback {
+            return Err(format!("everything was built again, for {why}"));
+        }
+        Program::found(&sandbox, id, self.mark)?.pass("check")
     }
 }
 

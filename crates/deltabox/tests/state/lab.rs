@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use deltabox::{
     CheckpointId, CommandSpec, Host, HostConfig, RunOutput, Sandbox, SandboxSpec, Session,
-    SessionEvent, Stream,
+    SessionEvent, SessionId, Stream,
 };
 
 /// Long enough for a busy machine; only a hang takes this long.
@@ -17,18 +17,28 @@ pub(crate) type Outcome<T = ()> = Result<T, String>;
 /// A host; its drop ends the sandboxes, then the directory goes.
 pub(crate) struct Lab {
     pub(crate) host: Host,
-    _dir: tempfile::TempDir,
+    dir: tempfile::TempDir,
 }
 
 impl Lab {
     pub(crate) fn new() -> Self {
-        let dir = tempfile::tempdir().unwrap();
+        Self::open(tempfile::tempdir().unwrap())
+    }
+
+    fn open(dir: tempfile::TempDir) -> Self {
         let host = Host::open(HostConfig {
             state_dir: dir.path().join("state"),
             ..HostConfig::default()
         })
         .unwrap();
-        Self { host, _dir: dir }
+        Self { host, dir }
+    }
+
+    /// Ends the host, and opens another one on what it leaves.
+    pub(crate) fn restarted(self) -> Self {
+        let Self { host, dir } = self;
+        drop(host);
+        Self::open(dir)
     }
 
     pub(crate) fn sandbox(&self) -> Arc<Sandbox> {
@@ -127,9 +137,12 @@ impl Program {
 
     /// The same program in a fork of its sandbox, listened to up to `mark`.
     pub(crate) fn in_fork(&self, fork: &Sandbox, mark: u64) -> Outcome<Self> {
-        let session = fork
-            .session(self.session.info().id)
-            .map_err(|e| format!("the session in the fork: {e}"))?;
+        Self::found(fork, self.session.info().id, mark)
+    }
+
+    /// The program that is a session of a sandbox, listened to up to `mark`.
+    pub(crate) fn found(sandbox: &Sandbox, id: SessionId, mark: u64) -> Outcome<Self> {
+        let session = sandbox.session(id).map_err(|e| e.to_string())?;
         Ok(Self { session, at: mark })
     }
 
