@@ -62,11 +62,14 @@ class Sandbox:
         pids: int | None = None,
         cpus: float | None = None,
         hostname: str | None = None,
+        disk: int | None = None,
+        inodes: int | None = None,
         client: Client | None = None,
     ) -> Sandbox:
         """Creates a sandbox whose files begin as the directory ``base``, which is never written to.
 
-        ``memory`` is in bytes, ``cpus`` may be a fraction. A name is chosen if none is given.
+        ``memory`` is in bytes, ``cpus`` may be a fraction. ``disk`` (in bytes) and ``inodes`` bound what its files may take
+        besides the base. A name is chosen if none is given.
         """
         client = client or default_client()
         spec = {
@@ -76,6 +79,8 @@ class Sandbox:
             "pids": pids,
             "cpus": cpus,
             "hostname": hostname,
+            "disk": disk,
+            "inodes": inodes,
         }
         info = parse(SandboxInfo, client._transport.request("POST", "/sandboxes", spec))
         return cls(client, info.name, info.epoch)

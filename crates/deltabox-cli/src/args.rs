@@ -130,6 +130,12 @@ pub(crate) struct Create {
     /// Processor time, in processors: 1.5
     #[arg(long, value_name = "N")]
     pub(crate) cpus: Option<f64>,
+    /// What its files may take besides the base, as 512M or 2G; writers find the disk full then
+    #[arg(long, value_parser = parse_size, value_name = "SIZE")]
+    pub(crate) disk: Option<u64>,
+    /// The most files and directories besides those of the base
+    #[arg(long, value_name = "N")]
+    pub(crate) inodes: Option<u64>,
     /// The host name inside; the sandbox's name if absent
     #[arg(long, value_name = "NAME")]
     pub(crate) hostname: Option<String>,

@@ -106,6 +106,8 @@ async fn create(client: &Client, json: bool, args: Create) -> Result<u8, Failure
         pids: args.pids,
         cpus: args.cpus,
         hostname: args.hostname,
+        disk: args.disk,
+        inodes: args.inodes,
     };
     let sandbox = client.create(&spec).await?;
     for warning in &sandbox.warnings {

@@ -209,6 +209,7 @@ impl Ground {
             count: IDS,
         };
         let volume = files(ids, dir.join("files"))?;
+        volume.set_quota(spec.quota());
         watch.lap("volume");
         let cgroup = Cgroup::create(
             &self.hierarchies,

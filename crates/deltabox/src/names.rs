@@ -63,6 +63,12 @@ pub(crate) fn check_spec(spec: &SandboxSpec) -> Result<()> {
     if spec.memory.is_some_and(|m| m < 1 << 20) {
         return invalid("a memory limit below 1 MiB leaves no room for any program".to_owned());
     }
+    if spec.disk.is_some_and(|d| d < 1 << 20) {
+        return invalid("a disk quota below 1 MiB leaves no room for any file".to_owned());
+    }
+    if spec.inodes == Some(0) {
+        return invalid("a quota of 0 files leaves no room for any".to_owned());
+    }
     if spec.pids == Some(0) {
         return invalid("a limit of 0 processes leaves no room for any program".to_owned());
     }

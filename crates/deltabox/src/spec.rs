@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use deltafs::Quota;
 use serde::{Deserialize, Serialize};
 
 /// A sandbox to create.
@@ -22,6 +23,20 @@ pub struct SandboxSpec {
     pub cpus: Option<f64>,
     /// The host name inside; the sandbox's name if `None`.
     pub hostname: Option<String>,
+    /// Bytes that its files may take besides the base; writers get `ENOSPC` beyond. Checkpoints do not count.
+    pub disk: Option<u64>,
+    /// Files and directories that it may have besides those of the base.
+    pub inodes: Option<u64>,
+}
+
+impl SandboxSpec {
+    /// What its files may take.
+    pub(crate) fn quota(&self) -> Quota {
+        Quota {
+            bytes: self.disk,
+            inodes: self.inodes,
+        }
+    }
 }
 
 impl Default for SandboxSpec {
@@ -33,6 +48,8 @@ impl Default for SandboxSpec {
             pids: None,
             cpus: None,
             hostname: None,
+            disk: None,
+            inodes: None,
         }
     }
 }

@@ -22,7 +22,7 @@ use crate::node::{Ino, Name, ROOT};
 use crate::reclaim::Reclaimer;
 use crate::sys;
 use crate::tree::Tree;
-use crate::view::View;
+use crate::view::{Quota, View};
 
 /// How a volume is made.
 #[derive(Debug)]
@@ -213,7 +213,8 @@ impl Volume {
         // Dirty pages would be written into the new state when they are dropped. What becomes of them in the old one,
         // which goes, does not matter; not even an error.
         let _ = self.sync();
-        let new = target.branch();
+        let mut new = target.branch();
+        new.set_quota(self.server.view().read().quota());
         let old = std::mem::replace(&mut *self.server.view().write(), new.clone());
         let plan = self.plan(&old, &new, few, held);
         let lives = |ino| new.node(ino).is_ok_and(|node| node.meta.nlink > 0);
@@ -318,7 +319,9 @@ impl Volume {
             return Err(Error::ForeignSnapshot);
         }
         let reclaimer = Arc::clone(&self.reclaimer);
-        Self::start(view.branch(), ids, self.threads, reclaimer)
+        let mut view = view.branch();
+        view.set_quota(self.server.view().read().quota());
+        Self::start(view, ids, self.threads, reclaimer)
     }
 
     /// Opens an inode by its number, with a name or without, in the volume's own mount. `flags` are those of `open(2)`.
@@ -403,6 +406,12 @@ impl Volume {
     pub fn flush_inode(&self, ino: u64) -> io::Result<()> {
         let fd = self.open_inode(ino, libc::O_RDONLY | libc::O_NONBLOCK)?;
         Ok(rustix::fs::fdatasync(&fd)?)
+    }
+
+    /// Bounds what the volume may take, from now on. It belongs to the volume, not to its state: a rollback leaves it, a fork
+    /// takes it over.
+    pub fn set_quota(&self, quota: Quota) {
+        self.server.view().write().set_quota(quota);
     }
 
     /// What the volume holds.

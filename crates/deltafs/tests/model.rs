@@ -8,6 +8,7 @@ mod dump;
 #[path = "model/ops.rs"]
 mod ops;
 
+use std::cell::OnceCell;
 use std::collections::HashSet;
 use std::fs::{self, File};
 use std::os::fd::AsRawFd;
@@ -16,7 +17,7 @@ use std::path::{Path, PathBuf};
 
 use common::mapper::{self, Mapper};
 use common::{Fixture, Mounted, fixture};
-use deltafs::{IdMap, Loader, Options, Snapshot};
+use deltafs::{IdMap, Loader, Options, Quota, Snapshot};
 use dump::Dump;
 use ops::Op;
 use proptest::prelude::*;
@@ -41,6 +42,12 @@ struct OpenDir {
     ino: u64,
 }
 
+/// Never reached; so that it can be seen what counts.
+const QUOTA: Quota = Quota {
+    bytes: Some(1 << 30),
+    inodes: Some(1 << 20),
+};
+
 /// What one checkpoint has to give back.
 struct Saved {
     snapshot: Snapshot,
@@ -49,6 +56,8 @@ struct Saved {
     open: Vec<(u64, Option<PathBuf>, Vec<u8>)>,
     /// The inode, and the name in the plain directory if it has one, of every open directory.
     dirs: Vec<(u64, Option<PathBuf>)>,
+    /// What the quota left of blocks and inodes when it was first rolled back to.
+    room: OnceCell<(u64, u64)>,
 }
 
 struct Worlds {
@@ -64,8 +73,10 @@ impl Worlds {
     fn new() -> Self {
         let theirs = tempfile::tempdir().unwrap();
         ops::fill_base(theirs.path());
+        let ours = fixture(ops::fill_base);
+        ours.volume.set_quota(QUOTA);
         Self {
-            ours: fixture(ops::fill_base),
+            ours,
             theirs,
             open: Vec::new(),
             dirs: Vec::new(),
@@ -177,6 +188,7 @@ impl Worlds {
             open: open.collect(),
             snapshot: self.ours.volume.checkpoint(),
             tree,
+            room: OnceCell::new(),
         });
     }
 
@@ -198,6 +210,9 @@ impl Worlds {
         let few = if sparing { 0 } else { usize::MAX };
         let done = volume.rollback_sparing(&saved.snapshot, few, held);
         let reborn = done.unwrap().reborn;
+        let found = rustix::fs::statvfs(volume.at("")).unwrap();
+        let room = (found.f_bfree, found.f_ffree);
+        assert_eq!(*saved.room.get_or_init(|| room), room, "what counts");
         fs::remove_dir_all(self.theirs.path()).unwrap();
         fs::create_dir(self.theirs.path()).unwrap();
         saved.tree.build(self.theirs.path());
@@ -297,6 +312,7 @@ impl Worlds {
         }
         assert!(loader.changed_base().is_empty());
         self.ours.volume = Mounted::new(loader.mount().unwrap());
+        self.ours.volume.set_quota(QUOTA);
     }
 
     fn compare(&mut self) {

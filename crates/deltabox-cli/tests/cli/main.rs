@@ -3,6 +3,7 @@
 mod durable;
 mod faults;
 mod harness;
+mod quota;
 mod state;
 mod streams;
 mod terminal;

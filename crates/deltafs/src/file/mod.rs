@@ -85,6 +85,11 @@ impl FileBody {
         }
     }
 
+    /// How many blocks it has besides those of its base.
+    pub(crate) fn data_blocks(&self) -> u64 {
+        self.data_blocks
+    }
+
     /// `st_blocks`.
     pub(crate) fn blocks_512(&self) -> u64 {
         let per_block = BLOCK / 512;

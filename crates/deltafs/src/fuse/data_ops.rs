@@ -177,17 +177,18 @@ impl Server {
     }
 
     pub(super) fn statfs(&self, reply: &mut Reply) -> Result<(), Errno> {
-        let host = self.tree().data.statvfs()?;
+        let disk = self.tree().data.statvfs()?;
+        let space = self.view().read().statfs(&disk);
         for count in [
-            host.f_blocks,
-            host.f_bfree,
-            host.f_bavail,
-            host.f_files,
-            host.f_ffree,
+            space.blocks,
+            space.free,
+            space.available,
+            space.inodes,
+            space.free_inodes,
         ] {
             reply.u64(count);
         }
-        let block = u32::try_from(host.f_frsize).unwrap_or(4096);
+        let block = u32::try_from(space.unit).unwrap_or(4096);
         let longest = u32::try_from(MAX_NAME).unwrap_or(255);
         reply
             .u32(block)

@@ -1,6 +1,7 @@
 //! What answers the kernel's requests: the current view behind one lock.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use parking_lot::RwLock;
 use rustix::io::Errno;
@@ -13,6 +14,11 @@ use crate::ids::IdMap;
 use crate::node::{Ino, NodeRef};
 use crate::tree::Tree;
 use crate::view::{Caller, View};
+
+/// How often to try again what a quota refuses as long as removed files take of it,
+const ROOM_TRIES: u32 = 5;
+/// and how long to wait in between.
+const ROOM_PAUSE: Duration = Duration::from_millis(4);
 
 /// The most bytes that one request reads or writes.
 pub(crate) const MAX_WRITE: usize = 1 << 20;
@@ -125,8 +131,21 @@ impl Server {
         }
     }
 
-    /// Answers a request.
+    /// Answers a request. The kernel lets go of a removed file before the caller of `unlink(2)` goes on, but says so
+    /// by a request that may be read behind the caller's next one: what finds the quota used up by such files waits a little.
     pub(crate) fn handle(&self, request: Request<'_>, reply: &mut Reply) -> Result<Answer, Errno> {
+        for _ in 0..ROOM_TRIES {
+            match self.try_to_handle(request, reply) {
+                Err(Errno::NOSPC) if self.view.read().may_gain_room() => {
+                    std::thread::sleep(ROOM_PAUSE);
+                }
+                done => return done,
+            }
+        }
+        self.try_to_handle(request, reply)
+    }
+
+    fn try_to_handle(&self, request: Request<'_>, reply: &mut Reply) -> Result<Answer, Errno> {
         match request.opcode {
             opcode::FORGET | opcode::BATCH_FORGET => {
                 // A malformed one would be the kernel's bug; there is nobody to tell.

@@ -6,6 +6,7 @@ use rustix::io::Errno;
 
 use super::{Caller, View, as_file};
 use crate::acl;
+use crate::data::BLOCK;
 use crate::node::{Ino, Meta, Node, NodeRef, Time};
 use crate::xattr::SetMode;
 
@@ -109,7 +110,14 @@ impl View {
         keep_size: bool,
         who: Caller,
     ) -> Result<(), Errno> {
+        let room = self.room();
         self.change_file(ino, |file, to| {
+            // What cannot be is not tried: reserving takes the disk space first.
+            let wanted = (range.end - range.start) / BLOCK;
+            let there = file.blocks_512() / (BLOCK / 512);
+            if room.is_some_and(|room| wanted.saturating_sub(there) > room.saturating_add(1)) {
+                return Err(Errno::NOSPC);
+            }
             file.reserve(to, range.clone())?;
             if !keep_size && range.end > file.size {
                 file.truncate(to, range.end)?;

@@ -5,6 +5,7 @@
 mod attr;
 mod list;
 mod namespace;
+mod quota;
 mod stored;
 
 use std::ffi::OsString;
@@ -16,6 +17,8 @@ use rustix::io::Errno;
 
 pub(crate) use attr::{AttrChange, TimeChange};
 pub(crate) use namespace::{NewNode, RenameMode};
+pub use quota::Quota;
+use quota::Usage;
 
 use crate::file::{FileBody, ReadPlan, Writer};
 use crate::node::{Body, DirBody, Entry, Ino, Name, Node, NodeRef, ROOT};
@@ -52,6 +55,8 @@ pub(crate) struct View {
     pinned: OrdSet<Ino>,
     /// What was written in this epoch no snapshot can see.
     epoch: u64,
+    quota: Quota,
+    usage: Usage,
 }
 
 impl View {
@@ -64,6 +69,8 @@ impl View {
             orphans: OrdSet::new(),
             pinned: OrdSet::new(),
             epoch,
+            quota: Quota::default(),
+            usage: Usage::default(),
         }
     }
 
@@ -152,11 +159,13 @@ impl View {
         if self.pinned.contains(&ino) || self.orphans.remove(&ino).is_none() {
             return;
         }
+        let of_base = self.is_of_base(ino);
         let node = self.nodes.remove(&ino);
-        if let Some(node) = node
-            && self.tree.base.inode(ino).is_some()
-        {
-            self.nodes.insert(ino, self.tree.gone(node.is_dir()));
+        if let Some(node) = node {
+            self.usage.went(&node, of_base);
+            if of_base {
+                self.nodes.insert(ino, self.tree.gone(node.is_dir()));
+            }
         }
     }
 
@@ -214,11 +223,17 @@ impl View {
             store: &tree.data,
             epoch,
         };
-        match &mut self.node_mut(ino)?.body {
-            Body::File(file) => change(file, to),
-            Body::Dir(_) => Err(Errno::ISDIR),
-            _ => Err(Errno::INVAL),
-        }
+        let room = self.room();
+        let file = match &mut self.node_mut(ino)?.body {
+            Body::File(file) => file,
+            Body::Dir(_) => return Err(Errno::ISDIR),
+            _ => return Err(Errno::INVAL),
+        };
+        let before = file.data_blocks();
+        let done = quota::within(file, room, |file| change(file, to));
+        let after = file.data_blocks();
+        self.usage.resize(before, after);
+        done
     }
 }
 

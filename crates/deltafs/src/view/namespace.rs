@@ -49,6 +49,7 @@ impl View {
         if self.lookup(parent, name)?.is_some() {
             return Err(Errno::EXIST);
         }
+        self.admit_inode()?;
         let ino = self.tree.next_ino();
         let mut node = self.make(&dir, new, who)?;
         node.names.push(Link {
@@ -57,6 +58,7 @@ impl View {
         });
         let mode = node.meta.mode;
         self.nodes.insert(ino, NodeRef(Arc::new(node)));
+        self.usage.came();
         self.insert_entry(parent, name, ino, mode)?;
         if mode & TYPE_MASK == DIRECTORY {
             self.count_subdir(parent, 1)?;
@@ -72,10 +74,12 @@ impl View {
         who: Caller,
     ) -> Result<Ino, Errno> {
         let dir = self.live_dir(parent)?;
+        self.admit_inode()?;
         let ino = self.tree.next_ino();
         let mut node = self.make(&dir, new, who)?;
         node.meta.nlink = 0;
         self.nodes.insert(ino, NodeRef(Arc::new(node)));
+        self.usage.came();
         self.orphans.insert(ino);
         Ok(ino)
     }

@@ -15,13 +15,12 @@ impl View {
         nodes: OrdMap<Ino, NodeRef>,
         orphans: OrdSet<Ino>,
     ) -> Self {
-        let epoch = tree.next_epoch();
-        Self {
-            tree,
+        let mut view = Self {
             nodes,
             orphans,
-            pinned: OrdSet::new(),
-            epoch,
-        }
+            ..Self::new(tree)
+        };
+        view.count_usage();
+        view
     }
 }
