@@ -53,6 +53,7 @@ struct Measured {
     each: Samples,
     phases: Vec<(String, Samples)>,
     pss: Samples,
+    copies: Samples,
 }
 
 fn measure(options: &Options, workload: &Workload, fan: usize, warm: bool) -> Result<Measured> {
@@ -91,11 +92,14 @@ impl Measured {
         fan: usize,
         sources: &BTreeSet<i32>,
     ) -> Result<()> {
+        let before = stage.templates().births;
         let begun = Instant::now();
         let forks = stage.fork(source.sandbox.name(), Some(id), fan, &[])?;
         let time = begun.elapsed();
         self.total.time(time);
         self.each.time(time / fan as u32);
+        self.copies
+            .count((stage.templates().births - before) / fan as u64);
         let mut bytes = 0;
         for pid in inside_all()? {
             if !sources.contains(&pid) {
@@ -131,6 +135,7 @@ impl Measured {
         add("fork", "ms", &self.total);
         add("fork per child", "ms", &self.each);
         add("PSS per child", "MiB", &self.pss);
+        add("copies of a template", "processes", &self.copies);
         for (phase, samples) in &self.phases {
             add(&format!("child: {phase}"), "ms", samples);
         }

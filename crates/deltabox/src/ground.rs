@@ -2,12 +2,14 @@
 
 use std::collections::BTreeMap;
 use std::fs;
+use std::num::NonZeroU64;
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use deltacr::{Phases, Stopwatch};
+use deltacr::{Phases, Stopwatch, TreeImage};
 use deltafs::{IdMap, Snapshot, Volume};
 use parking_lot::Mutex;
+use rustix::fs::Advice;
 
 use crate::cgroup::{Cgroup, Hierarchies};
 use crate::container::{Container, IDS, Parts};
@@ -265,6 +267,23 @@ impl Ground {
             phases: watch.phases,
             ..blank
         })
+    }
+
+    /// Has the kernel look at the files that the processes of an image will have mapped, and read the parts that they will have
+    /// copies of. Errors do not matter: whoever needs a file will meet them again.
+    pub(crate) fn read_ahead(blank: &Blank, image: &TreeImage) {
+        let parts = image.copied_parts().unwrap_or_default();
+        for inode in image.mapped_inodes() {
+            let flags = libc::O_RDONLY | libc::O_NONBLOCK;
+            let root = blank.container.root();
+            let Ok(file) = blank.volume.open_inode_in(root, inode, flags) else {
+                continue;
+            };
+            for part in parts.get(&inode).into_iter().flatten() {
+                let len = NonZeroU64::new(part.end - part.start);
+                let _ = rustix::fs::fadvise(&file, part.start, len, Advice::WillNeed);
+            }
+        }
     }
 
     /// Makes a sandbox of a blank.

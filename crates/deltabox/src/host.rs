@@ -315,14 +315,14 @@ impl Drop for Host {
     }
 }
 
-/// Does the same work on each of `items`, on as many threads as there are processors. The first error is
+/// Does the same work on each of `items`, on twice as many threads as there are processors, for much of it is waiting. The first error is
 /// returned when all that was begun has ended; what was made until then is dropped.
 fn in_parallel<T: Send, R: Send>(
     items: Vec<T>,
     work: impl Fn(T) -> Result<R> + Sync,
 ) -> Result<Vec<R>> {
     let threads = std::thread::available_parallelism().map_or(1, usize::from);
-    let threads = threads.min(items.len());
+    let threads = (2 * threads).min(items.len());
     if threads <= 1 {
         return items.into_iter().map(work).collect();
     }

@@ -280,7 +280,9 @@ impl Pool {
     fn make(&self, source: &Sandbox, id: CheckpointId) -> Result<Blank> {
         let (content, spec) = source.origin(id)?;
         let make_files = |ids| source.fork_volume(&content, ids);
-        self.ground.nameless_blank(spec, make_files)
+        let blank = self.ground.nameless_blank(spec, make_files)?;
+        Ground::read_ahead(&blank, content.processes());
+        Ok(blank)
     }
 
     fn put(&self, state: &mut State, source: &Arc<Sandbox>, made: Result<Blank>) {

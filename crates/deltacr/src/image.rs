@@ -1,6 +1,7 @@
 //! What a checkpoint holds of a process tree.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::ops::Range;
 use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
@@ -10,7 +11,9 @@ use crate::error::Result;
 use crate::fd::Descriptors;
 use crate::files::Place;
 use crate::ids::InnerPid;
-use crate::mem::{AddressSpace, Backing, Kept, SharedMemory, VERSIONED};
+use crate::mem::{
+    AddressSpace, Backing, Kept, SharedMemory, VERSIONED, addresses_of, merged, pages_of,
+};
 use crate::procfs::Stat;
 use crate::signals::Queue;
 use crate::threads::ThreadImage;
@@ -100,6 +103,34 @@ impl TreeImage {
             }
         }
         inodes
+    }
+
+    /// The parts, in bytes, of files of the versioned filesystem over which its processes have pages of their own, by inode. To make
+    /// those pages the kernel reads the file's first. Waits for memory that is still being copied.
+    ///
+    /// # Errors
+    /// Memory is lost, so that the image cannot be given back.
+    pub fn copied_parts(&self) -> Result<BTreeMap<u64, Vec<Range<u64>>>> {
+        let mut parts: BTreeMap<u64, Vec<Range<u64>>> = BTreeMap::new();
+        for process in self.processes.values() {
+            let pages = process.memory.pages.get()?;
+            for vma in process.memory.vmas.iter().filter(|v| v.is_private()) {
+                if let Backing::File(file) = &vma.backing
+                    && file.device == VERSIONED
+                {
+                    let runs = pages.runs(pages_of(&vma.range()));
+                    let offsets = runs.map(|run| {
+                        let at = addresses_of(&run);
+                        vma.offset_at(at.start)..vma.offset_at(at.end)
+                    });
+                    parts.entry(file.inode).or_default().extend(offsets);
+                }
+            }
+        }
+        Ok(parts
+            .into_iter()
+            .map(|(inode, parts)| (inode, merged(parts, 0)))
+            .collect())
     }
 
     /// The living processes, by number.
