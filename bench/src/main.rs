@@ -47,6 +47,8 @@ enum Suite {
     Cr,
     /// Forks
     Fork,
+    /// Many sandboxes alive at the same time
+    Many,
     /// Steps that write to much memory
     Large,
     /// DeltaFS beside overlayfs
@@ -93,6 +95,7 @@ fn main() -> Result<()> {
         Suite::Fork => suites::fork::run(&options, &mut rows)?,
         Suite::Large => suites::large::run(&options, &mut rows)?,
         Suite::Scale => suites::scale::run(&options, &mut rows)?,
+        Suite::Many => suites::many::run(&options, &mut rows)?,
         Suite::Fs => suites::fs::run_suite(&options, &mut rows)?,
     }
     println!("{}", rows.table());

@@ -20,6 +20,11 @@ impl Samples {
         self.0.push(count as f64);
     }
 
+    /// Adds a value of any unit.
+    pub(crate) fn value(&mut self, value: f64) {
+        self.0.push(value);
+    }
+
     /// Adds an amount of memory, in MiB.
     pub(crate) fn mib(&mut self, bytes: u64) {
         self.0.push(bytes as f64 / f64::from(1 << 20));

@@ -4,4 +4,5 @@ pub(crate) mod cr;
 pub(crate) mod fork;
 pub(crate) mod fs;
 pub(crate) mod large;
+pub(crate) mod many;
 pub(crate) mod scale;

@@ -62,6 +62,20 @@ fn ask(sandbox: &Sandbox, id: SessionId, line: &str) -> String {
     heard.trim_end().to_owned()
 }
 
+/// Bytes of memory that a process has in common with others.
+fn shared_bytes(pid: i32) -> u64 {
+    let text = std::fs::read_to_string(format!("/proc/{pid}/smaps_rollup")).unwrap();
+    let lines = text.lines().filter(|l| l.starts_with("Shared_"));
+    let kib = lines.map(|l| {
+        l.split_ascii_whitespace()
+            .nth(1)
+            .unwrap()
+            .parse::<u64>()
+            .unwrap()
+    });
+    kib.sum::<u64>() << 10
+}
+
 const FILL: &str = "M = bytearray(b''.join(i.to_bytes(4, 'little') * 1024 for i in range(1536)))";
 const SUM: &str = "hashlib.sha256(M).hexdigest()";
 
@@ -83,6 +97,8 @@ fn copies_of_one_template_write_everywhere_and_touch_neither_it_nor_each_other()
     let forks = fork(3);
     let before = f.host.templates();
     assert_eq!((before.number, before.births), (1, 3));
+    let shared = shared_bytes(f.host.template_processes()[0]);
+    assert!(shared > 12 << 20, "only {shared} bytes are shared");
     for (n, fork) in forks.iter().enumerate() {
         for prefix in ["", ">"] {
             let line = format!("{prefix}M[:] = bytes([{n}]) * len(M)");

@@ -237,10 +237,7 @@ impl Holding {
             from = held.end;
         }
         pages.remove(from..u64::MAX);
-        scan.base = Some(Arc::new(AddressSpace {
-            pages: pages.into(),
-            ..AddressSpace::default()
-        }));
+        scan.known = pages;
     }
 }
 
