@@ -152,6 +152,9 @@ fn measure(options: &Options, size: u32, written: u32) -> Result<Measured> {
         sandbox.rollback(base)?;
         sandbox.delete(checkpoint.id)?;
     }
+    // From here on the written pages of all memory are known.
+    let last = sandbox.checkpoint(None)?.id;
+    sandbox.complete(last)?;
     for i in 0..if options.quick { 5 } else { 20 } {
         program.step(i)?;
         let times = measured.floor.measure(&Programs::find()?)?;

@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 
 use deltabox_init::Event;
 use deltacr::ids::HostPid;
-use deltacr::{Deaths, Snapshots};
+use deltacr::{Deaths, Orphans};
 use parking_lot::{Condvar, Mutex};
 use rustix::event::epoll;
 use rustix::io::Errno;
@@ -45,8 +45,8 @@ pub(crate) struct Shared {
     pub(crate) container: Arc<Container>,
     /// Held by whatever changes or captures the whole state: one at a time.
     pub(crate) whole: Mutex<()>,
-    /// Processes among the sandbox's own that a checkpoint copies memory from; known from the first checkpoint on.
-    pub(crate) snapshots: OnceLock<Snapshots>,
+    /// Processes of the engine's own that are among the sandbox's; known from the first checkpoint or rollback on.
+    pub(crate) orphans: OnceLock<Orphans>,
     /// How often the sandbox was rolled back.
     pub(crate) epoch: AtomicU64,
     pub(crate) table: Mutex<Table>,
@@ -102,7 +102,7 @@ impl Sessions {
         let shared = Arc::new(Shared {
             container,
             whole: Mutex::default(),
-            snapshots: OnceLock::new(),
+            orphans: OnceLock::new(),
             epoch: AtomicU64::new(0),
             table: Mutex::default(),
             poller,
@@ -396,15 +396,15 @@ impl Shared {
 
     /// Kills the command of a session with all its descendants. The caller holds [`Shared::whole`].
     pub(crate) fn kill_descendants(&self, session: &Session) -> Result<()> {
-        let snapshots = self.snapshots.get();
-        let spare = |pid| snapshots.is_some_and(|s| s.contains(HostPid(pid)));
+        let orphans = self.orphans.get();
+        let spare = |pid| orphans.is_some_and(|s| s.contains(HostPid(pid)));
         descendants::kill(self.container.payload(), session.id, session.pid, &spare)
     }
 
     /// How many processes there are.
     pub(crate) fn processes(&self) -> usize {
-        let snapshots = self.snapshots.get().map_or(0, Snapshots::count);
-        self.container.processes().saturating_sub(snapshots)
+        let orphans = self.orphans.get().map_or(0, Orphans::count);
+        self.container.processes().saturating_sub(orphans)
     }
 
     /// Whether the sandbox has not been removed; what belonged to it may have the name of something else's by now.

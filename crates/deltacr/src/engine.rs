@@ -18,9 +18,9 @@ use crate::ids::{HostPid, InnerPid};
 use crate::image::{ProcessImage, TreeImage};
 use crate::interview::Interview;
 use crate::mem::{Gears, Layout, Memory, SharedObjects, Tracker, Work};
+use crate::orphan::Orphans;
 use crate::reconcile::{self, Now, Reconcile};
 use crate::resume::Wait;
-use crate::snapshot::Snapshots;
 use crate::stopwatch::{Phases, Stopwatch};
 use crate::store::PageStore;
 use crate::sys;
@@ -86,7 +86,7 @@ pub struct Engine {
     waits: HashMap<HostPid, Option<Wait>>,
     shared: SharedObjects,
     gears: Gears,
-    snapshots: Snapshots,
+    orphans: Orphans,
     background: Background,
 }
 
@@ -113,19 +113,23 @@ impl Engine {
             waits: HashMap::new(),
             shared,
             gears,
-            snapshots: Snapshots::default(),
+            orphans: Orphans::default(),
             background: Background::default(),
         })
     }
 
-    /// The processes of snapshots, for whoever lists those of the sandbox.
-    pub fn snapshots(&self) -> Snapshots {
-        self.snapshots.clone()
+    /// Processes of the engine's own, for whoever lists those of the sandbox.
+    pub fn orphans(&self) -> Orphans {
+        self.orphans.clone()
     }
 
-    /// Waits until what the last checkpoint left to be done is done, and nothing of it is left among the processes.
+    /// Waits until what the last checkpoint or rollback left to be done is done, and nothing of it is left among the processes.
     pub fn settle(&mut self) {
         self.background.end();
+        self.trackers
+            .values_mut()
+            .flatten()
+            .for_each(Tracker::finish);
     }
 
     /// Stops all processes.
@@ -192,6 +196,7 @@ impl Engine {
         watch: &mut Stopwatch,
     ) -> Result<Captured> {
         self.forget_the_dead(held);
+        self.end_lazy(held)?;
         // While the processes answer, their descriptors are looked at.
         let interviews = interview_all(held, |_| true)?;
         let descriptors = fd::capture(&remotes(held), env, &self.shared)?;
@@ -208,7 +213,7 @@ impl Engine {
             store: &self.store,
             shared: &self.shared,
             env,
-            snapshots: &self.snapshots,
+            orphans: &self.orphans,
             gears: self.gears,
         };
         let mut pages = 0;
@@ -253,6 +258,17 @@ impl Engine {
         self.trackers
             .retain(|host, tracker| met.contains(host) && is_good(tracker));
         self.waits.retain(|host, _| alive.contains(host));
+    }
+
+    /// What was given back while the processes ran becomes like all their memory.
+    fn end_lazy(&mut self, held: &mut Held) -> Result<()> {
+        for process in held.processes.values_mut() {
+            let remote = &mut process.stopped.remote;
+            if let Some(Some(tracker)) = self.trackers.get_mut(&remote.host()) {
+                tracker.end_lazy(remote)?;
+            }
+        }
+        Ok(())
     }
 
     /// Gives the processes the state of `target` back. `switch` is called when they stand still and it is known
@@ -350,6 +366,7 @@ impl Engine {
         target: &TreeImage,
     ) -> Result<Survey> {
         self.forget_the_dead(held);
+        self.end_lazy(held)?;
         fd::check(&target.descriptors)?;
         let mut stuck = BTreeSet::new();
         let keep = reconcile::keepers(held, target, &stuck);
@@ -360,7 +377,7 @@ impl Engine {
             store: &self.store,
             shared: &self.shared,
             env,
-            snapshots: &self.snapshots,
+            orphans: &self.orphans,
             gears: self.gears,
         };
         for (pid, interview) in interviews {
@@ -415,7 +432,7 @@ impl Engine {
                 store: &self.store,
                 shared: &self.shared,
                 env,
-                snapshots: &self.snapshots,
+                orphans: &self.orphans,
                 gears: self.gears,
             },
             procfs: &held.procfs,

@@ -121,7 +121,9 @@ impl Reconcile<'_> {
             template.know(&mut scan);
         }
         let pages = scan.changed_pages();
-        self.memory.restore(remote, self.tracker, scan, target)?;
+        let hot: Vec<u64> = self.image.threads.iter().flat_map(|t| t.hot()).collect();
+        self.memory
+            .restore(remote, self.tracker, scan, target, &hot)?;
         if template.is_some() {
             let exe = self.image.exe.open(self.env, OFlags::RDONLY);
             let exe = exe.during(remote.pid(), "opening the program")?;

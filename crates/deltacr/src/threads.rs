@@ -43,6 +43,20 @@ pub(crate) struct ThreadImage {
     properties: Properties,
 }
 
+impl ThreadImage {
+    /// Addresses that the thread, or the kernel for it, needs as soon as it runs or when it ends.
+    pub(crate) fn hot(&self) -> [u64; 6] {
+        [
+            self.regs.rip,
+            self.regs.rsp,
+            self.regs.fs_base,
+            self.rseq.address,
+            self.robust.0,
+            self.clear_tid,
+        ]
+    }
+}
+
 /// What a batch in the thread tells of it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 struct Properties {

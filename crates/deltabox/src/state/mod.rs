@@ -191,8 +191,8 @@ impl DeltaState {
     ) -> Result<CheckpointReport> {
         let begin = Instant::now();
         let env = subject.surroundings(None, None);
-        let snapshots = || self.engine.snapshots();
-        subject.shared.snapshots.get_or_init(snapshots);
+        let orphans = || self.engine.orphans();
+        subject.shared.orphans.get_or_init(orphans);
         let made = self.engine.checkpoint(&env, |deaths| subject.cut(deaths))?;
         self.common.warmer.used(made.pages);
         let id = self.common.ids.next()?;

@@ -136,7 +136,7 @@ impl Memory<'_> {
             return Ok(None);
         }
         spare::keep_back(remote, &spares).during(scan.pid, doing)?;
-        let taken = Snapshot::take(remote, self.snapshots);
+        let taken = Snapshot::take(remote, self.orphans);
         let child = taken.as_ref().ok().map(Snapshot::host);
         spare::give_back(remote, &spares, child).during(scan.pid, doing)?;
         match taken {

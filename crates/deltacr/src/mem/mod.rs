@@ -10,6 +10,9 @@ mod gears;
 mod harvest;
 mod holding;
 pub(crate) mod layout;
+mod lazy;
+mod outstanding;
+mod pager;
 mod pages;
 mod pages_to_come;
 mod plan;
@@ -17,6 +20,7 @@ mod restore;
 mod scan;
 mod shm;
 mod spare;
+mod sweeper;
 #[cfg(test)]
 mod tests;
 mod tracker;
@@ -39,7 +43,7 @@ pub use tracker::Tracker;
 use crate::env::Environment;
 use crate::error::Error;
 use crate::ids::InnerPid;
-use crate::snapshot::Snapshots;
+use crate::orphan::Orphans;
 use crate::store::PageStore;
 
 /// Stands for the device number of the sandbox's own filesystem.
@@ -182,8 +186,8 @@ pub struct Memory<'a> {
     pub shared: &'a SharedObjects,
     /// The sandbox.
     pub env: &'a dyn Environment,
-    /// Where snapshots of processes are known.
-    pub snapshots: &'a Snapshots,
+    /// The engine's own processes in the sandbox.
+    pub orphans: &'a Orphans,
     /// When to work another way.
     pub gears: Gears,
 }

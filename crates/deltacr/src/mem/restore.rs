@@ -6,6 +6,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 
 use crate::error::{During, Error, Result};
+use crate::mem::lazy;
 use crate::mem::pages::{common, outside, put_back};
 use crate::mem::plan::{Move, Plan, Step, plan};
 use crate::mem::scan::Scan;
@@ -30,6 +31,9 @@ impl Memory<'_> {
     /// `target`. It becomes the state that the tracker knows; a process without a tracker gets one.
     /// Also builds the memory of a process whose program was just started anew.
     ///
+    /// Of much memory a part may be given back later, while the process runs on; the tracker sees to it. Not so the pages of
+    /// the addresses `hot`.
+    ///
     /// Shared memory objects get their contents by [`SharedObjects::restore`], once for the tree.
     ///
     /// # Errors
@@ -43,8 +47,9 @@ impl Memory<'_> {
         tracker: &mut Option<Tracker>,
         mut scan: Scan,
         target: &Arc<AddressSpace>,
+        hot: &[u64],
     ) -> Result<()> {
-        let held = tracker.take();
+        let mut held = tracker.take();
         let taken = |area: &Range<u64>| {
             let mut vmas = target.vmas.iter();
             vmas.any(|v| overlap(&v.range(), area).is_some())
@@ -62,16 +67,45 @@ impl Memory<'_> {
         let runs = runs_to_put_back(&scan, target, pages, &plan.fresh);
         let guards = guards_to_change(&scan, target, &plan.fresh);
         set_guards(remote, &guards.1, false)?;
+        let later = match &held {
+            Some(_) => self.leave_for_later(remote, target, &plan.fresh, &runs, (&scan, hot))?,
+            None => None,
+        };
+        let ranges = later.as_ref().map_or(&[][..], |later| &later.ranges);
+        let ranges = ranges.to_vec();
+        let runs = outside(&runs, &ranges.iter().map(pages_of).collect::<Vec<_>>());
         put_back(remote, target, pages, &runs)?;
         set_guards(remote, &guards.0, true)?;
+        if let Some((later, held)) = later.zip(held.as_mut()) {
+            let lazy = lazy::begin(remote, held, later, pages, self.orphans)?;
+            held.set_lazy(lazy);
+        }
         let auxv = (scan.auxv != target.auxv).then_some(&target.auxv[..]);
         if auxv.is_some() || scan.layout != target.layout {
             layout::write(remote, &target.layout, auxv)?;
         }
         *tracker = held;
-        let reset = to_reset(&scan, target, &plan.fresh, &runs);
+        let mut reset = to_reset(&scan, target, &plan.fresh, &runs);
+        reset.untracked = outside(&merged(reset.untracked, 0), &ranges);
         let base = Arc::clone(target);
         tracker::reset(remote, tracker, base, reset, &mut scan.pagemap)
+    }
+
+    /// Which ranges are to be given back when the process runs: none with pages that it needs at once, those of the addresses
+    /// `hot` and guards.
+    fn leave_for_later(
+        &self,
+        remote: &Remote,
+        target: &AddressSpace,
+        fresh: &[Range<u64>],
+        runs: &[Range<u64>],
+        (scan, hot): (&Scan, &[u64]),
+    ) -> Result<Option<lazy::Plan>> {
+        let kept = outside(&private_ranges(&target.vmas), fresh);
+        let mut avoid: Vec<_> = hot.iter().map(|at| *at..at.saturating_add(1)).collect();
+        avoid.extend(scan.guards.iter().chain(&target.guards).cloned());
+        lazy::plan(remote, target, &kept, runs, &avoid, self.gears.lazy)
+            .during(scan.pid, "looking for memory to be given back later")
     }
 
     fn remap(&self, remote: &mut Remote, plan: &Plan<'_>) -> Result<()> {

@@ -6,9 +6,11 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 
 use crate::error::{During, Result};
+use crate::mem::lazy::Lazy;
 use crate::mem::{AddressSpace, merged, overlap};
 use crate::remote::{Batch, Remote};
 use crate::sys::pagemap::{self, Pagemap};
+use crate::sys::uffd;
 
 /// Written runs less than this far apart are write-protected by one call: the span of one
 /// page table.
@@ -20,6 +22,8 @@ const NEAR: u64 = 2 << 20;
 pub struct Tracker {
     uffd: OwnedFd,
     base: Arc<AddressSpace>,
+    /// What is given back while the process runs. Its ranges are not tracked: they count as written.
+    lazy: Option<Lazy>,
 }
 
 impl Tracker {
@@ -44,7 +48,11 @@ impl Tracker {
         remote.run(&close).during(pid, doing)?;
         let uffd = uffd.during(pid, doing)?;
         pagemap::enable_write_tracking(uffd.as_fd()).during(pid, doing)?;
-        Ok(Self { uffd, base })
+        Ok(Self {
+            uffd,
+            base,
+            lazy: None,
+        })
     }
 
     /// Tracks these mappings too. Fails with `ENOMEM` if the process has another address space
@@ -62,6 +70,34 @@ impl Tracker {
             }
         }
         Ok(())
+    }
+
+    /// Does not track this range any more.
+    pub(crate) fn leave(&self, range: &Range<u64>) -> io::Result<()> {
+        uffd::unregister(self.uffd.as_fd(), range)
+    }
+
+    /// Part of the memory is given back while the process runs.
+    pub(crate) fn set_lazy(&mut self, lazy: Lazy) {
+        self.lazy = Some(lazy);
+    }
+
+    /// Whether memory may still be to be given back.
+    #[cfg(test)]
+    pub(crate) fn is_lazy(&self) -> bool {
+        self.lazy.is_some()
+    }
+
+    /// Waits until all memory is back.
+    pub(crate) fn finish(&mut self) {
+        if let Some(lazy) = &mut self.lazy {
+            lazy.finish();
+        }
+    }
+
+    /// The process stands still: what was given back while it ran is from now on like all its memory.
+    pub(crate) fn end_lazy(&mut self, remote: &mut Remote) -> Result<()> {
+        self.lazy.take().map_or(Ok(()), |lazy| lazy.end(remote))
     }
 
     /// Tells whether the kernel can track this range; it cannot with some of its special mappings.
@@ -96,6 +132,7 @@ pub(crate) fn reset(
     let kept = tracker.take().map(|t| Tracker {
         uffd: t.uffd,
         base: Arc::clone(&base),
+        lazy: t.lazy,
     });
     let new = match kept.filter(|t| t.extend(&reset.untracked).is_ok()) {
         Some(kept) => kept,

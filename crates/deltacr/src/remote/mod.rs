@@ -147,13 +147,27 @@ impl Remote {
         self.set_going(tid, batch, area + STUB_ROOM)
     }
 
-    /// Makes a thread run a batch as soon as it runs on.
-    pub(crate) fn aim(&mut self, tid: HostPid, batch: &Batch) -> io::Result<()> {
+    /// Makes a thread run a batch as soon as it runs on. The batch is laid out at `place` if that is told: memory that has
+    /// room for it, and is the engine's alone.
+    pub(crate) fn aim(
+        &mut self,
+        tid: HostPid,
+        batch: &Batch,
+        place: Option<u64>,
+    ) -> io::Result<()> {
         let area = self.map_area()?;
-        self.aim_at(tid, batch, area + STUB_ROOM).map(drop)
+        let at = place.unwrap_or(area + STUB_ROOM);
+        self.aim_at(tid, batch, at).map(drop)
     }
 
     fn set_going(&mut self, tid: HostPid, batch: &Batch, at: u64) -> io::Result<usize> {
+        let area = self.map_area()?;
+        if at + batch.encoded_len() as u64 > area + STUB_ROOM + CAPACITY as u64 {
+            return Err(io::Error::new(
+                io::ErrorKind::ArgumentListTooLong,
+                "batch too long",
+            ));
+        }
         let len = self.aim_at(tid, batch, at)?;
         ptrace::resume(tid)?;
         Ok(len)
@@ -162,12 +176,6 @@ impl Remote {
     fn aim_at(&mut self, tid: HostPid, batch: &Batch, at: u64) -> io::Result<usize> {
         let area = self.map_area()?;
         let bytes = batch.encode(at);
-        if at + bytes.len() as u64 > area + STUB_ROOM + CAPACITY as u64 {
-            return Err(io::Error::new(
-                io::ErrorKind::ArgumentListTooLong,
-                "batch too long",
-            ));
-        }
         self.load(area, at, &bytes)?;
         let mut regs = self.base;
         regs.rip = area;

@@ -6,4 +6,5 @@ pub(crate) mod pagemap;
 pub(crate) mod process;
 pub(crate) mod ptrace;
 pub(crate) mod socket;
+pub(crate) mod uffd;
 pub(crate) mod vm;

@@ -1,0 +1,293 @@
+//! Giving pages back to a process that runs already: at once what it waits for, and all others in order.
+//!
+//! A thread waits for what the process touches, and meanwhile goes through all that is outstanding. It depends on nothing
+//! but the page store: no lock that others hold for long, no file, nothing that the process could hold. The kernel itself sees to it
+//! that a page is put only where none is and where the process has not mapped something else.
+
+use std::io;
+use std::ops::Range;
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use parking_lot::Mutex;
+use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
+use rustix::io::Errno;
+
+use crate::mem::PAGE;
+use crate::mem::outstanding::{Outstanding, Part};
+use crate::store::PageMap;
+use crate::sys::arena::PageBytes;
+use crate::sys::uffd::{self, Event};
+
+/// Zero pages that are put at most for one that somebody waits for.
+const ZEROS: u64 = 16 * PAGE;
+/// Before what the kernel has no memory for, or is about to tell of, is tried again.
+const PAUSE: Duration = Duration::from_millis(1);
+
+/// Serves the missing pages of a process and of the children that it forks. Dropped, it first gives back all that is outstanding.
+#[derive(Debug)]
+pub(crate) struct Pager {
+    shared: Arc<Shared>,
+    thread: Option<JoinHandle<()>>,
+}
+
+#[derive(Debug)]
+struct Shared {
+    work: Mutex<Work>,
+    ending: AtomicBool,
+    /// Readable when the thread is to end.
+    wake: OwnedFd,
+}
+
+#[derive(Debug)]
+struct Work {
+    pages: PageMap,
+    /// The process itself, then its children.
+    spaces: Vec<Space>,
+}
+
+/// One address space.
+#[derive(Debug)]
+struct Space {
+    uffd: Arc<OwnedFd>,
+    outstanding: Outstanding,
+    /// Addresses that somebody waits for.
+    awaited: Vec<u64>,
+    /// Where to go on.
+    next: u64,
+}
+
+impl Pager {
+    /// Begins to give back the pages of these ranges, which are registered with the descriptor and empty.
+    pub(crate) fn start(uffd: OwnedFd, ranges: &[Range<u64>], pages: PageMap) -> io::Result<Self> {
+        let space = Space {
+            uffd: Arc::new(uffd),
+            outstanding: Outstanding::of(ranges),
+            awaited: Vec::new(),
+            next: 0,
+        };
+        let shared = Arc::new(Shared {
+            work: Mutex::new(Work {
+                pages,
+                spaces: vec![space],
+            }),
+            ending: AtomicBool::new(false),
+            wake: eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?,
+        });
+        let thread = {
+            let shared = Arc::clone(&shared);
+            let thread = std::thread::Builder::new().name("deltacr pager".to_owned());
+            thread.spawn(move || shared.run())?
+        };
+        Ok(Self {
+            shared,
+            thread: Some(thread),
+        })
+    }
+
+    /// Gives back all that is outstanding.
+    pub(crate) fn finish(&self) {
+        while self.shared.turn() {}
+    }
+
+    /// Ends the serving: what is missing then is zero. All is given back before. Tells whether the process still has the
+    /// address space that it had, where nobody serves `idle`.
+    pub(crate) fn end(mut self, idle: &Range<u64>) -> bool {
+        self.stop();
+        let work = self.shared.work.lock();
+        uffd::is_alive(work.spaces[0].uffd.as_fd(), idle)
+    }
+
+    fn stop(&mut self) {
+        self.finish();
+        self.shared.ending.store(true, Ordering::Release);
+        // An event counter takes eight bytes until it overflows, which one write does not make it.
+        let _ = rustix::io::write(&self.shared.wake, &1_u64.to_ne_bytes());
+        if let Some(thread) = self.thread.take()
+            && thread.join().is_err()
+        {
+            tracing::error!("serving missing pages failed");
+        }
+    }
+}
+
+impl Drop for Pager {
+    fn drop(&mut self) {
+        if self.thread.is_some() {
+            self.stop();
+        }
+    }
+}
+
+impl Shared {
+    fn run(&self) {
+        while !self.ending.load(Ordering::Acquire) {
+            if !self.turn() {
+                self.sleep();
+            }
+        }
+    }
+
+    /// Does what is most urgent. `false` if nothing is outstanding.
+    fn turn(&self) -> bool {
+        let (outstanding, stuck) = {
+            let mut work = self.work.lock();
+            let stuck = work.turn();
+            (work.is_busy(), stuck)
+        };
+        if stuck {
+            std::thread::sleep(PAUSE);
+        }
+        outstanding
+    }
+
+    /// Until somebody waits for a page.
+    fn sleep(&self) {
+        let uffds: Vec<_> = {
+            let work = self.work.lock();
+            work.spaces.iter().map(|s| Arc::clone(&s.uffd)).collect()
+        };
+        let uffds = uffds.iter().map(|uffd| PollFd::new(uffd, PollFlags::IN));
+        let mut fds: Vec<_> = uffds.collect();
+        fds.push(PollFd::new(&self.wake, PollFlags::IN));
+        let _ = poll(&mut fds, None);
+    }
+}
+
+impl Work {
+    /// Reads what is told, serves who waits, and gives back one part more. Tells whether the kernel refused for the moment.
+    fn turn(&mut self) -> bool {
+        let mut born = Vec::new();
+        let mut stuck = false;
+        self.spaces.retain_mut(|space| {
+            space.listen(&mut born);
+            match space.serve(&self.pages) {
+                Ok(()) => true,
+                Err(Errno::SRCH) => {
+                    space.abandon();
+                    true
+                }
+                Err(e) => {
+                    tracing::trace!("giving pages back: {e}");
+                    stuck = true;
+                    true
+                }
+            }
+        });
+        self.spaces.append(&mut born);
+        stuck
+    }
+
+    fn is_busy(&self) -> bool {
+        let busy = |s: &Space| !s.outstanding.is_empty() || !s.awaited.is_empty();
+        self.spaces.iter().any(busy)
+    }
+}
+
+impl Space {
+    fn listen(&mut self, born: &mut Vec<Self>) {
+        while let Ok(Some(event)) = uffd::next_event(self.uffd.as_fd()) {
+            match event {
+                Event::Missing(address) => self.awaited.push(address / PAGE * PAGE),
+                // What the parent has been given since is missed by the child as well: it was copied before.
+                Event::Forked(uffd) => born.push(Self {
+                    uffd: Arc::new(uffd),
+                    outstanding: self.outstanding.clone(),
+                    awaited: Vec::new(),
+                    next: 0,
+                }),
+                Event::Moved { from, to, len } => self.outstanding.relocate(from, to, len),
+                Event::Removed(range) => self.outstanding.remove(&range),
+            }
+        }
+    }
+
+    /// Serves who waits; then gives back one part more.
+    fn serve(&mut self, pages: &PageMap) -> Result<(), Errno> {
+        while let Some(&address) = self.awaited.last() {
+            match self.outstanding.around(address) {
+                Some(part) => self.give(&part, pages)?,
+                None => self.zero(address)?,
+            }
+            self.awaited.pop();
+        }
+        if let Some(part) = self.outstanding.next(self.next) {
+            self.give(&part, pages)?;
+        }
+        Ok(())
+    }
+
+    /// The address space is gone, with all who waited.
+    fn abandon(&mut self) {
+        self.outstanding = Outstanding::default();
+        self.awaited.clear();
+    }
+
+    /// Puts the pages of a part that the map holds. The others are zero, for whoever asks.
+    fn give(&mut self, part: &Part, pages: &PageMap) -> Result<(), Errno> {
+        let count = (part.range.end - part.range.start) / PAGE;
+        let held = pages.pages(part.page..part.page + count);
+        let mut run: (u64, Vec<&PageBytes>) = (0, Vec::new());
+        for (page, bytes) in held {
+            let at = part.range.start + (page - part.page) * PAGE;
+            if at != run.0 + run.1.len() as u64 * PAGE {
+                self.put(run.0, &run.1)?;
+                run = (at, Vec::new());
+            }
+            run.1.push(bytes);
+        }
+        self.put(run.0, &run.1)?;
+        self.next = part.range.end;
+        self.outstanding.remove(&part.range);
+        // One that waits for a page that was there already, or is none of the map's, asks again.
+        let _ = uffd::wake(self.uffd.as_fd(), &part.range);
+        Ok(())
+    }
+
+    fn put(&self, at: u64, pages: &[&PageBytes]) -> Result<(), Errno> {
+        let mut done = 0;
+        while done < pages.len() {
+            let to = at + done as u64 * PAGE;
+            let (put, refused) = uffd::put(self.uffd.as_fd(), to, &pages[done..]);
+            done += put;
+            match refused {
+                None => {}
+                // There already, or something else is mapped there by now; or the run ends in another mapping.
+                Some(Errno::EXIST) => done += 1,
+                Some(Errno::NOENT | Errno::INVAL | Errno::FAULT) if put == 0 => {
+                    let here = at + done as u64 * PAGE;
+                    match uffd::put(self.uffd.as_fd(), here, &pages[done..=done]).1 {
+                        Some(e @ (Errno::AGAIN | Errno::NOMEM | Errno::SRCH)) => return Err(e),
+                        _ => done += 1,
+                    }
+                }
+                Some(Errno::NOENT | Errno::INVAL | Errno::FAULT) => {}
+                Some(e) => return Err(e),
+            }
+        }
+        Ok(())
+    }
+
+    /// Puts zeros where somebody waits and nothing is outstanding, and on the next pages too.
+    fn zero(&self, address: u64) -> Result<(), Errno> {
+        let next = self.outstanding.next(address);
+        let limit = next.map_or(u64::MAX, |part| part.range.start);
+        let mut range = address..address.saturating_add(ZEROS);
+        if limit > address {
+            range.end = range.end.min(limit);
+        }
+        let one = address..address + PAGE;
+        let uffd = self.uffd.as_fd();
+        let put = uffd::put_zeros(uffd, &range).or_else(|_| uffd::put_zeros(uffd, &one));
+        match put {
+            Err(e @ (Errno::AGAIN | Errno::NOMEM | Errno::SRCH)) => Err(e),
+            _ => {
+                let _ = uffd::wake(uffd, &one);
+                Ok(())
+            }
+        }
+    }
+}
