@@ -15,6 +15,8 @@ use deltafs::{Options, Volume};
 use parking_lot::Mutex;
 use rustix::fs::{FlockOperation, Mode, OFlags};
 
+use deltacr::mem::Gears;
+
 use crate::cgroup::{self, Hierarchies};
 use crate::doctor;
 use crate::dormant::Dormant;
@@ -48,6 +50,8 @@ pub struct HostConfig {
     pub templates: usize,
     /// How many bytes the templates may hold together.
     pub template_bytes: u64,
+    /// From how much changed memory on checkpoints copy, and rollbacks give back, while the processes run.
+    pub gears: Gears,
 }
 
 impl Default for HostConfig {
@@ -57,6 +61,7 @@ impl Default for HostConfig {
             warm: 16,
             templates: 16,
             template_bytes: 4 << 30,
+            gears: Gears::default(),
         }
     }
 }
@@ -102,7 +107,7 @@ impl Host {
             .join(&cgroup_parent)
             .join(names::TEMPLATES);
         let templates = Templates::new(group, limits);
-        let common = Arc::new(Common::new(templates, archive, ids));
+        let common = Arc::new(Common::new(templates, config.gears, archive, ids));
         let ground = Arc::new(Ground::new(state_dir, hierarchies, cgroup_parent, common));
         let mut host = Self {
             warm: Warm::start(Arc::clone(&ground), config.warm)?,

@@ -39,6 +39,7 @@ mod templates;
 mod users;
 mod warm;
 
+pub use deltacr::mem::Gears;
 pub use error::{Error, Result};
 pub use host::{Host, HostConfig};
 pub use report::*;

@@ -16,6 +16,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
+use deltacr::mem::Gears;
 use deltacr::store::PageStore;
 use deltacr::{Deaths, During, Engine, ProcessSummary, Rollback, Switched, TreeImage};
 use deltafs::{ChangeKind, Snapshot, Volume};
@@ -45,6 +46,7 @@ pub(crate) struct Common {
     /// Their memory pages.
     pub(crate) pages: Arc<PageStore>,
     pub(crate) templates: Templates,
+    gears: Gears,
     warmer: Warmer,
     /// Those of them that are on disk.
     pub(crate) archive: Archive,
@@ -52,12 +54,13 @@ pub(crate) struct Common {
 }
 
 impl Common {
-    pub(crate) fn new(templates: Templates, archive: Archive, ids: Ids) -> Self {
+    pub(crate) fn new(templates: Templates, gears: Gears, archive: Archive, ids: Ids) -> Self {
         let pages = PageStore::new();
         Self {
             warmer: Warmer::start(pages.clone()),
             pages,
             templates,
+            gears,
             archive,
             ids,
         }
@@ -130,7 +133,7 @@ impl<'a> Subject<'a> {
 
 impl DeltaState {
     pub(crate) fn new(name: &str, common: Arc<Common>) -> Result<Self> {
-        let engine = Engine::new(common.pages.clone())?;
+        let engine = Engine::with_gears(common.pages.clone(), common.gears)?;
         Ok(Self {
             name: name.to_owned(),
             common,

@@ -2,7 +2,7 @@
 //!
 //! The programs are the functions of `tests/programs/*.py` that are marked `@case`.
 
-use deltabox::{CheckpointId, Sandbox};
+use deltabox::{CheckpointId, Gears, Sandbox};
 
 use crate::lab::{Lab, Outcome, PYTHON, Program, output, write_file};
 
@@ -16,6 +16,8 @@ struct Fixture {
     /// A script that makes a program of the text.
     build: &'static str,
     argv: Vec<&'static str>,
+    /// From which amounts on checkpoints and rollbacks work in their second gear.
+    gears: Gears,
 }
 
 impl Fixture {
@@ -24,6 +26,7 @@ impl Fixture {
             path: "/case.py",
             text: format!("{DRIVER}\n\n{theme}\n\nmain()\n"),
             build: ":",
+            gears: Gears::default(),
             argv: vec![PYTHON, "/case.py", case],
         }
     }
@@ -32,6 +35,7 @@ impl Fixture {
         Self {
             path: "/case.c",
             text: include_str!("../programs/native.c").to_owned(),
+            gears: Gears::default(),
             build: "cc -O1 -o /case /case.c -lpthread -lm",
             argv: vec!["/case", case],
         }
@@ -73,7 +77,7 @@ struct Subject {
 
 impl Subject {
     fn new(fixture: &Fixture) -> Outcome<Self> {
-        let lab = Lab::new();
+        let lab = Lab::with(fixture.gears);
         fixture
             .begin(&lab.sandbox())?
             .pass("check")
@@ -262,6 +266,62 @@ theme! { memory:
     memory_copied_on_write_between_processes
     program_break
     stack_grown_since
+}
+
+/// Cases once more, with everything done in the second gear.
+macro_rules! second_gear {
+    ($($theme:ident: $($case:ident)*;)*) => {
+        mod second_gear {
+            $($(#[test]
+            fn $case() {
+                let source = include_str!(concat!("../programs/", stringify!($theme), ".py"));
+                let fixture = super::Fixture::python(source, stringify!($case));
+                super::Fixture {
+                    gears: super::LOW,
+                    ..fixture
+                }
+                .all_modes();
+            })*)*
+        }
+    };
+}
+
+/// Everything that can be is done in the second gear.
+const LOW: Gears = Gears {
+    sort_later: 1,
+    snapshot: 1,
+    lazy: 1,
+};
+
+second_gear! {
+    memory:
+        heap_of_many_objects
+        private_anonymous_memory
+        pages_never_touched_stay_zero
+        pages_dropped_since
+        sparse_gigabyte
+        huge_pages
+        memory_unmapped_since
+        memory_replaced_since
+        memory_mapped_since_is_gone
+        memory_moved_since
+        memory_grown_and_shrunk_since
+        machine_code_made_at_run_time
+        file_mapped_private_with_written_pages
+        anonymous_memory_shared_with_children
+        memory_copied_on_write_between_processes
+        program_break;
+    threads:
+        eight_threads_that_wait
+        threads_ended_and_born_since
+        lock_waited_for_by_threads
+        threads_that_compute
+        a_hundred_threads
+        thread_of_a_child;
+    calls:
+        read_of_an_empty_pipe
+        write_half_done_to_a_pipe
+        poll_with_a_long_timeout;
 }
 
 theme! { threads:

@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use deltabox::{
-    CheckpointId, CommandSpec, Host, HostConfig, RunOutput, Sandbox, SandboxSpec, Session,
+    CheckpointId, CommandSpec, Gears, Host, HostConfig, RunOutput, Sandbox, SandboxSpec, Session,
     SessionEvent, SessionId, Stream,
 };
 
@@ -18,27 +18,34 @@ pub(crate) type Outcome<T = ()> = Result<T, String>;
 pub(crate) struct Lab {
     pub(crate) host: Host,
     dir: tempfile::TempDir,
+    gears: Gears,
 }
 
 impl Lab {
     pub(crate) fn new() -> Self {
-        Self::open(tempfile::tempdir().unwrap())
+        Self::with(Gears::default())
     }
 
-    fn open(dir: tempfile::TempDir) -> Self {
+    /// Whose checkpoints and rollbacks work in their second gear from these amounts on.
+    pub(crate) fn with(gears: Gears) -> Self {
+        Self::open(tempfile::tempdir().unwrap(), gears)
+    }
+
+    fn open(dir: tempfile::TempDir, gears: Gears) -> Self {
         let host = Host::open(HostConfig {
             state_dir: dir.path().join("state"),
+            gears,
             ..HostConfig::default()
         })
         .unwrap();
-        Self { host, dir }
+        Self { host, dir, gears }
     }
 
     /// Ends the host, and opens another one on what it leaves.
     pub(crate) fn restarted(self) -> Self {
-        let Self { host, dir } = self;
+        let Self { host, dir, gears } = self;
         drop(host);
-        Self::open(dir)
+        Self::open(dir, gears)
     }
 
     pub(crate) fn sandbox(&self) -> Arc<Sandbox> {
