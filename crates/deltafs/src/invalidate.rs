@@ -5,7 +5,7 @@ use std::collections::HashSet;
 use imbl::ordmap::DiffItem;
 
 use crate::fuse::{Absent, Kernel, Notice};
-use crate::node::{Body, DirBody, EntryKey, Ino, Link, Name, Node, NodeRef};
+use crate::node::{Body, DIRECTORY, DirBody, EntryKey, Ino, Link, Name, Node, NodeRef};
 use crate::view::View;
 
 /// More changed ranges of one file than this are dropped as one.
@@ -89,7 +89,8 @@ impl Changed {
     }
 
     fn is_dir(&self) -> bool {
-        self.versions().any(|node| node.is_dir())
+        // Not by the body, which lies elsewhere in memory: this is asked for every inode that differs.
+        self.versions().any(|node| node.meta.kind() == DIRECTORY)
     }
 
     /// Whether it may have names that are not known.
