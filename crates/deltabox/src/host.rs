@@ -178,19 +178,24 @@ impl Host {
         if let Some(dormant) = self.find(name) {
             return self.remove_dormant(&dormant);
         }
-        self.get(name)?.remove_durable()?;
-        self.end(name)
+        // The name stays taken until nothing is left of it.
+        let (ended, _place) = self.end(name)?;
+        let removed = self.ground.common.archive.remove_all(name);
+        ended.and(removed)
     }
 
-    /// Ends a sandbox. Its durable checkpoints stay.
-    fn end(&self, name: &str) -> Result<()> {
-        let (sandbox, _place) = self
+    /// Ends a sandbox; how that went, and the name, which is free with the reservation's end. Durable checkpoints stay, and none
+    /// are made any more.
+    fn end(&self, name: &str) -> Result<(Result<()>, Reserved)> {
+        let (sandbox, place) = self
             .ground
             .take_out(name)
             .ok_or_else(|| Error::NoSandbox(name.to_owned()))?;
         self.warm.forget(&sandbox);
         sandbox.forget_templates();
-        sandbox.close()
+        let closed = sandbox.close();
+        sandbox.wait_for_disk();
+        Ok((closed, place))
     }
 
     /// Makes `n` new sandboxes with the state of `source` at `id`, or as it is now (which makes a checkpoint of it).
@@ -266,7 +271,7 @@ impl Host {
     pub fn shutdown(&self) {
         self.warm.close();
         for sandbox in self.list() {
-            if let Err(e) = self.end(sandbox.name()) {
+            if let Err(e) = self.end(sandbox.name()).and_then(|(ended, _)| ended) {
                 tracing::warn!("ending sandbox {:?}: {e}", sandbox.name());
             }
         }

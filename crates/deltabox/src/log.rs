@@ -216,15 +216,23 @@ impl Log {
         };
     }
 
-    /// What `view` shows of it, without what `before` shows if `view` goes on where that ends.
-    pub(crate) fn since(&self, view: &View, before: Option<&View>) -> io::Result<Since> {
-        let source = self.borrow(view)?;
-        let before = before.filter(|before| before.end > 0 && source.view.goes_on(before));
-        Ok(Since {
+    /// Where to begin to read what `view` shows of it: behind what `before` shows, if `view` goes on where that ends.
+    pub(crate) fn since(&self, view: &View, before: Option<&View>) -> Since {
+        let before = before.filter(|before| before.end > 0 && view.goes_on(before));
+        Since {
             continues: before.is_some(),
             offset: before.map_or(0, |before| before.end),
-            source,
-        })
+            view: view.clone(),
+        }
+    }
+
+    /// The next piece. Between two calls the ring may overwrite what was still to come: that is missed then.
+    pub(crate) fn read_on(&self, since: &mut Since) -> io::Result<Option<Piece>> {
+        let piece = self.borrow(&since.view)?.read(since.offset, 1 << 20)?;
+        if let Some(Piece::Output(_, _, next) | Piece::Missed(_, next)) = &piece {
+            since.offset = *next;
+        }
+        Ok(piece)
     }
 
     /// A log of its own that shows what `view` shows of this one, in a file of path `to`.
@@ -277,24 +285,12 @@ impl Drop for Borrowed {
     }
 }
 
-/// The output from some offset on, piece by piece.
+/// How far a view of a log was read.
 pub(crate) struct Since {
-    /// Whether it goes on where the earlier view ends.
+    /// Whether it began where the earlier view ends.
     pub(crate) continues: bool,
     offset: u64,
-    source: Borrowed,
-}
-
-impl Iterator for Since {
-    type Item = io::Result<Piece>;
-
-    fn next(&mut self) -> Option<Self::Item> {
-        let piece = self.source.read(self.offset, 1 << 20).transpose()?;
-        if let Ok(Piece::Output(_, _, next) | Piece::Missed(_, next)) = &piece {
-            self.offset = *next;
-        }
-        Some(piece)
-    }
+    view: View,
 }
 
 impl View {

@@ -138,8 +138,6 @@ impl Sandbox {
             self.container().kill()?;
         }
         let _whole = self.shared().whole.lock();
-        // What is being written is written to its end; nothing is begun any more.
-        let _disk = self.disk.lock();
         self.container().close()?;
         self.dir.remove()
     }

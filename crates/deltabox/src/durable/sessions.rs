@@ -59,8 +59,7 @@ pub(super) fn write(
         let session = &kept.session;
         let doing = || session.doing("reading the output of");
         let before = before.and_then(|before| Some(&before.0.get(id)?.view));
-        let output = session.state.lock().log.since(&kept.view, before);
-        let output = output.doing(doing())?;
+        let mut output = session.state.lock().log.since(&kept.view, before);
         log.append_value(
             SESSION,
             &Entry {
@@ -76,8 +75,10 @@ pub(super) fn write(
                 continues: output.continues,
             },
         )?;
-        for piece in output {
-            match piece.doing(doing())? {
+        // Not locked for all of it, which the command would wait for.
+        let mut next = || session.state.lock().log.read_on(&mut output);
+        while let Some(piece) = next().doing(doing())? {
+            match piece {
                 Piece::Output(Stream::Stdout, bytes, _) => log.append(STDOUT, &bytes)?,
                 Piece::Output(Stream::Stderr, bytes, _) => log.append(STDERR, &bytes)?,
                 Piece::Missed(_, next) => log.append(MISSED, &next.to_le_bytes())?,

@@ -83,10 +83,9 @@ impl Sandbox {
         self.state.lock().delete(id)
     }
 
-    /// Removes all that is on disk of its checkpoints.
-    pub(crate) fn remove_durable(&self) -> Result<()> {
-        let _disk = self.disk.lock();
-        self.common.archive.remove_all(&self.name)
+    /// Returns when nothing is being written of it. After [`Sandbox::close`] nothing will be.
+    pub(crate) fn wait_for_disk(&self) {
+        drop(self.disk.lock());
     }
 
     /// Has its user warned, and told with every rollback.
