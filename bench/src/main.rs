@@ -45,6 +45,8 @@ struct Cli {
 enum Suite {
     /// Checkpoint and rollback
     Cr,
+    /// Durable checkpoints, and restarts
+    Durable,
     /// Forks
     Fork,
     /// Many sandboxes alive at the same time
@@ -92,6 +94,7 @@ fn main() -> Result<()> {
     let mut rows = Rows::default();
     match cli.suite {
         Suite::Cr => suites::cr::run(&options, &mut rows)?,
+        Suite::Durable => suites::durable::run(&options, &mut rows)?,
         Suite::Fork => suites::fork::run(&options, &mut rows)?,
         Suite::Large => suites::large::run(&options, &mut rows)?,
         Suite::Scale => suites::scale::run(&options, &mut rows)?,

@@ -1,6 +1,7 @@
 //! One module a suite.
 
 pub(crate) mod cr;
+pub(crate) mod durable;
 pub(crate) mod fork;
 pub(crate) mod fs;
 pub(crate) mod large;

@@ -96,7 +96,7 @@ impl Host {
         let (archive, sentences) = Archive::open(&state_dir)?;
         cleaned_up.extend(sentences);
         let stored = archive.list()?;
-        let (ids, sentence) = Ids::open(&state_dir, awaken::highest(&stored))?;
+        let (ids, sentence) = Ids::open(&state_dir, awaken::highest(&stored));
         cleaned_up.extend(sentence);
         let limits = Limits {
             number: config.templates,

@@ -111,8 +111,10 @@ impl Archive {
         let new = done.with_extension(UNFINISHED);
         let parent = self.root.join(sandbox);
         let doing = || format!("making {}", new.display());
-        fs::create_dir_all(&parent).doing(doing())?;
-        sync_directory(&self.root)?;
+        if !parent.exists() {
+            fs::create_dir(&parent).doing(doing())?;
+            sync_directory(&self.root)?;
+        }
         if new.exists() {
             remove(&new)?;
         }

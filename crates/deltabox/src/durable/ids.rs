@@ -33,8 +33,9 @@ struct State {
 }
 
 impl Ids {
-    /// Ids of a state directory whose highest durable checkpoint is `highest`. Returns a sentence if the file was damaged.
-    pub(crate) fn open(state_dir: &Path, highest: u64) -> Result<(Self, Option<String>)> {
+    /// Ids of a state directory whose highest durable checkpoint is `highest`. Returns a sentence if the file was damaged, or
+    /// cannot be written.
+    pub(crate) fn open(state_dir: &Path, highest: u64) -> (Self, Option<String>) {
         let path = state_dir.join("ids");
         let (next, sentence) = match read(&path) {
             Ok(next) => (next, None),
@@ -53,8 +54,12 @@ impl Ids {
                 reserved: next,
             }),
         };
-        ids.reserve(&mut ids.state.lock())?;
-        Ok((ids, sentence))
+        // So that the first checkpoint need not; it can, should the disk be full now.
+        let reserved = ids.reserve(&mut ids.state.lock());
+        let full = reserved.err().map(|e| {
+            format!("No checkpoint can be made until the disk takes a note of its id: {e}.")
+        });
+        (ids, sentence.or(full))
     }
 
     /// An id that was never given.
@@ -128,7 +133,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let mut given = std::collections::BTreeSet::new();
         for killed in [false, true, true, false, true] {
-            let (ids, sentence) = Ids::open(dir.path(), 0).unwrap();
+            let (ids, sentence) = Ids::open(dir.path(), 0);
             assert_eq!(sentence, None);
             for _ in 0..2000 {
                 assert!(given.insert(ids.next().unwrap()));
@@ -143,12 +148,12 @@ mod tests {
     #[test]
     fn a_damaged_file_is_told_of_and_leaves_what_was_given_alone() {
         let dir = tempfile::tempdir().unwrap();
-        Ids::open(dir.path(), 0).unwrap().0.close();
+        Ids::open(dir.path(), 0).0.close();
         let path = dir.path().join("ids");
         let mut bytes = fs::read(&path).unwrap();
         bytes[45] ^= 1;
         fs::write(&path, &bytes).unwrap();
-        let (ids, sentence) = Ids::open(dir.path(), 77).unwrap();
+        let (ids, sentence) = Ids::open(dir.path(), 77);
         assert!(sentence.unwrap().contains("ids"));
         assert!(ids.next().unwrap() > CheckpointId(10_000));
     }

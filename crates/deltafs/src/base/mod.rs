@@ -52,6 +52,18 @@ pub(crate) struct Base {
 struct Table {
     by_host: HashMap<HostId, Ino>,
     inodes: HashMap<Ino, Arc<BaseInode>>,
+    /// The numbers, ascending.
+    numbers: Vec<Ino>,
+}
+
+impl Table {
+    fn insert(&mut self, host: HostId, inode: Arc<BaseInode>) {
+        let ino = inode.ino();
+        self.by_host.insert(host, ino);
+        let at = self.numbers.partition_point(|number| *number < ino);
+        self.numbers.insert(at, ino);
+        self.inodes.insert(ino, inode);
+    }
 }
 
 impl Base {
@@ -88,8 +100,7 @@ impl Base {
         let inode = BaseInode::new(&base, ROOT, host_id(&attributes), None, Arc::from(&b""[..]));
         inode.show(&attributes)?;
         let mut table = base.table.lock();
-        table.by_host.insert(host_id(&attributes), ROOT);
-        table.inodes.insert(ROOT, inode);
+        table.insert(host_id(&attributes), inode);
         drop(table);
         Ok(base)
     }
@@ -141,8 +152,7 @@ impl Base {
         }
         let ino = self.next_ino();
         let inode = BaseInode::new(self, ino, host, Some(Arc::clone(dir)), Arc::clone(name));
-        table.by_host.insert(host, ino);
-        table.inodes.insert(ino, Arc::clone(&inode));
+        table.insert(host, Arc::clone(&inode));
         inode
     }
 }

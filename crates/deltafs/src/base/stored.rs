@@ -69,12 +69,11 @@ impl Base {
         // Under the lock no number is given to an inode of the base.
         let table = self.table.lock();
         let next = self.next_ino.load(Ordering::Relaxed);
-        let known = table.inodes.values().filter(|inode| inode.ino >= from);
-        let mut stored: Vec<_> = known.filter_map(|inode| inode.stored()).collect();
-        drop(table);
-        // A parent is looked up before what is in it.
-        stored.sort_unstable_by_key(|inode| inode.ino);
-        (stored, next)
+        let begin = table.numbers.partition_point(|ino| *ino < from);
+        // A parent is looked up before what is in it, so its number is lower.
+        let known = table.numbers[begin..].iter();
+        let known = known.filter_map(|ino| table.inodes.get(ino)?.stored());
+        (known.collect(), next)
     }
 
     /// Numbers from here on are free.
@@ -96,8 +95,7 @@ impl Base {
         let host = (parent.host.0, stored.host);
         let name = Name::from(&stored.name[..]);
         let inode = BaseInode::new(self, stored.ino, host, Some(parent), name);
-        table.by_host.insert(host, stored.ino);
-        table.inodes.insert(stored.ino, inode);
+        table.insert(host, inode);
         true
     }
 
