@@ -1,9 +1,12 @@
 //! Writing a checkpoint.
 
+use std::panic::resume_unwind;
+use std::thread::{Builder, Scope, ScopedJoinHandle};
+
 use super::archive::Archive;
 use super::manifest::{Manifest, Origin, kernel};
 use super::sessions;
-use crate::error::Result;
+use crate::error::{Doing, Result};
 use crate::report::CheckpointId;
 use crate::state::Content;
 
@@ -26,12 +29,24 @@ pub(crate) fn write(archive: &Archive, draft: &Draft, origin: &Origin, epoch: u6
     let content = &draft.content;
     let before = draft.before.as_ref().map(|(_, before)| before);
     archive.write(&origin.sandbox, draft.id, |dir| {
-        let files = content.files().save(dir, before.map(Content::files))?;
-        let image = content
-            .processes()
-            .save(dir, before.map(Content::processes))?;
-        let sessions = before.map(Content::sessions);
-        sessions::write(content.sessions(), sessions, origin.first_id, dir)?;
+        let files = || Ok(content.files().save(dir, before.map(Content::files))?);
+        let processes = || -> Result<_> {
+            let before = before.map(Content::processes);
+            Ok(content.processes().save(dir, before)?)
+        };
+        let sessions = || {
+            let before = before.map(Content::sessions);
+            sessions::write(content.sessions(), before, origin.first_id, dir)
+        };
+        // Side by side, since each waits for the disk most of the time.
+        let (files, image) = std::thread::scope(|scope| -> Result<_> {
+            let files = beside(scope, files)?;
+            let sessions = beside(scope, sessions)?;
+            let image = processes();
+            let (files, sessions) = (finished(files), finished(sessions));
+            sessions?;
+            Ok((files?, image?))
+        })?;
         let manifest = Manifest {
             id: draft.id,
             parent: draft.before.as_ref().map(|(id, _)| *id),
@@ -47,4 +62,20 @@ pub(crate) fn write(archive: &Archive, draft: &Draft, origin: &Origin, epoch: u6
         manifest.write(dir)?;
         Ok(())
     })
+}
+
+type Part<'scope, T> = ScopedJoinHandle<'scope, Result<T>>;
+
+fn beside<'scope, T: Send + 'scope>(
+    scope: &'scope Scope<'scope, '_>,
+    part: impl FnOnce() -> Result<T> + Send + 'scope,
+) -> Result<Part<'scope, T>> {
+    let thread = Builder::new().name("persist".to_owned());
+    let started = thread.spawn_scoped(scope, part);
+    started.doing("starting a thread that writes a checkpoint")
+}
+
+fn finished<T>(part: Part<'_, T>) -> Result<T> {
+    // A panic goes on here.
+    part.join().unwrap_or_else(|panic| resume_unwind(panic))
 }
