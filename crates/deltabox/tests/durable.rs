@@ -598,10 +598,7 @@ fn check(sandbox: &Sandbox, sh: SessionId, value: u32) {
     let seen = tell(sandbox, sh, "echo $v; cat /v; tail -n1 /deep");
     assert_eq!(seen, format!("{value}\n{value}\n{last}"));
     let log = log(sandbox, sh);
-    let said = log
-        .lines()
-        .filter(|line| line.starts_with("said "))
-        .next_back();
+    let said = log.lines().rfind(|line| line.starts_with("said "));
     assert_eq!(
         said.map(str::to_owned),
         (value > 0).then(|| format!("said {value}"))
