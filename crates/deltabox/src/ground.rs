@@ -1,6 +1,6 @@
 //! What sandboxes are made on: names, ranges of ids, directories and control groups of a host.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::num::NonZeroU64;
 use std::path::PathBuf;
@@ -51,8 +51,9 @@ struct Place {
 
 impl Table {
     fn take(&mut self, name: &str) -> Result<u32> {
+        let used: BTreeSet<u32> = self.sandboxes.values().map(|p| p.range).collect();
         let range = (0..RANGES)
-            .find(|r| self.sandboxes.values().all(|p| p.range != *r))
+            .find(|r| !used.contains(r))
             .ok_or_else(|| Error::Invalid("there are too many sandboxes".to_owned()))?;
         let place = Place {
             range,

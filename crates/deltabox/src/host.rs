@@ -79,7 +79,9 @@ pub struct Host {
 
 impl Host {
     /// Opens a state directory; ends and removes what a host that was killed left behind.
+    /// Raises the limit of open files of this process, for each sandbox takes some twenty.
     pub fn open(config: HostConfig) -> Result<Self> {
+        raise_open_files();
         let state_dir = prepare(&config.state_dir)?;
         let lock = lock(&state_dir)?;
         let hierarchies = Hierarchies::find()
@@ -322,6 +324,22 @@ impl Drop for Host {
         if let Err(e) = rustix::fs::flock(&self.lock, FlockOperation::Unlock) {
             tracing::warn!("unlocking the state directory: {e}");
         }
+    }
+}
+
+/// Lets this process have as many open files as the kernel allows one to have.
+fn raise_open_files() {
+    use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+    let most = fs::read_to_string("/proc/sys/fs/nr_open").ok();
+    let most = most.and_then(|text| text.trim().parse::<u64>().ok());
+    let now = getrlimit(Resource::Nofile);
+    let most = most.max(now.maximum);
+    let raised = Rlimit {
+        current: most,
+        maximum: most,
+    };
+    if let Err(e) = setrlimit(Resource::Nofile, raised) {
+        tracing::warn!("raising the limit of open files: {e}");
     }
 }
 

@@ -1,7 +1,8 @@
 //! The control files of a FUSE connection (`fusectl`), mounted for this without a path.
 
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
 use rustix::fs::{AtFlags, Mode, OFlags, StatxFlags};
@@ -14,7 +15,7 @@ const PATIENCE: Duration = Duration::from_secs(10);
 #[derive(Debug)]
 pub(super) struct Control {
     /// The mounted control filesystem.
-    files: OwnedFd,
+    files: BorrowedFd<'static>,
     connection: u32,
 }
 
@@ -24,10 +25,7 @@ impl Control {
         // The kernel tells the device number without asking the daemon.
         let flags = AtFlags::EMPTY_PATH | AtFlags::STATX_DONT_SYNC;
         let connection = rustix::fs::statx(mount, "", flags, StatxFlags::empty())?.stx_dev_minor;
-        let context = rustix::mount::fsopen("fusectl", FsOpenFlags::FSOPEN_CLOEXEC)?;
-        rustix::mount::fsconfig_create(context.as_fd())?;
-        let flags = FsMountFlags::FSMOUNT_CLOEXEC;
-        let files = rustix::mount::fsmount(context.as_fd(), flags, MountAttrFlags::empty())?;
+        let files = mount_control()?;
         Ok(Self { files, connection })
     }
 
@@ -64,10 +62,23 @@ impl Control {
     fn file(&self, name: &str, flags: OFlags) -> io::Result<OwnedFd> {
         let path = format!("{}/{name}", self.connection);
         Ok(rustix::fs::openat(
-            &self.files,
+            self.files,
             path,
             flags | OFlags::CLOEXEC,
             Mode::empty(),
         )?)
     }
+}
+
+/// The one control filesystem of the kernel; mounted once in the life of this process, for all its connections.
+fn mount_control() -> io::Result<BorrowedFd<'static>> {
+    static MOUNTED: OnceLock<OwnedFd> = OnceLock::new();
+    if let Some(mounted) = MOUNTED.get() {
+        return Ok(mounted.as_fd());
+    }
+    let context = rustix::mount::fsopen("fusectl", FsOpenFlags::FSOPEN_CLOEXEC)?;
+    rustix::mount::fsconfig_create(context.as_fd())?;
+    let flags = FsMountFlags::FSMOUNT_CLOEXEC;
+    let files = rustix::mount::fsmount(context.as_fd(), flags, MountAttrFlags::empty())?;
+    Ok(MOUNTED.get_or_init(|| files).as_fd())
 }
