@@ -249,6 +249,19 @@ impl Cgroup {
             .collect()
     }
 
+    /// How many bytes of memory may still be charged; `None` if there is no limit.
+    pub(crate) fn memory_left(&self) -> Option<u64> {
+        let number = |path: PathBuf| fs::read_to_string(path).ok()?.trim().parse::<u64>().ok();
+        let left = |dir: &Path, limit: &str, used: &str| {
+            let limit = number(dir.join(limit))?;
+            Some(limit.saturating_sub(number(dir.join(used))?))
+        };
+        left(&self.dir, "memory.max", "memory.current").or_else(|| {
+            let mut dirs = self.v1.iter();
+            dirs.find_map(|dir| left(dir, "memory.limit_in_bytes", "memory.usage_in_bytes"))
+        })
+    }
+
     /// Kills every process, init included, and removes the groups.
     pub(crate) fn remove(&self) -> Result<()> {
         if self.removed.load(Ordering::Acquire) {

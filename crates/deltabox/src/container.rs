@@ -308,6 +308,11 @@ impl Container {
         )?)
     }
 
+    /// How many bytes of memory may still be charged to the sandbox; `None` if there is no limit.
+    pub(crate) fn memory_left(&self) -> Option<u64> {
+        self.cgroup.memory_left()
+    }
+
     /// How many processes there are beside init.
     pub(crate) fn processes(&self) -> usize {
         cgroup::processes(&self.payload).map_or(0, |p| p.len())

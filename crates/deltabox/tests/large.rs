@@ -5,7 +5,7 @@ mod common;
 use std::sync::Arc;
 
 use common::*;
-use deltabox::{CommandSpec, Error, Events, Sandbox, SandboxSpec, Session};
+use deltabox::{CheckpointState, CommandSpec, Error, Events, Sandbox, SandboxSpec, Session};
 
 const PYTHON: &str = "/usr/bin/python3";
 
@@ -78,12 +78,16 @@ struct Program {
 impl Program {
     /// `None` if there is no Python on this machine.
     fn start() -> Option<Self> {
+        Self::start_in(SandboxSpec::default())
+    }
+
+    fn start_in(spec: SandboxSpec) -> Option<Self> {
         if !std::path::Path::new(PYTHON).exists() {
             eprintln!("{PYTHON} is not installed: nothing was tested with it");
             return None;
         }
         let f = Fixture::new();
-        let sandbox = f.host.create(SandboxSpec::default()).unwrap();
+        let sandbox = f.host.create(spec).unwrap();
         let command = CommandSpec {
             argv: vec![PYTHON.into(), "-c".into(), PROGRAM.into()],
             stdin: true,
@@ -189,6 +193,26 @@ fn a_killed_command_does_not_take_the_checkpoint_with_it() {
 }
 
 #[test]
+fn near_the_limit_of_memory_nobody_is_killed_for_a_second_copy() {
+    let spec = SandboxSpec {
+        memory: Some(76 << 20),
+        ..SandboxSpec::default()
+    };
+    let Some(mut program) = Program::start_in(spec) else {
+        return;
+    };
+    let sandbox = Arc::clone(&program.sandbox);
+    for n in 0..3 {
+        let told = program.ask("fill", 10 * n);
+        let id = sandbox.checkpoint(None).unwrap().id;
+        program.ask("fill", 10 * n + 1);
+        sandbox.rollback(id).unwrap();
+        program.went_back();
+        assert_eq!(program.ask("tell", 0), told);
+    }
+}
+
+#[test]
 fn who_kills_what_is_copied_loses_that_checkpoint_and_no_other() {
     let Some(mut program) = Program::start() else {
         return;
@@ -211,6 +235,10 @@ fn who_kills_what_is_copied_loses_that_checkpoint_and_no_other() {
     let Some(lost) = lost else {
         panic!("the program never found its snapshot")
     };
+    let tree = sandbox.tree();
+    let node = tree.nodes.iter().find(|node| node.id == lost).unwrap();
+    let told = matches!(&node.state, CheckpointState::Failed { reason } if reason.contains("lost"));
+    assert!(told, "{node:?}");
     let before = program.ask("tell", 0);
     let refused = sandbox.rollback(lost);
     let Err(Error::Processes(e)) = &refused else {

@@ -58,6 +58,10 @@ pub trait Environment: Sync {
     /// Called when all processes of a state that is given back are there, just before they run on. `deaths` tells whether
     /// init has reported those of the state that was given up.
     fn before_resume(&self, deaths: Deaths) -> io::Result<()>;
+    /// How many bytes of memory may still be charged to the processes; `None` if there is no limit.
+    fn memory_left(&self) -> Option<u64> {
+        None
+    }
     /// A descriptor of one of the namespaces of the sandbox (`/proc/PID/ns/…` of init).
     fn namespace(&self, kind: Namespace) -> io::Result<OwnedFd>;
 }

@@ -79,6 +79,14 @@ impl TreeImage {
         self.processes.values().map(|p| p.memory.pages.kept()).sum()
     }
 
+    /// Why it cannot be given back, if memory is lost. Does not wait for what is still being copied.
+    pub fn loss(&self) -> Option<String> {
+        let all = self.processes.values().map(|p| &p.memory.pages);
+        all.filter(|pages| pages.are_known())
+            .find_map(|pages| pages.get().err())
+            .map(|e| e.to_string())
+    }
+
     /// How many processes are alive in it.
     pub fn len(&self) -> usize {
         self.processes.len()

@@ -159,6 +159,12 @@ impl DeltaState {
 
     pub(crate) fn tree(&self) -> Tree {
         let mut tree = self.checkpoints.describe();
+        for node in &mut tree.nodes {
+            let content = self.checkpoints.get(node.id).map(|node| &node.content);
+            if let Some(reason) = content.and_then(|content| content.processes.loss()) {
+                node.state = CheckpointState::Failed { reason };
+            }
+        }
         let lost = self.lost.iter().map(|(id, why)| unreadable(*id, why));
         tree.nodes.extend(lost);
         tree.nodes.sort_by_key(|node| node.id);
@@ -227,6 +233,7 @@ impl DeltaState {
     ) -> std::result::Result<RollbackReport, Failure> {
         let begin = Instant::now();
         let target = self.content(id).map_err(Failure::Untouched)?;
+        target.complete().map_err(Failure::Untouched)?;
         let epoch = subject.shared.epoch.load(Ordering::Acquire) + 1;
         let switched = AtomicBool::new(false);
         let switch = || {

@@ -76,6 +76,10 @@ impl Environment for Surroundings<'_> {
             .map_or(Ok(()), |image| self.shared.finish_restore(image, deaths))
     }
 
+    fn memory_left(&self) -> Option<u64> {
+        self.shared.container.memory_left()
+    }
+
     fn namespace(&self, kind: Namespace) -> io::Result<OwnedFd> {
         self.shared.container.namespace(match kind {
             Namespace::Net => "net",

@@ -122,7 +122,7 @@ impl Memory<'_> {
         written: &[Written],
     ) -> Result<Option<Snapshot>> {
         let pages = count(written) as u64;
-        if pages < self.gears.snapshot {
+        if pages < self.gears.snapshot || !self.has_room(pages) {
             return Ok(None);
         }
         let doing = "taking a snapshot";

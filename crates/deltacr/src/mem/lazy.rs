@@ -77,10 +77,6 @@ pub(crate) fn plan(
     avoid: &[Range<u64>],
     least: u64,
 ) -> io::Result<Option<Plan>> {
-    let total: u64 = runs.iter().map(|run| run.end - run.start).sum();
-    if total < least {
-        return Ok(None);
-    }
     let mappings = anonymous(remote, target, kept)?;
     let mut ranges = Vec::new();
     let mut pages = 0;

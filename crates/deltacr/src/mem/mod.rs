@@ -192,6 +192,15 @@ pub struct Memory<'a> {
     pub gears: Gears,
 }
 
+impl Memory<'_> {
+    /// Whether the processes may have so many pages twice for a while.
+    fn has_room(&self, pages: u64) -> bool {
+        self.env
+            .memory_left()
+            .is_none_or(|left| left / PAGE > pages)
+    }
+}
+
 fn unsupported(pid: InnerPid, what: String) -> Error {
     Error::Unsupported {
         pid,

@@ -101,6 +101,10 @@ impl Memory<'_> {
         runs: &[Range<u64>],
         (scan, hot): (&Scan, &[u64]),
     ) -> Result<Option<lazy::Plan>> {
+        let pages: u64 = runs.iter().map(|run| run.end - run.start).sum();
+        if pages < self.gears.lazy || !self.has_room(pages) {
+            return Ok(None);
+        }
         let kept = outside(&private_ranges(&target.vmas), fresh);
         let mut avoid: Vec<_> = hot.iter().map(|at| *at..at.saturating_add(1)).collect();
         avoid.extend(scan.guards.iter().chain(&target.guards).cloned());
