@@ -51,6 +51,8 @@ class SandboxInfo:
     created: int
     """In seconds since 1970."""
     checkpoints: int
+    durable: int
+    """How many of them are on disk."""
     processes: int
     file_bytes: int
     page_bytes: int

@@ -260,6 +260,10 @@ class Sandbox:
         query = urlencode({"from": str(a), "to": str(b)})
         return Difference.of(self._request("GET", f"/diff?{query}"))
 
+    def persist(self, checkpoint: CheckpointLike) -> None:
+        """Makes a checkpoint durable that was made without; returns when it is on disk."""
+        self._request("POST", f"/checkpoints/{quote(str(checkpoint), safe='')}/persist")
+
     def delete(self, checkpoint: CheckpointLike) -> None:
         """Forgets a checkpoint; its children become its parent's."""
         self._request("DELETE", f"/checkpoints/{quote(str(checkpoint), safe='')}")

@@ -41,6 +41,9 @@ class States(ServiceTest):
         durable = sb.checkpoint("kept", durable=True)
         states = {node.id: (node.state, node.reason) for node in sb.tree()}
         self.assertEqual({warm.id: ("warm", None), durable.id: ("durable", None)}, states)
+        self.assertEqual(1, sb.info().durable)
+        sb.persist(warm)
+        self.assertEqual({"durable"}, {node.state for node in sb.tree()})
 
     def test_a_rollback_gives_files_and_memory_back(self) -> None:
         sb = self.sandbox()

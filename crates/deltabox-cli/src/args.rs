@@ -51,6 +51,8 @@ pub(crate) enum Command {
     Kill(Kill),
     /// Checkpoint a sandbox and print the checkpoint's id
     Checkpoint(Checkpoint),
+    /// Make a checkpoint durable that was made without; waits until it is on disk
+    Persist(NameAndId),
     /// Give a sandbox the state of a checkpoint back
     Rollback(NameAndId),
     /// Make new sandboxes with the state of one, and print their names

@@ -65,6 +65,10 @@ pub(crate) async fn run(global: &Global, command: Command) -> Result<u8, Failure
             }
             Ok(0)
         }
+        Command::Persist(args) => {
+            client.persist(&args.name, args.id).await?;
+            Ok(0)
+        }
         Command::Delete(args) => {
             client.delete(&args.name, args.id).await?;
             Ok(0)

@@ -130,7 +130,11 @@ pub(crate) fn inspect(sandbox: &SandboxInfo, sessions: &[SessionInfo]) -> io::Re
     line("created", &age(now(), sandbox.created))?;
     line("at", &current(sandbox))?;
     line("epoch", &sandbox.epoch.to_string())?;
-    line("checkpoints", &sandbox.checkpoints.to_string())?;
+    let checkpoints = match sandbox.durable {
+        0 => sandbox.checkpoints.to_string(),
+        durable => format!("{}, {durable} durable", sandbox.checkpoints),
+    };
+    line("checkpoints", &checkpoints)?;
     line("processes", &sandbox.processes.to_string())?;
     line("files", &size(sandbox.file_bytes))?;
     line("memory", &size(sandbox.page_bytes))?;

@@ -72,6 +72,7 @@ impl Dormant {
             epoch: self.epoch(),
             created: origin.map_or(0, |origin| origin.created),
             checkpoints: self.stored.len(),
+            durable: readable().count(),
             processes: 0,
             file_bytes: readable().map(|m| m.files.data_bytes).sum(),
             page_bytes: readable().map(|m| m.image.page_bytes).sum(),

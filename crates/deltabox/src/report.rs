@@ -79,6 +79,8 @@ pub struct SandboxInfo {
     pub created: u64,
     /// The checkpoints of its tree.
     pub checkpoints: usize,
+    /// How many of them are on disk, and good as far as is known.
+    pub durable: usize,
     /// Processes alive, without init.
     pub processes: usize,
     /// Bytes of file data that its tree of checkpoints holds.

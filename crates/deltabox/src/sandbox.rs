@@ -149,9 +149,10 @@ impl Sandbox {
 
     /// What it is and how it is doing.
     pub fn info(&self) -> SandboxInfo {
-        let (current, checkpoints, page_bytes) = {
+        let (current, checkpoints, durable, page_bytes) = {
             let state = self.state.lock();
-            (state.current(), state.len(), state.page_bytes())
+            let (all, durable) = (state.len(), state.durable());
+            (state.current(), all, durable, state.page_bytes())
         };
         SandboxInfo {
             name: self.name.clone(),
@@ -161,6 +162,7 @@ impl Sandbox {
             epoch: self.epoch(),
             created: self.created,
             checkpoints,
+            durable,
             processes: self.shared().processes(),
             file_bytes: self.volume.stats().data_bytes,
             page_bytes,

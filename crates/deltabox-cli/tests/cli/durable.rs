@@ -218,7 +218,12 @@ fn a_full_disk_fails_the_durable_checkpoint_and_nothing_else() {
         "two\nsame\n"
     );
     home.sh("rm /big");
+    let still = home.run(&["persist", "box", &failed]);
+    assert_eq!(still.code, Some(1), "{still:?}");
     home.ok(&["delete", "box", &failed]);
+    let warm = home.checkpoint();
+    home.ok(&["persist", "box", &warm]);
+    assert!(home.ok(&["inspect", "box"]).contains("2, 2 durable"));
     let later = home.durable();
     home.kill_service();
     home.ok(&["rollback", "box", &later]);

@@ -10,6 +10,11 @@ use crate::report::CheckpointId;
 use crate::sessions_image::SessionsImage;
 
 impl DeltaState {
+    /// How many checkpoints are on disk.
+    pub(crate) fn durable(&self) -> usize {
+        self.checkpoints.durable()
+    }
+
     /// What is to be written to make a checkpoint durable; `None` if it is.
     pub(crate) fn draft(&self, id: CheckpointId) -> Result<Option<Draft>> {
         let node = self.node(id)?;

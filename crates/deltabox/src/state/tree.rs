@@ -80,6 +80,12 @@ impl<T> Checkpoints<T> {
         self.nodes.len()
     }
 
+    /// How many are on disk.
+    pub(crate) fn durable(&self) -> usize {
+        let durable = |node: &&Node<T>| matches!(node.disk, Disk::Durable(_));
+        self.nodes.values().filter(durable).count()
+    }
+
     pub(crate) fn get(&self, id: CheckpointId) -> Option<&Node<T>> {
         self.nodes.get(&id)
     }

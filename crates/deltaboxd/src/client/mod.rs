@@ -171,6 +171,12 @@ impl Client {
         self.post(&path, &RollbackRequest { checkpoint }).await
     }
 
+    /// Makes a checkpoint durable; returns when it is on disk.
+    pub async fn persist(&self, name: &str, id: CheckpointId) -> Result<()> {
+        let path = format!("{}/checkpoints/{id}/persist", sandbox(name));
+        self.send(Method::POST, &path, None, &()).await
+    }
+
     /// Forgets a checkpoint.
     pub async fn delete(&self, name: &str, id: CheckpointId) -> Result<()> {
         let path = format!("{}/checkpoints/{id}", sandbox(name));

@@ -49,6 +49,19 @@ pub(super) async fn remove(
         .map(|()| StatusCode::NO_CONTENT)
 }
 
+pub(super) async fn persist(
+    State(app): State<App>,
+    At((name, id)): At<(String, String)>,
+    headers: HeaderMap,
+) -> Answer<StatusCode> {
+    let id = checkpoint_id(&id)?;
+    app.call_on("persist", name, &headers, move |sandbox| {
+        sandbox.persist(id)
+    })
+    .await
+    .map(|()| StatusCode::NO_CONTENT)
+}
+
 pub(super) async fn rollback(
     State(app): State<App>,
     At(name): At<String>,

@@ -47,6 +47,10 @@ pub(crate) fn router(app: App) -> Router {
             "/v1/sandboxes/{name}/checkpoints/{id}",
             delete(checkpoints::remove),
         )
+        .route(
+            "/v1/sandboxes/{name}/checkpoints/{id}/persist",
+            post(checkpoints::persist),
+        )
         .route("/v1/sandboxes/{name}/rollback", post(checkpoints::rollback))
         .route("/v1/sandboxes/{name}/diff", get(checkpoints::diff))
         .route(
