@@ -583,3 +583,21 @@ fn a_checkpoint_and_a_rollback_may_follow_at_once() {
     }
     roll_back_sparing(v, &second, &[]);
 }
+
+#[test]
+fn a_socket_that_is_bound_to_a_name_does_not_keep_it() {
+    let f = fixture(|_| {});
+    let v = &f.volume;
+    let kept = UnixListener::bind(v.at("kept")).unwrap();
+    let snapshot = v.checkpoint();
+    let new = UnixListener::bind(v.at("new")).unwrap();
+    fs::rename(v.at("kept"), v.at("moved")).unwrap();
+    roll_back_sparing(v, &snapshot, &[]);
+    drop(new);
+    for name in ["new", "moved"] {
+        let gone = fs::symlink_metadata(v.at(name)).unwrap_err();
+        assert_eq!(gone.kind(), std::io::ErrorKind::NotFound, "{name}");
+    }
+    let _client = UnixStream::connect(v.at("kept")).unwrap();
+    kept.accept().unwrap();
+}

@@ -11,7 +11,8 @@ const NOTIFY_INVAL_ENTRY: i32 = 3;
 /// Linux 6.18.
 const NOTIFY_PRUNE: i32 = 9;
 
-/// Has the kernel drop inodes that are not in use, with their names and pages.
+/// Has the kernel drop inodes that are not in use, with their names and pages. Of those in use, as by a socket that is
+/// bound to one, the names are looked up again when they are used next.
 ///
 /// # Errors
 /// `EINVAL` if the kernel does not know this notice.
