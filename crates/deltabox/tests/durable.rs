@@ -604,3 +604,94 @@ fn check(sandbox: &Sandbox, sh: SessionId, value: u32) {
         (value > 0).then(|| format!("said {value}"))
     );
 }
+
+#[test]
+fn a_flipped_or_missing_byte_anywhere_in_the_files_of_a_checkpoint_is_found() {
+    let fixture = Fixture::new();
+    let sandbox = fixture.sandbox();
+    let name = sandbox.name().to_owned();
+    let sh = shell(&sandbox);
+    tell(&sandbox, sh, "echo content > /f");
+    let id = durable(&sandbox);
+    let dir = fixture.checkpoint_dir(&name, id);
+    let damage = || {
+        fixture
+            .host
+            .layers(Some(&name), true)
+            .unwrap()
+            .remove(0)
+            .damage
+    };
+    assert_eq!(damage(), None);
+    for file in fs::read_dir(&dir).unwrap() {
+        let path = file.unwrap().path();
+        let named = path.file_name().unwrap().to_str().unwrap();
+        let good = fs::read(&path).unwrap();
+        // The header and the first record, the last one, and places in between.
+        let (begin, end) = (
+            0..48.min(good.len()),
+            good.len().saturating_sub(24)..good.len(),
+        );
+        let between = (0..good.len()).step_by(good.len() / 40 + 1);
+        for at in begin.chain(end).chain(between) {
+            let mut bytes = good.clone();
+            bytes[at] ^= 0x80;
+            for bad in [&bytes[..], &good[..at]] {
+                fs::write(&path, bad).unwrap();
+                let found = damage().unwrap_or_else(|| panic!("{named}, byte {at}"));
+                assert!(found.contains(named), "{found}");
+            }
+        }
+        fs::write(&path, &good).unwrap();
+    }
+    assert_eq!(damage(), None);
+}
+
+/// Writes a manifest anew with a change to its JSON, all checksums right.
+fn tamper(manifest: &std::path::Path, change: impl FnOnce(&mut serde_json::Value)) {
+    let format = deltalog::Format {
+        kind: *b"MANI",
+        version: 1,
+    };
+    let mut log = deltalog::LogReader::open(manifest, format).unwrap();
+    let record = log.next_record().unwrap().unwrap();
+    let mut json = serde_json::from_slice(&record.payload).unwrap();
+    change(&mut json);
+    fs::remove_file(manifest).unwrap();
+    let mut log = deltalog::LogWriter::create(manifest, format).unwrap();
+    let json = serde_json::to_vec(&json).unwrap();
+    log.append(record.tag, &json).unwrap();
+    log.finish().unwrap();
+}
+
+#[test]
+fn a_manifest_that_makes_no_sense_here_is_refused_with_the_reason() {
+    let mut fixture = Fixture::new();
+    let sandbox = fixture.sandbox();
+    let name = sandbox.name().to_owned();
+    let first = durable(&sandbox);
+    let second = durable(&sandbox);
+    drop(sandbox);
+    let manifest = fixture.checkpoint_dir(&name, second).join("manifest");
+    let good = fs::read(&manifest).unwrap();
+    type Change = fn(&mut serde_json::Value);
+    let changes: [(Change, &str); 5] = [
+        (|m| m["kernel"] = "1.2.3".into(), "Linux 1.2.3"),
+        (|m| m["parent"] = m["id"].clone(), "which is missing"),
+        (|m| m["parent"] = "c77777".into(), "which is missing"),
+        (|m| m["id"] = "c1000".into(), "holds checkpoint c1000"),
+        (|m| m["origin"]["spec"]["colour"] = "red".into(), "colour"),
+    ];
+    for (change, expected) in changes {
+        tamper(&manifest, change);
+        fixture = fixture.restarted();
+        let sandbox = fixture.host.get(&name).unwrap();
+        let refused = sandbox.rollback(second).unwrap_err().to_string();
+        assert!(refused.contains(expected), "{refused}");
+        sandbox.rollback(first).unwrap();
+        drop(sandbox);
+        fs::write(&manifest, &good).unwrap();
+    }
+    fixture = fixture.restarted();
+    fixture.host.get(&name).unwrap().rollback(second).unwrap();
+}

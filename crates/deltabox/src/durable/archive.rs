@@ -33,7 +33,12 @@ impl Archive {
     /// write: both are gone then. Returns a sentence for each.
     pub(crate) fn open(state_dir: &Path) -> Result<(Self, Vec<String>)> {
         let root = state_dir.join("checkpoints");
-        fs::create_dir_all(&root).doing(format!("making {}", root.display()))?;
+        if !root.is_dir() {
+            fs::create_dir(&root).doing(format!("making {}", root.display()))?;
+            sync_directory(state_dir)?;
+            // The state directory may be new itself.
+            state_dir.parent().map_or(Ok(()), sync_directory)?;
+        }
         let archive = Self {
             root,
             removals: AtomicU64::new(0),
