@@ -10,7 +10,7 @@ use imbl::{OrdMap, OrdSet};
 use super::read::{Changed, Layer};
 use super::records::{Attributes, Content, Inode, NamedEntry, Numbering, Place};
 use crate::base::Base;
-use crate::data::{BLOCK_LEN, Block, DataStore};
+use crate::data::{BLOCK, BLOCK_LEN, Block, DataStore};
 use crate::error::{Error, Result};
 use crate::file::{FileBody, StoredBlock};
 use crate::node::{
@@ -154,8 +154,12 @@ fn copy_blocks(store: &Arc<DataStore>, from: &BlockReader, epoch: u64) -> Result
         let bytes = &mut buffer[..some.len() * BLOCK_LEN];
         from.read(first, bytes)?;
         first += some.len() as u64;
-        for (slot, block) in some.iter().zip(bytes.chunks_exact(BLOCK_LEN)) {
-            let written = store.write(block, slot.position());
+        let mut rest = &*bytes;
+        // Most places follow each other.
+        for run in some.chunk_by(|a, b| a.position() + BLOCK == b.position()) {
+            let (run_bytes, more) = rest.split_at(run.len() * BLOCK_LEN);
+            rest = more;
+            let written = store.write(run_bytes, run[0].position());
             written.map_err(|source| Error::Blocks {
                 what: "from a layer into the block file",
                 source,
