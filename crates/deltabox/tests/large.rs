@@ -174,6 +174,46 @@ fn a_checkpoint_of_much_memory_is_rolled_back_to_at_once() {
 }
 
 #[test]
+fn memory_that_is_still_to_come_back_is_there_for_whatever_happens_first() {
+    let Some(mut program) = Program::start() else {
+        return;
+    };
+    let sandbox = Arc::clone(&program.sandbox);
+    let told = program.ask("fill", 1);
+    let id = sandbox.checkpoint(None).unwrap().id;
+    for n in 0..3 {
+        let back = |program: &mut Program| {
+            let report = sandbox.rollback(id).unwrap();
+            assert_eq!(report.fallback, None);
+            program.went_back();
+        };
+        // Children, moves, drops and other programs at once.
+        program.ask("fill", 100 + n);
+        back(&mut program);
+        assert_eq!(program.ask("spoil", 200 + n), "spoiled");
+        back(&mut program);
+        assert_eq!(program.ask("tell", 0), told);
+        // A checkpoint at once is of the state that is coming back.
+        program.ask("fill", 300 + n);
+        back(&mut program);
+        let same = sandbox.checkpoint(None).unwrap().id;
+        let kept = sandbox.complete(same).unwrap();
+        assert!(kept.stored < 1000, "{kept:?}");
+        program.ask("fill", 400 + n);
+        sandbox.rollback(same).unwrap();
+        program.went_back();
+        assert_eq!(program.ask("tell", 0), told);
+        sandbox.delete(same).unwrap();
+        // Its end at once needs nothing back, and it comes back from that as well.
+        program.ask("fill", 500 + n);
+        back(&mut program);
+        program.session.kill().unwrap();
+        back(&mut program);
+        assert_eq!(program.ask("tell", 0), told);
+    }
+}
+
+#[test]
 fn a_killed_command_does_not_take_the_checkpoint_with_it() {
     let Some(mut program) = Program::start() else {
         return;
