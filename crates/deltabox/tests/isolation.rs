@@ -80,6 +80,7 @@ fn devices_are_there_and_others_cannot_be_made() {
         "1"
     );
     output(&sandbox, "! mknod /tmp/sda b 8 0");
+    output(&sandbox, "! ls /dev/userfaultfd 2>/dev/null");
     output(&sandbox, "! rm /dev/null");
     output(
         &sandbox,

@@ -8,18 +8,16 @@ use std::sync::Arc;
 
 use crate::error::{During, Result};
 use crate::mem::harvest::{Work, Written, count};
-use crate::mem::pages::{common, outside};
 use crate::mem::pages_to_come::Promise;
 use crate::mem::scan::{Change, Scan};
 use crate::mem::spare::{self, Spare};
 use crate::mem::{
-    AddressSpace, Backing, Memory, PAGE, Pages, Tracker, Vma, addresses_of, merged, pages_of,
-    tracker,
+    AddressSpace, Backing, Memory, PAGE, Pages, Tracker, Vma, addresses_of, pages_of, tracker,
 };
 use crate::remote::Remote;
 use crate::snapshot::Snapshot;
 use crate::store::{Fresh, PageMap};
-use crate::sys::pagemap::{Pagemap, category};
+use crate::sys::pagemap::{self, Pagemap, category};
 use crate::sys::vm;
 
 impl Memory<'_> {
@@ -179,35 +177,65 @@ fn written(scan: &Scan) -> Vec<Written> {
         .collect()
 }
 
-/// Tells apart the pages that a snapshot has and those that the process keeps from its children.
+/// Tells apart the pages that a snapshot has and those that the process keeps from its children. A mapping is copied
+/// whole or not at all, so one page of each is looked for.
 fn shared(snapshot: &Snapshot, written: Vec<Written>) -> io::Result<(Vec<Written>, Vec<Written>)> {
-    let addresses = |run: &Written| addresses_of(&run.pages);
-    let (Some(first), Some(last)) = (written.first(), written.last()) else {
-        return Ok((Vec::new(), written));
-    };
-    let whole = addresses(first).start..addresses(last).end;
-    let there = category::PRESENT | category::SWAPPED;
-    let mut runs = Vec::new();
-    Pagemap::open(snapshot.host())?.scan(whole, there, 0, &mut runs)?;
-    let there = merged(runs.iter().map(|run| run.start..run.end).collect(), 0);
-    let part = |run: &Written, ranges: Vec<Range<u64>>| {
-        let run = run.clone();
-        ranges.into_iter().map(move |range| Written {
-            pages: pages_of(&range),
-            ..run.clone()
-        })
+    let maps = File::open(format!("/proc/{}/maps", snapshot.host()))?;
+    let mut pagemap = Pagemap::open(snapshot.host())?;
+    let mut part = Part {
+        range: 0..0,
+        shared: false,
     };
     let (mut shared, mut own) = (Vec::new(), Vec::new());
-    let mut rest = &there[..];
-    for run in &written {
-        let range = addresses(run);
-        let before = rest.partition_point(|r| r.end <= range.start);
-        rest = &rest[before..];
-        let near = &rest[..rest.partition_point(|r| r.start < range.end)];
-        shared.extend(part(run, common(std::slice::from_ref(&range), near)));
-        own.extend(part(run, outside(&[range], near)));
+    for run in written {
+        let addresses = addresses_of(&run.pages);
+        let mut at = addresses.start;
+        while at < addresses.end {
+            if !part.range.contains(&at) {
+                part = Part::around(&maps, &mut pagemap, at)?;
+            }
+            let end = part.range.end.min(addresses.end);
+            let list = if part.shared { &mut shared } else { &mut own };
+            list.push(Written {
+                pages: pages_of(&(at..end)),
+                ..run.clone()
+            });
+            at = end;
+        }
     }
     Ok((shared, own))
+}
+
+/// A mapping of a snapshot, or a gap between two.
+struct Part {
+    range: Range<u64>,
+    /// The pages that the process has there are there.
+    shared: bool,
+}
+
+impl Part {
+    /// The part that holds an address; the process has a page there.
+    fn around(maps: &File, pagemap: &mut Pagemap, at: u64) -> io::Result<Self> {
+        let Some(mapping) = pagemap::mapping(maps, at)? else {
+            return Ok(Self {
+                range: at..u64::MAX,
+                shared: false,
+            });
+        };
+        if mapping.start > at {
+            return Ok(Self {
+                range: at..mapping.start,
+                shared: false,
+            });
+        }
+        let there = category::PRESENT | category::SWAPPED;
+        let mut found = Vec::new();
+        pagemap.scan(at..at + PAGE, there, 0, &mut found)?;
+        Ok(Self {
+            range: at..mapping.end,
+            shared: !found.is_empty(),
+        })
+    }
 }
 
 /// Reads the runs, one after another, into the fresh pages.

@@ -8,9 +8,10 @@ use std::ops::{AddAssign, Range};
 use crate::error::During;
 use crate::ids::InnerPid;
 use crate::mem::pages_to_come::Promise;
-use crate::mem::{Gears, Pages, addresses_of};
+use crate::mem::{Gears, Pages, addresses_of, pages_of};
 use crate::snapshot::Snapshot;
 use crate::store::{Fresh, PageBytes, PageMap, PageStore, is_zero};
+use crate::sys::pagemap::{Pagemap, category};
 use crate::sys::vm;
 
 /// Pages that are read from a snapshot in one go: 4 MiB.
@@ -205,12 +206,33 @@ fn harvest(
     runs: &[Written],
     snapshot: &Snapshot,
 ) -> io::Result<()> {
+    let mut pagemap = Pagemap::open(snapshot.host())?;
     for portion in portions(runs) {
+        expect(&mut pagemap, &portion)?;
         let mut fresh = store.allocate(count(&portion))?;
         let ranges = portion.iter().map(|run| run.pages.clone());
         let addresses = ranges.map(|pages| addresses_of(&pages));
         vm::read_ranges(snapshot.memory(), addresses, &mut fresh)?;
         sorter.all(&portion, &mut fresh);
+    }
+    Ok(())
+}
+
+/// Makes sure that a snapshot has these pages: one that it has not would be read as zeros.
+fn expect(pagemap: &mut Pagemap, runs: &[Written]) -> io::Result<()> {
+    let there = category::PRESENT | category::SWAPPED;
+    let mut found = Vec::new();
+    for run in runs.iter().filter(|run| run.anonymous) {
+        found.clear();
+        pagemap.scan(addresses_of(&run.pages), there, 0, &mut found)?;
+        let pages: u64 = found
+            .iter()
+            .map(|run| pages_of(&(run.start..run.end)))
+            .map(|r| r.end - r.start)
+            .sum();
+        if pages != run.pages.end - run.pages.start {
+            return Err(io::Error::other("the snapshot has not all pages"));
+        }
     }
     Ok(())
 }
