@@ -93,6 +93,23 @@ impl App {
         })
         .await
     }
+
+    /// The same for a call that makes sense only while the sandbox runs: one that is on disk only is not woken up for it.
+    pub(crate) async fn call_on_running<T: Send + 'static>(
+        &self,
+        operation: &'static str,
+        name: String,
+        headers: &HeaderMap,
+        work: impl FnOnce(&Sandbox) -> deltabox::Result<T> + Send + 'static,
+    ) -> Answer<T> {
+        let expected = expected_epoch(headers)?;
+        self.call(operation, move |host| {
+            let sandbox = host.get_awake(&name)?;
+            check_epoch(&sandbox, expected)?;
+            work(&sandbox)
+        })
+        .await
+    }
 }
 
 /// As [`check_epoch`], without waking up a sandbox that is on disk only.

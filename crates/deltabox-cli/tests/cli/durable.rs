@@ -55,6 +55,10 @@ fn a_sandbox_is_listed_as_stopped_after_a_restart_and_a_rollback_brings_it_back(
     assert!(home.ok(&["inspect", "box"]).contains("stopped"));
     let refused = home.run(&["exec", "box", "true"]);
     assert!(refused.stderr.contains("is stopped"), "{refused:?}");
+    let refused = home.run(&["checkpoint", "box"]);
+    assert!(refused.stderr.contains("is stopped"), "{refused:?}");
+    let started = home.path().join("sandboxes/box");
+    assert!(!started.exists(), "it is read from disk when it is needed");
     home.ok(&["rollback", "box", &id]);
     assert_eq!(home.sh("cat /f"), "before\n");
     let refused = home.run(&["rollback", "box", &warm]);

@@ -109,6 +109,20 @@ impl Host {
         self.dormant.lock().get(name).cloned()
     }
 
+    /// The sandbox of this name, unless it is on disk only.
+    ///
+    /// # Errors
+    /// There is none; or it is on disk only, and so is stopped.
+    pub fn get_awake(&self, name: &str) -> Result<Arc<Sandbox>> {
+        match self.find(name) {
+            None => self.get(name),
+            Some(_) => Err(Error::NotRunning {
+                name: name.to_owned(),
+                state: "stopped".to_owned(),
+            }),
+        }
+    }
+
     /// What all sandboxes are and how they are doing, by name; also of those that are on disk only.
     pub fn infos(&self) -> Vec<SandboxInfo> {
         let dormant: Vec<_> = self.dormant.lock().values().map(|d| d.info()).collect();

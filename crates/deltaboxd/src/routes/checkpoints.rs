@@ -27,7 +27,7 @@ pub(super) async fn create(
     Body(request): Body<CheckpointRequest>,
 ) -> Answer<(StatusCode, Json<CheckpointReport>)> {
     let report = app
-        .call_on("checkpoint", name, &headers, move |sandbox| {
+        .call_on_running("checkpoint", name, &headers, move |sandbox| {
             match request.durable {
                 true => sandbox.checkpoint_durable(request.message),
                 false => sandbox.checkpoint(request.message),

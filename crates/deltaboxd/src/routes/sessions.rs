@@ -36,7 +36,7 @@ pub(super) async fn create(
     Body(command): Body<CommandSpec>,
 ) -> Answer<(StatusCode, Json<StartedSession>)> {
     let (session, epoch) = app
-        .call_on("exec", name, &headers, |sandbox| {
+        .call_on_running("exec", name, &headers, |sandbox| {
             // Read before: should a rollback come between, the session is said to be of the epoch that is over, and so
             // is refused later, never taken for another one.
             let epoch = sandbox.epoch();
@@ -185,7 +185,7 @@ async fn find(
 ) -> Answer<Arc<Session>> {
     let id = session_id(&id)?;
     let expected = expected_epoch(headers)?;
-    app.call_on("session", name, headers, move |sandbox| {
+    app.call_on_running("session", name, headers, move |sandbox| {
         let session = sandbox.session(id);
         // A rollback may have come between the first check and the look-up, and the number may mean another now.
         check_epoch(sandbox, expected)?;
