@@ -194,8 +194,11 @@ fn node(node: &CheckpointInfo, now: u64, colour: bool) -> String {
         line.push_str("  ");
         line.push_str(&visible(message));
     }
-    let processes = count(node.processes, "process", "processes");
-    line.push_str(&format!("  ({processes}, {})", age(now, node.created)));
+    // Of one whose manifest cannot be read nothing is known.
+    if node.created > 0 {
+        let processes = count(node.processes, "process", "processes");
+        line.push_str(&format!("  ({processes}, {})", age(now, node.created)));
+    }
     match &node.state {
         CheckpointState::Warm => {}
         CheckpointState::Durable => line.push_str("  durable"),
@@ -236,7 +239,10 @@ pub(crate) fn layers(layers: &[LayerReport]) -> io::Result<()> {
             size(layer.file_bytes),
             layer.processes.to_string(),
             size(layer.page_bytes),
-            age(now(), layer.created),
+            match layer.created {
+                0 => "-".to_owned(),
+                created => age(now(), created),
+            },
             state,
         ]);
     }

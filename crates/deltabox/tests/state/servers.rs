@@ -1,6 +1,6 @@
 //! Programs as people run them, checkpointed in the middle of their work, changed, rolled back and verified.
 
-use deltabox::{CommandSpec, Sandbox};
+use deltabox::{CheckpointId, CommandSpec, Sandbox};
 
 use crate::lab::{Lab, Outcome, PYTHON, Program, installed, output, text, write_file};
 use crate::walk::Dice;
@@ -28,7 +28,7 @@ impl Work<'_> {
     }
 
     /// Grows a tree of checkpoints, jumping about in it, and verifies each state that it comes back to.
-    fn search(&self, lab: &Lab, rounds: usize) {
+    fn search(&self, lab: &Lab, rounds: usize) -> Vec<(CheckpointId, String)> {
         let mut dice = Dice::new(4711);
         let mut nodes = vec![(self.sandbox.checkpoint(None).unwrap().id, self.read())];
         for round in 1..=rounds {
@@ -51,6 +51,29 @@ impl Work<'_> {
         assert_eq!(&forked.read(), state, "in a fork");
         forked.script(self.change, rounds + 1);
         assert_ne!(&forked.read(), state, "the fork works on");
+        nodes
+    }
+
+    /// The same; then the host ends, and another one gives back some of the states.
+    fn search_and_restart(&self, lab: Lab, rounds: usize) {
+        let nodes = self.search(&lab, rounds);
+        let kept = || nodes.iter().rev().step_by(3);
+        for (id, _) in kept() {
+            self.sandbox.persist(*id).unwrap();
+        }
+        let lab = lab.restarted();
+        let sandbox = lab.host.get(self.sandbox.name()).unwrap();
+        let again = Work {
+            sandbox: &sandbox,
+            ..*self
+        };
+        for (id, state) in kept() {
+            let report = sandbox.rollback(*id).unwrap();
+            assert_eq!(report.fallback, None, "after a restart");
+            assert_eq!(&again.read(), state, "after a restart");
+            again.script(self.change, rounds + 2);
+            assert_ne!(&again.read(), state, "it works on after a restart");
+        }
     }
 }
 
@@ -92,7 +115,7 @@ fn redis_keeps_its_keys() {
                  redis-cli eval 'for i = 1, 2000 do redis.call(\"set\", \"bulk\" .. i % 50, ARGV[1] * i) end' 0 $n",
         read: &format!("redis-cli eval \"{all}\" 0"),
     }
-    .search(&lab, 6);
+    .search_and_restart(lab, 6);
 }
 
 #[test]
@@ -200,7 +223,7 @@ fn nginx_serves_on_with_its_workers() {
         ),
         read: &get,
     }
-    .search(&lab, 4);
+    .search_and_restart(lab, 4);
 }
 
 const NODE: &str = "const seen = []; require('http').createServer((q, r) => { \
@@ -227,7 +250,7 @@ fn a_node_server_keeps_what_it_has_seen() {
         change: &format!("for i in 1 2 3; do {get}/add/$n/$i >/dev/null; done"),
         read: &format!("{get}/"),
     }
-    .search(&lab, 6);
+    .search_and_restart(lab, 6);
 }
 
 /// A server and two clients with open connections in one event loop each; the clients count the server's answers.
