@@ -23,6 +23,10 @@ const IGNORE: [u8; 8] = (libc::SIG_IGN as u64).to_le_bytes();
 const RLIMITS: u32 = 16;
 const ITIMERS: u64 = 3;
 const GROUPS_MAX: usize = 256;
+/// Capabilities that there are (`CAP_LAST_CAP` is 40).
+const CAPABILITIES: i32 = 41;
+/// `membarrier(2)`: what a process is registered for, as a set of commands (Linux 6.3).
+const MEMBARRIER_GET_REGISTRATIONS: i32 = 1 << 9;
 /// `_LINUX_CAPABILITY_VERSION_3`
 const CAPABILITY_VERSION: u32 = 0x2008_0522;
 /// `personality(2)`: ask only.
@@ -31,12 +35,16 @@ const PERSONALITY_ASK: u64 = 0xffff_ffff;
 /// User and group ids, as the sandbox counts, and capabilities.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Credentials {
-    /// Real, effective, saved.
-    users: [u32; 3],
-    groups: [u32; 3],
+    /// Real, effective, saved, and that for files.
+    users: [u32; 4],
+    groups: [u32; 4],
     supplementary: Vec<u8>,
     /// Effective, permitted, inheritable; two words each, as `capget(2)` gives them.
     capabilities: Vec<u8>,
+    /// Those that no program that is executed gets back; a bit for each, as for the next.
+    bounding: u64,
+    /// Those that a program keeps when it executes another.
+    ambient: u64,
     securebits: u64,
     no_new_privileges: bool,
 }
@@ -56,6 +64,10 @@ pub(crate) struct Attributes {
     death_signal: i32,
     subreaper: i32,
     personality: u64,
+    /// Whether the kernel gives it no huge pages.
+    no_huge_pages: u64,
+    /// What it is registered for with `membarrier(2)`: bits that are commands.
+    barriers: u64,
     /// How likely the kernel is to kill it for want of memory, as `/proc/PID/oom_score_adj` says.
     oom_score: Vec<u8>,
 }
@@ -78,10 +90,12 @@ impl Attributes {
 
 /// Where in a batch the questions to a process are.
 pub(crate) struct Questions {
-    users: DataRef,
-    groups: DataRef,
+    users: (DataRef, CallId),
+    groups: (DataRef, CallId),
     supplementary: (CallId, DataRef),
     capabilities: DataRef,
+    bounding: Vec<CallId>,
+    ambient: Vec<CallId>,
     securebits: CallId,
     no_new_privileges: CallId,
     umask: CallId,
@@ -92,7 +106,21 @@ pub(crate) struct Questions {
     death_signal: DataRef,
     subreaper: DataRef,
     personality: CallId,
+    no_huge_pages: CallId,
+    barriers: CallId,
     program_break: CallId,
+}
+
+fn ambient(batch: &mut Batch, operation: i32, capability: i32) -> CallId {
+    let option = libc::PR_CAP_AMBIENT;
+    let args = [
+        option.into(),
+        operation.into(),
+        capability.into(),
+        0.into(),
+        0.into(),
+    ];
+    batch.call(libc::SYS_prctl, &args)
 }
 
 fn prctl(batch: &mut Batch, option: i32, value: impl Into<Arg>) -> CallId {
@@ -102,17 +130,12 @@ fn prctl(batch: &mut Batch, option: i32, value: impl Into<Arg>) -> CallId {
     )
 }
 
-fn three_ids(batch: &mut Batch, nr: i64) -> DataRef {
+/// Asks for three ids, and by setting none for the fourth.
+fn ids(batch: &mut Batch, three: i64, fourth: i64) -> (DataRef, CallId) {
     let ids = batch.output(12);
-    batch.call(
-        nr,
-        &[
-            ids.at(0, 4).into(),
-            ids.at(4, 4).into(),
-            ids.at(8, 4).into(),
-        ],
-    );
-    ids
+    let args = [0, 4, 8].map(|at| ids.at(at, 4).into());
+    batch.call(three, &args);
+    (ids, batch.call(fourth, &[u32::MAX.into()]))
 }
 
 fn capability_header() -> Vec<u8> {
@@ -122,13 +145,19 @@ fn capability_header() -> Vec<u8> {
 impl Questions {
     /// Adds the questions to a batch: about 100 quick calls.
     pub(crate) fn ask(b: &mut Batch) -> Self {
-        let users = three_ids(b, libc::SYS_getresuid);
-        let groups = three_ids(b, libc::SYS_getresgid);
+        let users = ids(b, libc::SYS_getresuid, libc::SYS_setfsuid);
+        let groups = ids(b, libc::SYS_getresgid, libc::SYS_setfsgid);
         let list = b.output(4 * GROUPS_MAX);
         let count = b.call(libc::SYS_getgroups, &[GROUPS_MAX.into(), list.into()]);
         let header = b.input(&capability_header());
         let capabilities = b.output(24);
         b.call(libc::SYS_capget, &[header.into(), capabilities.into()]);
+        let bounding = (0..CAPABILITIES)
+            .map(|capability| prctl(b, libc::PR_CAPBSET_READ, capability))
+            .collect();
+        let ambient = (0..CAPABILITIES)
+            .map(|capability| ambient(b, libc::PR_CAP_AMBIENT_IS_SET, capability))
+            .collect();
         let securebits = prctl(b, libc::PR_GET_SECUREBITS, 0);
         let no_new_privileges = prctl(b, libc::PR_GET_NO_NEW_PRIVS, 0);
         // The umask can only be read by setting it.
@@ -165,12 +194,17 @@ impl Questions {
         let subreaper = b.output(4);
         prctl(b, libc::PR_GET_CHILD_SUBREAPER, subreaper);
         let personality = b.call(libc::SYS_personality, &[PERSONALITY_ASK.into()]);
+        let no_huge_pages = prctl(b, libc::PR_GET_THP_DISABLE, 0);
+        let barriers = [MEMBARRIER_GET_REGISTRATIONS.into(), 0.into(), 0.into()];
+        let barriers = b.call(libc::SYS_membarrier, &barriers);
         let program_break = b.call(libc::SYS_brk, &[0.into()]);
         Self {
             users,
             groups,
             supplementary: (count, list),
             capabilities,
+            bounding,
+            ambient,
             securebits,
             no_new_privileges,
             umask,
@@ -181,19 +215,34 @@ impl Questions {
             death_signal,
             subreaper,
             personality,
+            no_huge_pages,
+            barriers,
             program_break,
         }
     }
 
     fn credentials(&self, o: &Outcome) -> io::Result<Credentials> {
-        let ids = |at: DataRef| [0, 4, 8].map(|i| o.int(at.at(i, 4)) as u32);
+        let ids = |(three, fourth): (DataRef, CallId)| {
+            let [a, b, c] = [0, 4, 8].map(|at| o.int(three.at(at, 4)) as u32);
+            Ok::<_, io::Error>([a, b, c, o.result(fourth)? as u32])
+        };
+        // What the kernel does not know nobody has.
+        let set = |calls: &[CallId]| {
+            let bits = calls.iter().zip(0..);
+            bits.fold(0, |set, (call, bit)| match o.result(*call) {
+                Ok(1) => set | 1 << bit,
+                _ => set,
+            })
+        };
         let (count, list) = self.supplementary;
         let bytes = (o.result(count)? as usize * 4).min(list.len());
         Ok(Credentials {
-            users: ids(self.users),
-            groups: ids(self.groups),
+            users: ids(self.users)?,
+            groups: ids(self.groups)?,
             supplementary: o.bytes(list)[..bytes].to_vec(),
             capabilities: o.bytes(self.capabilities).to_vec(),
+            bounding: set(&self.bounding),
+            ambient: set(&self.ambient),
             securebits: o.result(self.securebits)?,
             no_new_privileges: o.result(self.no_new_privileges)? != 0,
         })
@@ -220,6 +269,9 @@ impl Questions {
             death_signal: o.int(self.death_signal),
             subreaper: o.int(self.subreaper),
             personality: o.result(self.personality)?,
+            no_huge_pages: o.result(self.no_huge_pages)?,
+            // Older kernels do not tell.
+            barriers: o.result(self.barriers).unwrap_or_default(),
             oom_score: procfs::read_file(CWD, &oom_score_file(host))?,
         })
     }
@@ -232,8 +284,8 @@ pub(crate) fn reachable(current: &Attributes, target: &Attributes) -> bool {
         return true;
     }
     // Root may become anybody; nobody else can be sure to. no_new_privs never goes away.
-    let root = c.users == [0; 3] && c.capabilities == t.capabilities && t.users == [0; 3];
-    root && c.no_new_privileges <= t.no_new_privileges
+    let root = c.users == [0; 4] && c.capabilities == t.capabilities && t.users == [0; 4];
+    root && c.no_new_privileges <= t.no_new_privileges && t.bounding & !c.bounding == 0
 }
 
 /// Undoes what differs, but for credentials ([`restore_credentials`]).
@@ -276,6 +328,16 @@ pub(crate) fn restore(
     if current.personality != target.personality {
         b.call(libc::SYS_personality, &[target.personality.into()]);
     }
+    if current.no_huge_pages != target.no_huge_pages {
+        prctl(&mut b, libc::PR_SET_THP_DISABLE, target.no_huge_pages);
+    }
+    for bit in 0..u64::BITS {
+        let command = 1_u64 << bit;
+        if target.barriers & !current.barriers & command != 0 {
+            let args = [command.into(), 0.into(), 0.into()];
+            calls.push(("a memory barrier", b.call(libc::SYS_membarrier, &args)));
+        }
+    }
     run_all(remote, &b, &calls)
 }
 
@@ -300,22 +362,47 @@ pub(crate) fn restore_credentials(
                 b.call(libc::SYS_setgroups, &args),
             ));
         }
-        let ids = |ids: [u32; 3]| ids.map(Arg::from);
+        for capability in 0..CAPABILITIES {
+            if have.bounding & !want.bounding & 1 << capability != 0 {
+                calls.push((
+                    "the bounding set",
+                    prctl(&mut b, libc::PR_CAPBSET_DROP, capability),
+                ));
+            }
+        }
+        let ids = |[a, b, c, _]: [u32; 4]| [a, b, c].map(Arg::from);
         calls.push((
             "the group ids",
             b.call(libc::SYS_setresgid, &ids(want.groups)),
         ));
+        // The calls for the fourth ids give the old one and no errors.
+        b.call(libc::SYS_setfsgid, &[want.groups[3].into()]);
         // Capabilities survive the change of user only so.
         prctl(&mut b, libc::PR_SET_KEEPCAPS, 1);
         calls.push((
             "the user ids",
             b.call(libc::SYS_setresuid, &ids(want.users)),
         ));
+        if !want.users[..3].contains(&want.users[3]) {
+            // What is permitted must be in effect for that, and some of it is not any more after it.
+            let mut effective = want.capabilities.clone();
+            effective.copy_within(4..8, 0);
+            effective.copy_within(16..20, 12);
+            let effective = b.input(&effective);
+            b.call(libc::SYS_capset, &[header.into(), effective.into()]);
+            b.call(libc::SYS_setfsuid, &[want.users[3].into()]);
+        }
         calls.push((
             "the capabilities",
             b.call(libc::SYS_capset, &[header.into(), sets.into()]),
         ));
         prctl(&mut b, libc::PR_SET_KEEPCAPS, 0);
+        for capability in (0..CAPABILITIES).filter(|c| want.ambient & 1 << c != 0) {
+            calls.push((
+                "the ambient capabilities",
+                ambient(&mut b, libc::PR_CAP_AMBIENT_RAISE, capability),
+            ));
+        }
         if have.securebits != want.securebits {
             let set = prctl(&mut b, libc::PR_SET_SECUREBITS, want.securebits);
             calls.push(("the securebits", set));

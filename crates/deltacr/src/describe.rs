@@ -51,11 +51,6 @@ pub(crate) fn describe(
         return Err(Error::Unsupported { pid, name, what });
     }
     let cwd = Place::of(env, procfs, pid, "cwd").during(pid, "reading its directory")?;
-    if cwd.is_removed(env) {
-        let name = String::from_utf8_lossy(&process.stat.name).into_owned();
-        let what = "its working directory was removed; have it go to another".to_owned();
-        return Err(Error::Unsupported { pid, name, what });
-    }
     let image = ProcessImage {
         stat: process.stat.clone(),
         birth: process.birth,

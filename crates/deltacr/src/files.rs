@@ -45,10 +45,9 @@ impl Place {
         self.inode
     }
 
-    /// Whether its name is gone: the kernel says so behind the name, which a living one may have too.
-    pub(crate) fn is_removed(&self, env: &dyn Environment) -> bool {
-        self.path.ends_with(b" (deleted)")
-            && !self.inode.is_some_and(|i| leads_to(env, &self.path, i))
+    /// The path that it had, if the kernel says behind it that the name is gone (which a living one may say, too).
+    pub(crate) fn removed(&self) -> Option<&[u8]> {
+        self.path.strip_suffix(b" (deleted)")
     }
 
     /// Makes it the same as no other if it is one of these.

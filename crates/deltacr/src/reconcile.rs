@@ -210,11 +210,14 @@ impl Reconcile<'_> {
         let remote = &mut self.process.stopped.remote;
         let pid = remote.pid();
         let flags = OFlags::PATH | OFlags::DIRECTORY;
-        let directory = self
-            .image
-            .cwd
-            .open(self.env, flags)
-            .during(pid, "opening its directory")?;
+        let cwd = &self.image.cwd;
+        let directory = match (cwd.open(self.env, flags), cwd.removed()) {
+            (Ok(directory), _) => directory,
+            (Err(_), Some(path)) => {
+                return enter_removed(remote, path).during(pid, "making its removed directory");
+            }
+            (Err(e), None) => return Err(e).during(pid, "opening its directory"),
+        };
         let fd = remote
             .give_fds(&[directory.as_fd()])
             .during(pid, "handing it its directory")?[0];
@@ -273,6 +276,25 @@ impl Reconcile<'_> {
             )
             .during(pid, "restoring the queued signals")
     }
+}
+
+/// Puts a process into a directory that has been removed: the kernel revives none, but one is like the other. It is called as the
+/// one was that is to be given back, if that can be.
+fn enter_removed(remote: &mut Remote, path: &[u8]) -> io::Result<()> {
+    let spare = format!("/tmp/.removed-{}", remote.pid());
+    let mut error = io::ErrorKind::NotFound.into();
+    for path in [path, spare.as_bytes()] {
+        let mut batch = Batch::new();
+        let path = batch.input(&[path, b"\0"].concat());
+        batch.must(libc::SYS_mkdir, &[path.into(), 0o700.into()]);
+        batch.must(libc::SYS_chdir, &[path.into()]);
+        let removed = batch.call(libc::SYS_rmdir, &[path.into()]);
+        match remote.run(&batch)?.result(removed) {
+            Ok(_) => return Ok(()),
+            Err(e) => error = e,
+        }
+    }
+    Err(error)
 }
 
 /// Makes a thread with a number. The thread that had it may be gone from `/proc` and still be on its way out of the

@@ -70,6 +70,50 @@ def credentials_of_another_user():
 
 
 @case
+def ids_for_files_and_sets_of_capabilities():
+    def setup():
+        # Its own bounding set, and an ambient capability (CAP_CHOWN).
+        call(libc.prctl, 24, 31)
+        header, sets = struct.pack("Ii", 0x20080522, 0), bytearray(24)
+        libc.capget(header, (ctypes.c_char * 24).from_buffer(sets))
+        sets[8:12] = struct.pack("I", 1)
+        call(libc.capset, header, bytes(sets))
+        call(libc.prctl, 47, 2, 0, 0, 0)
+        libc.setfsgid(44)
+        libc.setfsuid(55)
+
+    child = Child(setup)
+    child.ask("1")
+    fields = ("Uid", "Gid", "CapEff", "CapPrm", "CapInh", "CapBnd", "CapAmb")
+    before = [status(field, child.pid) for field in fields]
+
+    def mutate():
+        child.ask("libc.setfsuid(0)")
+        child.ask("libc.prctl(47, 4, 0, 0, 0)")
+
+    def check():
+        equal([status(field, child.pid) for field in fields], before, "credentials")
+
+    return mutate, check
+
+
+@case
+def settings_that_a_program_starts_with_and_changes():
+    """Huge pages refused, and the registration for private memory barriers."""
+    call(libc.prctl, 41, 1, 0, 0, 0)
+    call(libc.syscall, 324, 1 << 4, 0, 0)
+
+    def mutate():
+        call(libc.prctl, 41, 0, 0, 0, 0)
+
+    def check():
+        equal(libc.prctl(42, 0, 0, 0, 0), 1, "huge pages refused")
+        equal(libc.syscall(324, 1 << 3, 0, 0), 0, "private barrier")
+
+    return mutate, check
+
+
+@case
 def credentials_dropped_since():
     child = Child()
     fields = ("Uid", "Gid", "Groups", "CapEff", "CapPrm", "CapBnd")

@@ -301,6 +301,71 @@ def tcp_half_closed():
 
 
 @case
+def tcp_ended_by_both_sides():
+    server, client, accepted = tcp_pair()
+    client.shutdown(socket.SHUT_WR)
+    equal(accepted.recv(100), b"", "end of file")
+    accepted.shutdown(socket.SHUT_WR)
+    equal(client.recv(100), b"", "end of file")
+
+    def mutate():
+        client.close()
+
+    def check():
+        client.settimeout(20)
+        equal(client.recv(100), b"", "end of file")
+        raises(errno.EPIPE, client.send, b"late")
+
+    return mutate, check
+
+
+@case
+def options_and_a_foreign_address():
+    stream = socket.socket()
+    for option in (socket.SO_DONTROUTE, socket.SO_KEEPALIVE):
+        stream.setsockopt(socket.SOL_SOCKET, option, 1)
+    free = socket.socket()
+    free.setsockopt(socket.IPPROTO_IP, 15, 1)
+    free.bind(("10.9.8.7", 4321))
+    free.setsockopt(socket.IPPROTO_IP, 15, 0)
+
+    def mutate():
+        stream.close()
+        free.close()
+
+    def check():
+        equal(stream.getsockopt(socket.SOL_SOCKET, socket.SO_DONTROUTE), 1, "SO_DONTROUTE")
+        equal(free.getsockname(), ("10.9.8.7", 4321), "address")
+        equal(free.getsockopt(socket.IPPROTO_IP, 15), 0, "IP_FREEBIND")
+
+    return mutate, check
+
+
+@case
+def a_queue_larger_than_the_buffer_of_a_new_socket():
+    left, right = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    left.setblocking(False)
+    sent = 0
+    try:
+        while True:
+            left.send(bytes([sent % 256]) * 1000)
+            sent += 1
+    except BlockingIOError:
+        pass
+
+    def mutate():
+        for _ in range(sent // 2):
+            right.recv(2000)
+
+    def check():
+        right.settimeout(20)
+        for number in range(sent):
+            equal(right.recv(2000), bytes([number % 256]) * 1000, f"message {number}")
+
+    return mutate, check
+
+
+@case
 def udp_with_queued_datagrams():
     receiver = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
     receiver.bind(("127.0.0.1", 0))

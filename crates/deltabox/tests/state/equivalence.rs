@@ -227,6 +227,9 @@ theme! { sockets:
     tcp_established_with_queued_data
     tcp_idle_connection_closed_since
     tcp_half_closed
+    tcp_ended_by_both_sides
+    options_and_a_foreign_address
+    a_queue_larger_than_the_buffer_of_a_new_socket
     udp_with_queued_datagrams
 }
 
@@ -381,6 +384,8 @@ theme! { processes:
     working_directory_umask_and_name
     resource_limits
     credentials_of_another_user
+    ids_for_files_and_sets_of_capabilities
+    settings_that_a_program_starts_with_and_changes
     credentials_dropped_since
     scheduling
     process_controls

@@ -66,10 +66,25 @@ fn a_process_with_a_root_of_its_own_is_named() {
     refused_and_unharmed(&script(make, mend), &["chroot"]);
 }
 
+/// In place, and made again after its death.
 #[test]
-fn a_process_whose_directory_was_removed_is_named() {
-    let make = "os.mkdir('/gone')\nos.chdir('/gone')\nos.rmdir('/gone')";
-    refused_and_unharmed(&script(make, "os.chdir('/')"), &["python3", "directory"]);
+fn a_process_stands_in_a_removed_directory_again() {
+    let lab = Lab::new();
+    let sandbox = lab.sandbox();
+    let script = "mkdir /gone && cd /gone && rmdir /gone && echo ready && \
+        while read -r line; do eval \"$line\"; ls; readlink /proc/self/cwd; done";
+    let mut program = Program::start(&sandbox, &["bash", "-c", script]).unwrap();
+    assert_eq!(program.hear().unwrap(), "ready");
+    let id = sandbox.checkpoint(None).unwrap().id;
+    sandbox.rollback(id).unwrap();
+    assert_eq!(program.ask("true").unwrap(), "/gone (deleted)");
+    assert_eq!(program.ask("cd /").unwrap(), "bin");
+    sandbox.rollback(id).unwrap();
+    assert_eq!(program.ask("true").unwrap(), "/gone (deleted)");
+    output(&sandbox, "kill -9 -1 || true");
+    sandbox.rollback(id).unwrap();
+    assert_eq!(program.ask("true").unwrap(), "/gone (deleted)");
+    assert_eq!(output(&sandbox, "ls -d /gone 2>&1 | grep -c cannot"), "1");
 }
 
 #[test]

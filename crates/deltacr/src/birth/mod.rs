@@ -124,7 +124,7 @@ impl<'a> Delivery<'a> {
         if image.stat.session == pid && self.sessions[&pid] != pid {
             let inherited = self.sessions[&pid];
             for child in self.unborn_children(pid) {
-                if self.image(child).stat.session == inherited {
+                if self.has_inherited(child, inherited) {
                     self.child(pid, child)?;
                 }
             }
@@ -144,6 +144,15 @@ impl<'a> Delivery<'a> {
             }
         }
         Ok(())
+    }
+
+    /// Whether a process, or one that is to descend from it, is in a session that it can only have inherited.
+    fn has_inherited(&self, pid: InnerPid, session: InnerPid) -> bool {
+        self.image(pid).stat.session == session
+            || self
+                .unborn_children(pid)
+                .into_iter()
+                .any(|child| self.has_inherited(child, session))
     }
 
     fn lead_session(&mut self, pid: InnerPid) -> Result<()> {

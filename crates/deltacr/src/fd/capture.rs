@@ -129,6 +129,7 @@ fn read(
         sockets: Vec::new(),
         likely: HashMap::new(),
         firsts: Vec::new(),
+        inodes: Vec::new(),
     };
     for remote in procs.values() {
         capture.process(remote)?;
@@ -157,7 +158,9 @@ pub(crate) struct Capture<'a> {
     /// Objects of the same likeness, in the order of `kcmp`.
     likely: HashMap<Likeness, Vec<usize>>,
     /// For each object a slot in which it is, as `kcmp` wants it.
-    firsts: Vec<(HostPid, i32)>,
+    pub(crate) firsts: Vec<(HostPid, i32)>,
+    /// For each object the number of its inode.
+    pub(crate) inodes: Vec<u64>,
 }
 
 impl Capture<'_> {
@@ -208,6 +211,7 @@ impl Capture<'_> {
             slots: vec![slot],
         });
         self.firsts.push(here);
+        self.inodes.push(ino);
         self.likely
             .entry(likeness)
             .or_default()

@@ -6,11 +6,12 @@ use std::os::fd::OwnedFd;
 
 use super::Procs;
 use super::capture::{Capture, Holder};
-use super::model::{Descriptors, Interest, Kind};
+use super::fdinfo::EpollItem;
+use super::model::{Descriptors, Interest, Kind, Slot};
 use super::plan::Plan;
 use crate::error::{During, Result};
 use crate::ids::InnerPid;
-use crate::remote::Batch;
+use crate::remote::{Arg, Batch, CallId};
 use crate::sys;
 
 /// Takes down that there is an epoll; [`resolve`] reads what it watches once all files are known.
@@ -28,10 +29,10 @@ pub(crate) fn resolve(capture: &mut Capture<'_>, procs: &Procs<'_>) -> Result<()
         let mut found = Vec::with_capacity(lines.len());
         for (index, line) in lines.iter().enumerate() {
             let same_number = lines[..index].iter().filter(|l| l.fd == line.fd).count();
-            let Some(object) = watched(&capture.image, procs, epoll, line.fd, same_number)? else {
+            let Some(object) = watched(capture, procs, epoll, line, same_number)? else {
                 capture.image.objects[epoll].kind = Kind::Refused {
                     what: format!(
-                        "an epoll that watches a file which is no longer at descriptor {}",
+                        "an epoll that watches a file which was descriptor {} and which no process has that has the epoll",
                         line.fd
                     ),
                 };
@@ -52,23 +53,41 @@ pub(crate) fn resolve(capture: &mut Capture<'_>, procs: &Procs<'_>) -> Result<()
     Ok(())
 }
 
-/// The object at `fd` in a process that shares the epoll, if the epoll watches that very file.
+/// The object that an epoll watches by this line. Most are still at the number that they were registered by.
 fn watched(
-    image: &Descriptors,
+    capture: &Capture<'_>,
     procs: &Procs<'_>,
     epoll: usize,
-    fd: i32,
+    line: &EpollItem,
     same_number: usize,
 ) -> Result<Option<usize>> {
+    let image = &capture.image;
     for &(pid, epfd) in &image.objects[epoll].slots {
-        if let Some(slot) = image.slot(pid, fd) {
-            let same = sys::fd::epoll_watches(procs[&pid].host(), epfd, fd, same_number);
-            // The file may have been closed since; then the number names none or another.
+        let owner = (procs[&pid].host(), epfd);
+        let is_watched = |file| {
+            let same = sys::fd::epoll_watches(file, owner, line.fd, same_number);
             match same {
-                Ok(true) => return Ok(Some(slot.object)),
-                Ok(false) => {}
-                Err(e) if e.raw_os_error() == Some(libc::ENOENT) => {}
-                Err(e) => return Err(e).during(pid, "asking what an epoll watches"),
+                Err(e) if e.raw_os_error() == Some(libc::ENOENT) => Ok(false),
+                other => other.during(pid, "asking what an epoll watches"),
+            }
+        };
+        if let Some(slot) = image.slot(pid, line.fd)
+            && is_watched((owner.0, line.fd))?
+        {
+            return Ok(Some(slot.object));
+        }
+        // The file may be at another number since.
+        let here = |object: &usize| {
+            image.objects[*object]
+                .slots
+                .iter()
+                .any(|slot| slot.0 == pid)
+        };
+        let inodes = capture.inodes.iter().enumerate();
+        let alike = inodes.filter(|(_, inode)| **inode == line.ino);
+        for object in alike.map(|(object, _)| object).filter(here) {
+            if is_watched(capture.firsts[object])? {
+                return Ok(Some(object));
             }
         }
     }
@@ -133,7 +152,7 @@ fn same(plan: &Plan, now: &Interest, goal: &Interest) -> bool {
         && plan.reuse[goal.object] == Some(now.object)
 }
 
-/// Runs `epoll_ctl(2)` in a process in which the epoll and the watched number both are.
+/// Runs `epoll_ctl(2)` in a process that has both the epoll and the watched file.
 fn control(
     procs: &mut Procs<'_>,
     image: &Descriptors,
@@ -141,29 +160,77 @@ fn control(
     operation: i32,
     interest: &Interest,
 ) -> Result<()> {
-    let here = |&&(pid, _): &&(InnerPid, i32)| {
+    let at_number = |&&(pid, _): &&(InnerPid, i32)| {
         image.slot(pid, interest.fd).map(|slot| slot.object) == Some(interest.object)
     };
-    let Some((pid, epfd)) = epolls.iter().find(here).copied() else {
-        return Ok(());
-    };
-    let Some(remote) = procs.get_mut(&pid) else {
+    if let Some((pid, epfd)) = epolls.iter().find(at_number).copied() {
+        let mut batch = Batch::new();
+        let call = call(&mut batch, epfd, operation, interest);
+        return run(procs, pid, &batch, &[call]);
+    }
+    let elsewhere = epolls.iter().find_map(|&(pid, epfd)| {
+        let mut slots = image.objects[interest.object].slots.iter();
+        let &(_, from) = slots.find(|slot| slot.0 == pid)?;
+        Some((pid, epfd, from))
+    });
+    let Some((pid, epfd, from)) = elsewhere else {
         return Ok(());
     };
     let mut batch = Batch::new();
+    let calls = lend(
+        &mut batch,
+        image.slot(pid, interest.fd),
+        (from, interest.fd),
+        |b| call(b, epfd, operation, interest),
+    );
+    run(procs, pid, &batch, &calls)
+}
+
+fn call(batch: &mut Batch, epfd: i32, operation: i32, interest: &Interest) -> CallId {
     let mut event = interest.events.to_le_bytes().to_vec();
     event.extend_from_slice(&interest.data.to_le_bytes());
     let event = batch.input(&event);
-    let call = batch.call(
-        libc::SYS_epoll_ctl,
-        &[
-            epfd.into(),
-            operation.into(),
-            interest.fd.into(),
-            event.into(),
-        ],
-    );
+    let args = [
+        epfd.into(),
+        operation.into(),
+        interest.fd.into(),
+        event.into(),
+    ];
+    batch.call(libc::SYS_epoll_ctl, &args)
+}
+
+/// Lets a descriptor have another number for the time of one call; what has that number is put aside.
+fn lend(
+    batch: &mut Batch,
+    occupant: Option<Slot>,
+    (from, to): (i32, i32),
+    meanwhile: impl FnOnce(&mut Batch) -> CallId,
+) -> Vec<CallId> {
+    let place = |b: &mut Batch, from: Arg, cloexec: bool| {
+        let flags = if cloexec { libc::O_CLOEXEC } else { 0 };
+        b.must(libc::SYS_dup3, &[from, to.into(), flags.into()])
+    };
+    let Some(occupant) = occupant else {
+        let placed = place(batch, from.into(), true);
+        let done = meanwhile(batch);
+        return vec![placed, done, batch.call(libc::SYS_close, &[to.into()])];
+    };
+    let aside = [to.into(), libc::F_DUPFD_CLOEXEC.into(), 0.into()];
+    let aside = batch.must(libc::SYS_fcntl, &aside);
+    let placed = place(batch, from.into(), true);
+    let done = meanwhile(batch);
+    let back = place(batch, aside.into(), occupant.cloexec);
+    let closed = batch.call(libc::SYS_close, &[aside.into()]);
+    vec![aside, placed, done, back, closed]
+}
+
+fn run(procs: &mut Procs<'_>, pid: InnerPid, batch: &Batch, calls: &[CallId]) -> Result<()> {
+    let Some(remote) = procs.get_mut(&pid) else {
+        return Ok(());
+    };
     let doing = "putting an epoll right";
-    let outcome = remote.run(&batch).during(pid, doing)?;
-    outcome.result(call).during(pid, doing).map(drop)
+    let outcome = remote.run(batch).during(pid, doing)?;
+    calls
+        .iter()
+        .try_for_each(|call| outcome.result(*call).during(pid, doing).map(drop))
 }

@@ -19,9 +19,16 @@ const KEPT: i32 = libc::O_ACCMODE
     | libc::O_DIRECTORY
     | libc::O_NOFOLLOW;
 
+/// What `O_TMPFILE` has beside `O_DIRECTORY`. A file that was made so keeps both among its flags.
+const TEMPORARY: i32 = libc::O_TMPFILE & !libc::O_DIRECTORY;
+
 /// The flags with which to open a file so that its status flags become `flags`.
 pub(crate) fn reopen_flags(flags: i32) -> i32 {
-    flags & KEPT | libc::O_CLOEXEC
+    let kept = match flags & TEMPORARY {
+        0 => KEPT,
+        _ => KEPT & !libc::O_DIRECTORY,
+    };
+    flags & kept | libc::O_CLOEXEC
 }
 
 /// Opens a path of the sandbox as its own root directory resolves it.

@@ -92,6 +92,7 @@ struct State {
 /// An object that exists.
 #[derive(Debug)]
 struct Live {
+    /// Open for reading only, for the kernel executes nothing that somebody could write to.
     file: File,
     inode: u64,
     name: Arc<str>,
@@ -140,7 +141,7 @@ impl SharedObjects {
         }
         let (start, end) = (mapping.start, mapping.end);
         let path = format!("/proc/{host}/map_files/{start:x}-{end:x}");
-        self.adopt(reopen(&path, libc::O_RDWR)?, name)
+        self.adopt(reopen(&path, libc::O_RDONLY)?, name)
     }
 
     /// Captures the object behind a descriptor (a memfd), if that was not done in this round.
@@ -157,7 +158,7 @@ impl SharedObjects {
             None => {
                 let path = format!("/proc/self/fd/{}", file.as_raw_fd());
                 let name = fs::read_link(&path)?;
-                self.adopt(reopen(&path, libc::O_RDWR)?, &name.to_string_lossy())?
+                self.adopt(reopen(&path, libc::O_RDONLY)?, &name.to_string_lossy())?
             }
         };
         self.capture(key)?;
@@ -262,9 +263,10 @@ impl Live {
         fchmod(&file, Mode::from_raw_mode(image.mode))?;
         let (uid, gid) = image.owner;
         fchown(&file, Some(Uid::from_raw(uid)), Some(Gid::from_raw(gid)))?;
+        let path = format!("/proc/self/fd/{}", file.as_raw_fd());
         Ok(Self {
             inode: file.metadata()?.ino(),
-            file,
+            file: reopen(&path, libc::O_RDONLY)?,
             name: Arc::clone(&image.name),
             pages: PageMap::new(),
             images: Weak::new(),
@@ -299,12 +301,14 @@ impl Live {
         }
         let size = self.file.metadata()?.len();
         let now = read(&self.file, size, &self.pages, store)?;
+        let path = format!("/proc/self/fd/{}", self.file.as_raw_fd());
+        let writable = reopen(&path, libc::O_RDWR)?;
         if size != image.size {
-            self.file.set_len(image.size)?;
+            writable.set_len(image.size)?;
         }
-        write(&self.file, &now, image)?;
+        write(&writable, &now, image)?;
         if seals != wanted {
-            fcntl_add_seals(&self.file, wanted)?;
+            fcntl_add_seals(&writable, wanted)?;
         }
         self.pages = image.pages.clone();
         self.images = Arc::downgrade(&image.hold);

@@ -27,6 +27,8 @@ use crate::sys::ptrace::{self, RawSiginfo, Registers, Stop};
 const STUB_ROOM: u64 = 4096;
 /// Size of the area.
 const AREA: u64 = 64 * 1024;
+/// How far it is below the code that the first thread was stopped in.
+const AWAY: u64 = 16 << 30;
 /// Where else the area is tried: at multiples of this distance,
 const PLACES_APART: u64 = 64 << 30;
 /// of which there are so many below the end of the address space.
@@ -335,8 +337,20 @@ impl Remote {
     fn map_area(&mut self) -> io::Result<u64> {
         match self.area {
             Some(at) => Ok(at),
-            None => self.map_new_area(0, 0),
+            None => self.map_first_area(),
         }
+    }
+
+    /// Maps the area far below what the program has mapped last: a mapping that grows down (`MAP_GROWSDOWN`) needs room
+    /// there, and the kernel's own choice would be right below it.
+    fn map_first_area(&mut self) -> io::Result<u64> {
+        let code = self.base.rip & !(AREA - 1);
+        if let Some(at) = code.checked_sub(AWAY).filter(|at| *at > AWAY)
+            && let Ok(at) = self.map_new_area(at, libc::MAP_FIXED_NOREPLACE)
+        {
+            return Ok(at);
+        }
+        self.map_new_area(0, 0)
     }
 
     /// Maps another area, where the kernel likes unless `flags` say otherwise.

@@ -41,19 +41,24 @@ pub(crate) fn compare_files(a: (HostPid, i32), b: (HostPid, i32)) -> io::Result<
     }
 }
 
-/// Whether what an epoll watches under the number `fd` is the file that the process has there now
-/// (`KCMP_EPOLL_TFD`). `nth` tells registrations with the same number apart.
-pub(crate) fn epoll_watches(pid: HostPid, epfd: i32, fd: i32, nth: usize) -> io::Result<bool> {
+/// Whether an epoll watches this file of some process under the number `fd` (`KCMP_EPOLL_TFD`). `nth` tells registrations
+/// with the same number apart.
+pub(crate) fn epoll_watches(
+    file: (HostPid, i32),
+    (owner, epfd): (HostPid, i32),
+    fd: i32,
+    nth: usize,
+) -> io::Result<bool> {
     const KCMP_EPOLL_TFD: libc::c_long = 7;
     let slot = [epfd, fd, i32::try_from(nth).unwrap_or(i32::MAX)];
     // SAFETY: the kernel reads one kcmp_epoll_slot, three 32-bit numbers, which `slot` is.
     let order = check(unsafe {
         libc::syscall(
             libc::SYS_kcmp,
-            libc::c_long::from(pid.0),
-            libc::c_long::from(pid.0),
+            libc::c_long::from(file.0.0),
+            libc::c_long::from(owner.0),
             KCMP_EPOLL_TFD,
-            libc::c_long::from(fd),
+            libc::c_long::from(file.1),
             slot.as_ptr(),
         )
     })?;

@@ -146,18 +146,45 @@ fn an_epoll_watches_what_it_watched() {
     assert_rebuilds(&world, &image, &mut python);
 }
 
+/// The registration keeps the number that the file had then, whether or not something else has it now.
 #[test]
-fn an_epoll_that_watches_a_number_without_its_file_is_refused_but_rolled_back() {
+fn an_epoll_watches_a_file_by_a_number_that_it_no_longer_has() {
+    for occupant in ["", "; os.dup2(0, e)"] {
+        let world = World::new();
+        let mut python = python(&world);
+        python.run(&format!(
+            "p = select.epoll(); e = os.eventfd(0)\n\
+             p.register(e, select.EPOLLIN); g = os.dup(e); os.close(e){occupant}"
+        ));
+        let image = python.capture(&world);
+        python.run("os.close(g)");
+        python.restore(&world, &image);
+        python.run("os.eventfd_write(g, 1)");
+        python.expect("p.poll(60) == [(e, select.EPOLLIN)]", "True");
+        python.run("p.close()");
+        python.restore(&world, &image);
+        assert_rebuilds(&world, &image, &mut python);
+    }
+}
+
+#[test]
+fn an_epoll_that_watches_what_only_others_have_is_refused_but_rolled_back() {
     let world = World::new();
     let mut python = python(&world);
     python.run("p = select.epoll(); e = os.eventfd(0)");
     let image = python.capture(&world);
-    python.run("p.register(e, select.EPOLLIN); g = os.dup(e); os.close(e)");
+    python.run(
+        "g = os.dup(e); p.register(e, select.EPOLLIN)\n\
+         r, w = os.pipe(); child = os.fork()\n\
+         if not child: p.close(); os.close(w); os.read(r, 1); os._exit(0)\n\
+         os.close(r); os.close(e); os.close(g)",
+    );
     let refusal = python.refusal(&world);
     assert!(
         refusal.contains("an epoll that watches a file"),
         "{refusal}"
     );
+    python.run("os.close(w); os.waitpid(child, 0)");
     python.restore(&world, &image);
     python.run("os.eventfd_write(e, 1)");
     python.expect("p.poll(0)", "[]");

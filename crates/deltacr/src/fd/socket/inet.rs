@@ -8,6 +8,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use super::capture::{Relation, Sockets};
 use super::model::{Socket, State};
+use super::queue::{ROUND, ROUNDS};
 use super::{diag, options};
 use crate::fd::model::{Descriptors, Kind};
 use crate::sys::socket as sys;
@@ -32,6 +33,9 @@ const WINDOW_SCALE: u32 = 7;
 const OPTION_SEGMENT: u32 = 2;
 const OPTION_WINDOW: u32 = 3;
 const OPTION_SACK: u32 = 4;
+
+/// The port that discards by definition.
+const DISCARD: u16 = 9;
 
 /// States of a TCP socket (`tcp_states.h`).
 mod tcp {
@@ -109,9 +113,10 @@ pub(super) fn relate(
     if !sockets.socket(image, index).is_tcp() {
         return Ok(());
     }
-    let info = Info::read(sockets.handles[&index].as_fd())?;
+    let handle = sockets.handles[&index].as_fd();
+    let info = Info::read(handle)?;
     let state = match info.state() {
-        tcp::CLOSED => State::Idle,
+        tcp::CLOSED => closed(handle)?,
         tcp::SYN_SENT | tcp::SYN_RECEIVED => {
             return Err(Relation::Refused(
                 "a TCP connection that is being made; wait for it".into(),
@@ -140,6 +145,17 @@ pub(super) fn relate(
     };
     socket.state = state;
     Ok(())
+}
+
+/// What a closed socket is: one that was connected reads as the end, another has no connection to read from.
+fn closed(socket: BorrowedFd<'_>) -> Result<State, Relation> {
+    match sys::receive(socket, &mut [0], libc::MSG_PEEK) {
+        Ok(received) if received.len == 0 => Ok(State::Ended),
+        Ok(_) => Err(Relation::Refused(
+            "a TCP connection that both sides have ended, with bytes that wait to be read".into(),
+        )),
+        Err(_) => Ok(State::Idle),
+    }
 }
 
 fn listening(
@@ -347,6 +363,13 @@ pub(super) fn bind_over(net: &OwnedFd, end: BorrowedFd<'_>, local: &[u8]) -> io:
             forget_closed(net, local)?;
             sys::bind(end, local)
         }
+        // It was allowed to be bound to an address that the host does not have.
+        Err(e) if e.raw_os_error() == Some(libc::EADDRNOTAVAIL) => {
+            sys::set_int_option(end, libc::IPPROTO_IP, libc::IP_FREEBIND, 1)?;
+            let bound = sys::bind(end, local);
+            sys::set_int_option(end, libc::IPPROTO_IP, libc::IP_FREEBIND, 0)?;
+            bound
+        }
         result => result,
     }
 }
@@ -355,29 +378,60 @@ fn forget_closed(net: &OwnedFd, local: &[u8]) -> io::Result<()> {
     endpoint(local).map_or(Ok(()), |(port, _)| diag::forget_closed(net, port))
 }
 
+/// An address of the loopback device.
+fn loopback(domain: i32, port: u16) -> Vec<u8> {
+    let (len, family) = match domain {
+        libc::AF_INET => (16, libc::AF_INET),
+        _ => (28, libc::AF_INET6),
+    };
+    let mut address = vec![0; len];
+    address[..2].copy_from_slice(&(family as u16).to_ne_bytes());
+    address[2..4].copy_from_slice(&port.to_be_bytes());
+    match domain {
+        libc::AF_INET => address[4..8].copy_from_slice(&[127, 0, 0, 1]),
+        _ => address[23] = 1,
+    }
+    address
+}
+
+/// A connection that both sides have ended, made of two fresh sockets. Which addresses it had nobody can ask any more.
+pub(super) fn make_ended(image: &Socket, [other, listener]: [OwnedFd; 2]) -> io::Result<OwnedFd> {
+    sys::bind(listener.as_fd(), &loopback(image.domain, 0))?;
+    rustix::net::listen(&listener, 1)?;
+    sys::connect(other.as_fd(), &sys::local_address(listener.as_fd())?).or_else(|e| {
+        match e.raw_os_error() {
+            Some(libc::EINPROGRESS) => Ok(()),
+            _ => Err(e),
+        }
+    })?;
+    let end = until(|| sys::accept(listener.as_fd()).ok())?;
+    options::set(end.as_fd(), image)?;
+    sys::shutdown(other.as_fd(), 2)?;
+    until(|| (Info::read(end.as_fd()).ok()?.state() == tcp::CLOSE_WAIT).then_some(()))?;
+    sys::shutdown(end.as_fd(), 2)?;
+    until(|| (Info::read(end.as_fd()).ok()?.state() == tcp::CLOSED).then_some(()))?;
+    Ok(end)
+}
+
+/// Waits for what comes through the loopback device at once, or nearly so.
+fn until<T>(mut done: impl FnMut() -> Option<T>) -> io::Result<T> {
+    for _ in 0..ROUNDS {
+        if let Some(result) = done() {
+            return Ok(result);
+        }
+        std::thread::sleep(ROUND);
+    }
+    Err(io::ErrorKind::TimedOut.into())
+}
+
 /// A connection that was cut: the first call on it tells so.
 pub(super) fn make_cut(net: &OwnedFd, end: &OwnedFd, image: &Socket) -> io::Result<()> {
     let end = end.as_fd();
     options::set(end, image)?;
     sys::set_int_option(end, TCP, TCP_REPAIR, REPAIR_ON)?;
-    let loopback = |port: u16| match image.domain {
-        libc::AF_INET => {
-            let mut address = vec![0; 16];
-            address[..2].copy_from_slice(&(libc::AF_INET as u16).to_ne_bytes());
-            address[2..4].copy_from_slice(&port.to_be_bytes());
-            address[4..8].copy_from_slice(&[127, 0, 0, 1]);
-            address
-        }
-        _ => {
-            let mut address = vec![0; 28];
-            address[..2].copy_from_slice(&(libc::AF_INET6 as u16).to_ne_bytes());
-            address[2..4].copy_from_slice(&port.to_be_bytes());
-            address[23] = 1;
-            address
-        }
-    };
-    // Nobody hears of this connection: it is made without a packet. Port 9 discards by definition.
-    establish(net, end, SEQUENCE, &loopback(0), &loopback(9))?;
+    // Nobody hears of this connection: it is made without a packet.
+    let loopback = |port| loopback(image.domain, port);
+    establish(net, end, SEQUENCE, &loopback(0), &loopback(DISCARD))?;
     sys::set_int_option(end, TCP, TCP_REPAIR, REPAIR_OFF)?;
     cut(end)
 }

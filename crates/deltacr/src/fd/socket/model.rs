@@ -49,6 +49,8 @@ pub(crate) enum State {
     Connected { peer: usize },
     /// The peer has closed its side; what it sent is in the queue.
     Orphaned,
+    /// Both sides have closed the connection, and nothing is left to read.
+    Ended,
     /// Connected to what is not in the tree.
     Outside,
 }

@@ -9,6 +9,7 @@ use crate::sys::socket as sys;
 const SOL_SOCKET: i32 = libc::SOL_SOCKET;
 const SO_BUF_LOCK: i32 = 72;
 const SO_PEEK_OFF: i32 = 42;
+const SO_BINDTOIFINDEX: i32 = 62;
 /// Bits of `SO_BUF_LOCK`.
 const SEND_LOCKED: i32 = 1;
 const RECEIVE_LOCKED: i32 = 2;
@@ -26,6 +27,10 @@ const COMMON: &[(i32, i32)] = &[
     (SOL_SOCKET, libc::SO_SNDTIMEO),
     (SOL_SOCKET, libc::SO_TIMESTAMP),
     (SOL_SOCKET, libc::SO_TIMESTAMPNS),
+    (SOL_SOCKET, libc::SO_DONTROUTE),
+    (SOL_SOCKET, libc::SO_NO_CHECK),
+    (SOL_SOCKET, libc::SO_MARK),
+    (SOL_SOCKET, SO_BINDTOIFINDEX),
 ];
 const UNIX: &[(i32, i32)] = &[
     (SOL_SOCKET, libc::SO_PASSCRED),

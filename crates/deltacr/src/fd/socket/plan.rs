@@ -15,6 +15,7 @@ pub(crate) fn alike(now: &Socket, wanted: &Socket) -> bool {
         && open_enough
         && match (&now.state, &wanted.state) {
             (State::Idle, State::Idle)
+            | (State::Ended, State::Ended)
             | (State::Listening { .. }, State::Listening { .. })
             | (State::Connected { .. }, State::Connected { .. }) => true,
             (State::Orphaned, State::Orphaned) => now.queue == wanted.queue,

@@ -147,6 +147,7 @@ impl Restore<'_, '_> {
                 end
             }
             (State::Orphaned, _) => self.make_orphan(index, image)?,
+            (State::Ended, _) => inet::make_ended(image, [self.fresh(image)?, self.fresh(image)?])?,
             _ => {
                 let (pid, fd) = target.objects[index].slots[0];
                 self.notes.push(format!(
@@ -386,7 +387,7 @@ impl Restore<'_, '_> {
     ) -> io::Result<()> {
         match from {
             Some(from) if wanted.is_tcp() && drain => queue::drain_connection(from, to)?,
-            _ if drain => queue::drain(to, wanted.is_stream())?,
+            _ if drain => queue::drain(to, wanted.kind)?,
             _ => {}
         }
         from.map_or(Ok(()), |from| queue::fill(from, &wanted.queue))
