@@ -127,6 +127,15 @@ impl Base {
         self.table.lock().inodes.get(&ino).cloned()
     }
 
+    /// Lets go of what the host said of an inode that the kernel has forgotten; it is asked again when that is needed. The
+    /// number stays that file's.
+    pub(crate) fn forget(&self, ino: Ino) {
+        let inode = self.inode(ino);
+        if let Some(inode) = inode.filter(|_| ino != ROOT) {
+            inode.let_go();
+        }
+    }
+
     /// How many base inodes are known.
     pub(crate) fn known(&self) -> usize {
         self.table.lock().inodes.len()
@@ -169,6 +178,22 @@ impl Drop for Base {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_forgotten_inode_keeps_its_number_and_shows_the_same_again() {
+        let dir = tempfile::tempdir().unwrap();
+        std::fs::write(dir.path().join("file"), "x").unwrap();
+        let base = Base::new(File::open(dir.path()).unwrap().into(), &[]).unwrap();
+        let root = base.inode(ROOT).unwrap();
+        let name: Name = Arc::from(&b"file"[..]);
+        let child = root.child(&name).unwrap().unwrap();
+        let shown = child.node().unwrap();
+        base.forget(child.ino());
+        assert_eq!(Arc::strong_count(&shown.0), 1, "nobody else holds it");
+        assert_eq!(root.child(&name).unwrap().unwrap().ino(), child.ino());
+        let again = child.node().unwrap();
+        assert_eq!((again.meta, &again.names), (shown.meta, &shown.names));
+    }
 
     #[test]
     fn a_base_that_is_dropped_leaves_nothing_in_memory() {

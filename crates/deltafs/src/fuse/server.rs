@@ -197,7 +197,10 @@ impl Server {
 
     /// Takes look-ups back; an inode without a name that nobody knows any more is gone.
     pub(crate) fn forget(&self, ino: Ino, lookups: u64) {
-        let gone = || self.absent.forget(ino);
+        let gone = || {
+            self.absent.forget(ino);
+            self.tree.base.forget(ino);
+        };
         if self.kernel.forget(ino, lookups, gone) && self.view.read().orphans().contains(&ino) {
             self.release_if_unknown(ino);
         }
