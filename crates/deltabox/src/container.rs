@@ -52,6 +52,8 @@ pub(crate) struct Container {
     control: Mutex<Control>,
     events: OwnedFd,
     init: Pid,
+    /// The host's id of its root.
+    first_id: u32,
     root: OwnedFd,
     cgroup: Cgroup,
     payload: PathBuf,
@@ -165,6 +167,7 @@ impl Container {
             control: Mutex::new(control),
             events,
             init,
+            first_id: parts.first_id,
             root,
             payload: parts.cgroup.payload(),
             cgroup: parts.cgroup,
@@ -182,6 +185,11 @@ impl Container {
     /// What the sandbox does without.
     pub(crate) fn warnings(&self) -> &[String] {
         &self.cgroup.warnings
+    }
+
+    /// The host's id for one inside.
+    pub(crate) fn outside(&self, id: u32) -> u32 {
+        self.first_id.saturating_add(id)
     }
 
     /// PID 1, as this process sees it.

@@ -30,7 +30,7 @@ pub struct Session {
     pub(crate) pid: i32,
     /// The number of its terminal in the sandbox's `/dev/pts`.
     pub(crate) terminal: Option<u32>,
-    /// The user outside that its streams belong to.
+    /// The user inside that its streams belong to.
     pub(crate) owner: u32,
     pub(crate) shared: Weak<Shared>,
     pub(crate) state: Mutex<State>,

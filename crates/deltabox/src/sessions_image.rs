@@ -18,7 +18,7 @@ use crate::report::SessionId;
 use crate::session::{Exit, Session, State};
 use crate::sessions::Shared;
 use crate::spawn::open_terminal;
-use crate::streams::{Channel, Streams};
+use crate::streams::{Channel, End, Streams};
 use crate::sys;
 
 /// All sessions of a sandbox as they were at one moment.
@@ -138,8 +138,7 @@ impl Shared {
             .doing(source.doing("copying the log of"))?;
         let mut streams = Streams::default();
         if let (Some(number), None) = (source.terminal, kept.exit) {
-            let root = self.container.root();
-            streams.master = Some(open_terminal(root, Some(number))?.0);
+            streams.master = Some(self.make_master(number, source.owner)?);
         }
         Ok(Session {
             id: source.id,
@@ -192,14 +191,19 @@ impl Shared {
     pub(crate) fn open_master(&self, session: &Session) -> Result<()> {
         let streams = &mut session.state.lock().streams;
         if let (Some(number), None) = (session.terminal, &streams.master) {
-            let (master, _) = open_terminal(self.container.root(), Some(number))?;
-            let owner = rustix::fs::Uid::from_raw(session.owner);
-            sys::open_peer(master.fd())
-                .and_then(|terminal| Ok(rustix::fs::fchown(&terminal, Some(owner), None)?))
-                .doing(session.doing("giving the terminal to the user of"))?;
-            streams.master = Some(master);
+            streams.master = Some(self.make_master(number, session.owner)?);
         }
         Ok(())
+    }
+
+    /// A terminal of this number that belongs to this user.
+    fn make_master(&self, number: u32, owner: u32) -> Result<End> {
+        let (master, _) = open_terminal(self.container.root(), Some(number))?;
+        let owner = rustix::fs::Uid::from_raw(self.container.outside(owner));
+        sys::open_peer(master.fd())
+            .and_then(|terminal| Ok(rustix::fs::fchown(&terminal, Some(owner), None)?))
+            .doing("giving a terminal to its user")?;
+        Ok(master)
     }
 
     /// The session stream that the pipe with this inode number is.
@@ -218,7 +222,8 @@ impl Shared {
         }
         let session = self.session(number).ok_or(io::ErrorKind::NotFound)?;
         let mut state = session.state.lock();
-        let inside = state.streams.open_inside(channel, write, session.owner)?;
+        let owner = self.container.outside(session.owner);
+        let inside = state.streams.open_inside(channel, write, owner)?;
         state.streams.watch(number, &self.poller)?;
         Ok(inside)
     }

@@ -56,7 +56,7 @@ pub(crate) fn spawn(
     };
     let new = NewSession {
         argv: argv.clone(),
-        owner,
+        owner: user.uid,
         terminal: ends.terminal,
         streams: ends.outside,
         timeout: command.timeout,

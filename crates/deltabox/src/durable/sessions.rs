@@ -51,7 +51,6 @@ struct Entry {
 pub(super) fn write(
     image: &SessionsImage,
     before: Option<&SessionsImage>,
-    first_id: u32,
     dir: &Path,
 ) -> Result<()> {
     let mut log = LogWriter::create(&dir.join(SESSIONS), FORMAT)?;
@@ -67,7 +66,7 @@ pub(super) fn write(
                 argv: session.argv.clone(),
                 pid: session.pid,
                 terminal: session.terminal,
-                owner: session.owner.saturating_sub(first_id),
+                owner: session.owner,
                 exit: kept.exit.map(|exit| (exit.status, exit.timed_out)),
                 left: kept.left,
                 timed_out: kept.timed_out,
@@ -92,16 +91,14 @@ pub(super) fn write(
 /// Reads sessions of checkpoints; a session is the same one in all of them.
 pub(crate) struct SessionReader<'a> {
     shared: &'a Arc<Shared>,
-    first_id: u32,
     known: BTreeMap<SessionId, Arc<Session>>,
 }
 
 impl<'a> SessionReader<'a> {
     /// The sessions will belong to this sandbox.
-    pub(crate) fn new(shared: &'a Arc<Shared>, first_id: u32) -> Self {
+    pub(crate) fn new(shared: &'a Arc<Shared>) -> Self {
         Self {
             shared,
-            first_id,
             known: BTreeMap::new(),
         }
     }
@@ -169,7 +166,7 @@ impl<'a> SessionReader<'a> {
                     argv: entry.argv,
                     pid: entry.pid,
                     terminal: entry.terminal,
-                    owner: self.first_id.saturating_add(entry.owner),
+                    owner: entry.owner,
                 }));
                 self.known.insert(entry.id, Arc::clone(&session));
                 session

@@ -36,7 +36,7 @@ pub(crate) fn write(archive: &Archive, draft: &Draft, origin: &Origin, epoch: u6
         };
         let sessions = || {
             let before = before.map(Content::sessions);
-            sessions::write(content.sessions(), before, origin.first_id, dir)
+            sessions::write(content.sessions(), before, dir)
         };
         // Side by side, since each waits for the disk most of the time.
         let (files, image) = std::thread::scope(|scope| -> Result<_> {

@@ -105,7 +105,7 @@ impl Sandbox {
         let shared = &self.sessions.shared;
         shared.stopped.store(true, Ordering::Release);
         shared.epoch.store(dormant.epoch(), Ordering::Release);
-        let mut reader = SessionReader::new(shared, self.first_id);
+        let mut reader = SessionReader::new(shared);
         let mut read: BTreeMap<CheckpointId, SessionsImage> = BTreeMap::new();
         let mut lost = BTreeMap::new();
         let state = self.state.get_mut();

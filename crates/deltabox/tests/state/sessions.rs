@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use deltabox::{CommandSpec, Error, Events, Sandbox, Session, SessionEvent, WindowSize};
 
-use crate::lab::{Lab, PATIENCE, Program, ended, output, text};
+use crate::lab::{Lab, Outcome, PATIENCE, Program, ended, output, text};
 
 fn sh(script: &str) -> CommandSpec {
     CommandSpec {
@@ -336,4 +336,25 @@ fn a_fork_and_its_source_do_not_hear_each_other() {
     }
     lab.host.remove(sandbox.name()).unwrap();
     assert_eq!(programs[1].ask("alone").unwrap(), "alone");
+}
+
+#[test]
+fn streams_can_be_opened_by_name_in_a_fork_and_after_a_restart() -> Outcome {
+    let lab = Lab::new();
+    let sandbox = lab.sandbox();
+    let script = "while read line; do eval \"$line\"; done";
+    let mut program = Program::start(&sandbox, &["sh", "-c", script])?;
+    let line = "echo by name > /dev/stdout";
+    assert_eq!(program.ask(line)?, "by name");
+    let id = sandbox.checkpoint_durable(None).unwrap().id;
+    let mark = program.mark();
+    let fork = &lab.fork(&sandbox, id, 1)?[0];
+    assert_eq!(program.in_fork(fork, mark)?.ask(line)?, "by name");
+    let (name, session) = (sandbox.name().to_owned(), program.session.info().id);
+    let lab = lab.restarted();
+    let sandbox = lab.host.get(&name).unwrap();
+    sandbox.rollback(id).unwrap();
+    let mut program = Program::found(&sandbox, session, mark)?;
+    assert_eq!(program.ask(line)?, "by name");
+    Ok(())
 }
