@@ -1,7 +1,7 @@
 //! The files that an image refers to: the program, the working directory.
 
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsRawFd, OwnedFd};
 
 use rustix::fs::{Mode, OFlags, ResolveFlags, fstat, openat2};
 use serde::{Deserialize, Serialize};
@@ -81,18 +81,23 @@ pub(crate) fn open(
     let Some(inode) = inode else {
         return Ok(by_path()?);
     };
-    if leads_to(env, path, inode) {
-        return Ok(by_path()?);
+    match find(env, path, inode) {
+        // What was looked at is opened, without another walk along the path.
+        Some(found) if !flags.contains(OFlags::NOFOLLOW) => {
+            let found = format!("/proc/self/fd/{}", found.as_raw_fd());
+            Ok(rustix::fs::open(found, flags, Mode::empty())?)
+        }
+        Some(_) => Ok(by_path()?),
+        None => env.open_inode(inode, flags.bits() as i32),
     }
-    env.open_inode(inode, flags.bits() as i32)
 }
 
-/// Whether a path leads to an inode of the versioned filesystem.
-fn leads_to(env: &dyn Environment, path: &[u8], inode: u64) -> bool {
+/// What a path leads to, if that is this inode of the versioned filesystem.
+fn find(env: &dyn Environment, path: &[u8], inode: u64) -> Option<OwnedFd> {
     // Only looked at, for what has taken the path meanwhile may be a fifo or a device.
     let flags = OFlags::PATH | OFlags::CLOEXEC;
     let resolve = ResolveFlags::IN_ROOT | ResolveFlags::NO_MAGICLINKS;
-    openat2(env.root(), path, flags, Mode::empty(), resolve)
-        .and_then(fstat)
-        .is_ok_and(|stat| (stat.st_dev, stat.st_ino) == (env.fs_device(), inode))
+    let found = openat2(env.root(), path, flags, Mode::empty(), resolve).ok()?;
+    let stat = fstat(&found).ok()?;
+    ((stat.st_dev, stat.st_ino) == (env.fs_device(), inode)).then_some(found)
 }
