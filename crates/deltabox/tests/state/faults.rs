@@ -66,6 +66,50 @@ fn a_process_with_a_root_of_its_own_is_named() {
     refused_and_unharmed(&script(make, mend), &["chroot"]);
 }
 
+#[test]
+fn raw_and_packet_sockets_are_named() {
+    for kind in ["AF_INET, socket.SOCK_RAW, 1", "AF_PACKET, socket.SOCK_RAW"] {
+        let make = format!("s = socket.socket(socket.{kind})");
+        refused_and_unharmed(
+            &script(&make, "s.close()"),
+            &["descriptor", "socket of family"],
+        );
+    }
+}
+
+#[test]
+fn a_handle_of_a_dead_process_is_named() {
+    let make =
+        "pid = os.fork()\nif pid == 0: os._exit(0)\nfd = os.pidfd_open(pid)\nos.waitpid(pid, 0)";
+    refused_and_unharmed(&script(make, "os.close(fd)"), &["pidfd"]);
+}
+
+#[test]
+fn shared_memory_of_system_v_is_named() {
+    let make = "libc = ctypes.CDLL(None)\nlibc.shmat.restype = ctypes.c_void_p\n\
+                key = libc.shmget(0, 4096, 0o1600)\nat = libc.shmat(key, None, 0)";
+    let mend = "libc.shmdt(ctypes.c_void_p(at))\nlibc.shmctl(key, 0, None)";
+    refused_and_unharmed(&script(make, mend), &["System V"]);
+}
+
+#[test]
+fn a_process_whose_first_thread_has_ended_is_named() {
+    let make = "import threading, time\npid = os.fork()\nif pid == 0:\n  \
+                threading.Thread(target=time.sleep, args=[1000]).start()\n  \
+                ctypes.CDLL(None).syscall(60, 0)\n\
+                while ') Z ' not in open(f'/proc/{pid}/stat').read(): time.sleep(0.01)";
+    let mend = "os.kill(pid, signal.SIGKILL)\nos.waitpid(pid, 0)";
+    refused_and_unharmed(&script(make, mend), &["first thread has ended"]);
+}
+
+#[test]
+fn a_lease_is_named() {
+    let make = "import fcntl\nfd = os.open('/tmp/leased', os.O_RDWR | os.O_CREAT)\n\
+                fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_WRLCK)";
+    let mend = "fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_UNLCK)";
+    refused_and_unharmed(&script(make, mend), &["lease"]);
+}
+
 /// In place, and made again after its death.
 #[test]
 fn a_process_stands_in_a_removed_directory_again() {
