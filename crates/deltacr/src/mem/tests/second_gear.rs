@@ -1,0 +1,381 @@
+//! Checkpoints that are copied, and rollbacks that are given back, while the process runs.
+
+use super::*;
+use crate::mem::harvest::Written;
+use crate::orphan::{Orphan, Purpose};
+
+#[test]
+fn a_checkpoint_in_second_gear_holds_what_was_when_it_was_taken() {
+    let bench = Bench {
+        gears: LOW,
+        ..Bench::new()
+    };
+    let process = Process::sleeper();
+    let mut stopped = process.seize();
+    let remote = &mut stopped.remote;
+    let mut map = |bytes: u64| call(remote, libc::SYS_mmap, &[0, bytes, RW, ANON, NO_FD, 0]);
+    let (plain, own, wiped) = (map(8 << 20), map(1 << 20), map(1 << 20));
+    let (plain, own, wiped) = (plain.unwrap(), own.unwrap(), wiped.unwrap());
+    let keep = |remote: &mut Remote, at, advice: i32| {
+        call(remote, libc::SYS_madvise, &[at, 1 << 20, advice as u64]).unwrap();
+    };
+    keep(remote, own, libc::MADV_DONTFORK);
+    keep(remote, wiped, libc::MADV_WIPEONFORK);
+    let fill = |remote: &Remote, byte: u8| {
+        let pages: Vec<u8> = (0..2048_u64)
+            .flat_map(|page| [(page % 100) as u8 + byte; 4096])
+            .collect();
+        remote.write(plain, &pages).unwrap();
+        remote.write(own, &vec![byte; 1 << 20]).unwrap();
+        remote.write(wiped, &vec![byte + 1; 1 << 20]).unwrap();
+    };
+    fill(remote, 1);
+    let layout = Layout::of(remote).unwrap();
+    let scan = bench.memory().scan(remote, None, layout).unwrap();
+    let mut tracker = None;
+    let captured = bench.memory().capture(remote, &mut tracker, scan, None);
+    let (state, work) = captured.unwrap();
+    let work = work.unwrap();
+    assert!(work.unread.is_some());
+    let inside = |runs: &[Written], at: u64| runs.iter().any(|r| r.pages.contains(&(at / 4096)));
+    assert!(inside(&work.read.0, own) && inside(&work.read.0, wiped));
+    assert!(!inside(&work.read.0, plain));
+    fill(remote, 77);
+    work.run();
+    let pages = state.pages.get().unwrap();
+    for page in 0..2048 {
+        let expected = [(page % 100) as u8 + 1; 4096];
+        assert_eq!(pages.get(plain / 4096 + page), Some(&expected), "{page}");
+    }
+    assert_eq!(pages.get(own / 4096 + 3), Some(&[1; 4096]));
+    assert_eq!(pages.get(wiped / 4096 + 3), Some(&[2; 4096]));
+    let kept = state.pages.kept().unwrap();
+    // A hundred contents are there, the first two of them in what is kept from children as well.
+    assert!(kept.repeated >= 2048 - 100 + 512, "{kept:?}");
+    let scan = bench
+        .memory()
+        .scan(remote, tracker.as_ref(), layout)
+        .unwrap();
+    assert!(scan.changed_pages() >= 2048 + 512);
+    stopped.release().unwrap();
+}
+
+#[test]
+fn what_a_snapshot_spares_is_forked_to_children_as_before() {
+    let bench = Bench {
+        gears: LOW,
+        ..Bench::new()
+    };
+    let process = Process::sleeper();
+    let mut stopped = process.seize();
+    let remote = &mut stopped.remote;
+    const LEN: u64 = 16 << 20;
+    let mut map = || call(remote, libc::SYS_mmap, &[0, LEN, RW, ANON, NO_FD, 0]).unwrap();
+    let grounds = [map(), map(), map()];
+    // The last is the program's own secret.
+    let args = [grounds[2], LEN, libc::MADV_DONTFORK as u64];
+    call(remote, libc::SYS_madvise, &args).unwrap();
+    for ground in grounds {
+        remote.write(ground, &vec![3; LEN as usize]).unwrap();
+    }
+    let mut tracker = None;
+    bench.capture(remote, &mut tracker);
+    // A page in the middle of the first.
+    remote.write(grounds[0] + LEN / 2, &[4]).unwrap();
+    let maps = || fs::read_to_string(format!("/proc/{}/smaps", process.host())).unwrap();
+    let before = kept_from_children(&maps());
+    assert!(
+        before.len() == 1 && before[0].start == grounds[2],
+        "{before:x?}"
+    );
+    let lines = maps().lines().count();
+
+    let layout = Layout::of(remote).unwrap();
+    let scan = bench
+        .memory()
+        .scan(remote, tracker.as_ref(), layout)
+        .unwrap();
+    let captured = bench.memory().capture(remote, &mut tracker, scan, None);
+    let (_, work) = captured.unwrap();
+    let work = work.unwrap();
+    let (_, snapshot) = work.unread.as_ref().unwrap();
+    assert!(bench.orphans.contains(snapshot.host()));
+    let status = fs::read_to_string(format!("/proc/{}/status", snapshot.host())).unwrap();
+    let resident = status.lines().find_map(|l| l.strip_prefix("RssAnon:"));
+    let resident: u64 = resident
+        .unwrap()
+        .trim()
+        .trim_end_matches(" kB")
+        .parse()
+        .unwrap();
+    assert!(resident < 4 << 10, "{resident} KiB are in the snapshot");
+    work.run();
+    assert_eq!(kept_from_children(&maps()), before);
+    assert_eq!(maps().lines().count(), lines, "mappings stay cut");
+    stopped.release().unwrap();
+}
+
+/// 16 MiB of a process, each page of which holds its number and the number of a content.
+struct Ground {
+    start: u64,
+    contents: [Vec<u8>; 2],
+}
+
+impl Ground {
+    const PAGES: u64 = 4096;
+
+    fn new(remote: &mut Remote) -> Self {
+        let args = [0, Self::PAGES * 4096, RW, ANON, NO_FD, 0];
+        let start = call(remote, libc::SYS_mmap, &args).unwrap();
+        let contents = [1, 2].map(|number: u64| {
+            let mut bytes = vec![0; Self::PAGES as usize * 4096];
+            for (page, bytes) in bytes.chunks_mut(4096).enumerate() {
+                bytes[..8].copy_from_slice(&(page as u64).to_le_bytes());
+                bytes[8..16].copy_from_slice(&number.to_le_bytes());
+                bytes[16..].fill(page as u8);
+            }
+            bytes
+        });
+        Self { start, contents }
+    }
+
+    fn at(&self, page: u64) -> u64 {
+        self.start + page * 4096
+    }
+
+    fn fill(&self, remote: &Remote, number: usize) {
+        remote
+            .write(self.start, &self.contents[number - 1])
+            .unwrap();
+    }
+
+    /// Whether all of it has a content.
+    fn is(&self, host: HostPid, number: usize) -> bool {
+        let mut bytes = vec![0; Self::PAGES as usize * 4096];
+        crate::sys::process::read_memory(host, self.start, &mut bytes).unwrap();
+        bytes == self.contents[number - 1]
+    }
+}
+
+/// The first numbers of a page. Read by a system call on the process, which waits for pages as any of its own would.
+fn page_of(host: HostPid, at: u64) -> [u64; 2] {
+    let mut bytes = [0; 16];
+    crate::sys::process::read_memory(host, at, &mut bytes).unwrap();
+    [0, 8].map(|at| u64::from_le_bytes(bytes[at..at + 8].try_into().unwrap()))
+}
+
+#[test]
+fn memory_that_is_given_back_later_is_right_whatever_touches_it_first() {
+    let bench = Bench {
+        gears: LOW,
+        ..Bench::new()
+    };
+    let process = Process::sleeper();
+    let host = process.host();
+    let mut stopped = process.seize();
+    let remote = &mut stopped.remote;
+    let ground = Ground::new(remote);
+    ground.fill(remote, 1);
+    let mut tracker = None;
+    let first = bench.capture(remote, &mut tracker);
+    let maps = || fs::read_to_string(format!("/proc/{host}/maps")).unwrap();
+    let before = maps();
+    for round in 0..8_u64 {
+        ground.fill(remote, 2);
+        bench.begin_restore(remote, &mut tracker, &first);
+        assert!(tracker.as_ref().unwrap().is_lazy());
+        let some = |n: u64| (round * 911 + n * 1237) % Ground::PAGES;
+        // The kernel reads it for the program,
+        let mut batch = Batch::new();
+        let pipe = batch.output(8);
+        batch.must(libc::SYS_pipe2, &[pipe.into(), 0.into()]);
+        let (out, into) = (Arg::Int(pipe.at(0, 4)), Arg::Int(pipe.at(4, 4)));
+        let from = ground.at(some(0)).into();
+        let wrote = batch.must(libc::SYS_write, &[into, from, 16.into()]);
+        // writes to it,
+        let to = ground.at(some(1)) + 16;
+        let read = batch.must(libc::SYS_read, &[out, to.into(), 16.into()]);
+        // and looks for who waits there.
+        let wake = [ground.at(some(2)).into(), 1.into(), 1.into()];
+        let woken = batch.must(libc::SYS_futex, &wake);
+        batch.call(libc::SYS_close, &[out]);
+        batch.call(libc::SYS_close, &[into]);
+        let outcome = remote.run(&batch).unwrap();
+        assert_eq!(outcome.result(wrote).unwrap(), 16);
+        assert_eq!(outcome.result(read).unwrap(), 16);
+        assert_eq!(outcome.result(woken).unwrap(), 0);
+        assert_eq!(page_of(host, to), [some(0), 1]);
+        for n in 3..40 {
+            assert_eq!(page_of(host, ground.at(some(n))), [some(n), 1]);
+        }
+        bench.restore(remote, &mut tracker, &first);
+        assert!(ground.is(host, 1));
+        assert_eq!(maps(), before, "no mapping of the engine's is left");
+    }
+    stopped.release().unwrap();
+}
+
+#[test]
+fn a_process_may_move_drop_and_unmap_memory_that_is_still_to_come_back() {
+    let bench = Bench {
+        gears: LOW,
+        ..Bench::new()
+    };
+    let process = Process::sleeper();
+    let host = process.host();
+    let mut stopped = process.seize();
+    let remote = &mut stopped.remote;
+    forget_rseq(remote);
+    let ground = Ground::new(remote);
+    ground.fill(remote, 1);
+    let mut tracker = None;
+    let first = bench.capture(remote, &mut tracker);
+    let before = dump(remote);
+    const PART: u64 = 500;
+    for round in 0..8 {
+        ground.fill(remote, 2);
+        bench.begin_restore(remote, &mut tracker, &first);
+        // Not the first ones, which are given back first.
+        let [moved, dropped, gone, mapped] = [3400, 2000, 2600, 1400];
+        let len = PART * 4096;
+        let elsewhere = call(remote, libc::SYS_mmap, &[0, len, RW, ANON, NO_FD, 0]).unwrap();
+        let flags = (libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED) as u64;
+        let args = [ground.at(moved), len, len, flags, elsewhere];
+        call(remote, libc::SYS_mremap, &args).unwrap();
+        let args = [ground.at(dropped), len, libc::MADV_DONTNEED as u64];
+        call(remote, libc::SYS_madvise, &args).unwrap();
+        call(remote, libc::SYS_munmap, &[ground.at(gone), len]).unwrap();
+        let fixed = ANON | libc::MAP_FIXED as u64;
+        let args = [ground.at(mapped), len, RW, fixed, NO_FD, 0];
+        call(remote, libc::SYS_mmap, &args).unwrap();
+        // A child has all that its parent has, and what is still to come.
+        let mut wait = Batch::new();
+        wait.call(libc::SYS_pause, &[]);
+        let purpose = Purpose {
+            share: 0,
+            calls: &wait,
+            place: None,
+        };
+        let child = Orphan::make(remote, &bench.orphans, &purpose).unwrap();
+        for host in [host, child.host()] {
+            for page in (0..PART).step_by(7 + round) {
+                let zero = [0, 0];
+                let at = |first| page_of(host, ground.at(first + page));
+                assert_eq!(page_of(host, elsewhere + page * 4096), [moved + page, 1]);
+                assert_eq!(at(dropped), zero);
+                assert_eq!(at(mapped), zero);
+                assert_eq!(at(900), [900 + page, 1]);
+            }
+        }
+        drop(child);
+        if round % 2 == 0 {
+            let now = bench.capture(remote, &mut tracker);
+            let pages = now.pages.get().unwrap();
+            let held = |at: u64| pages.get(at / 4096).map(|bytes| bytes[..4].to_vec());
+            for page in 0..PART {
+                let number = |n: u64| Some((n as u32).to_le_bytes().to_vec());
+                assert_eq!(held(elsewhere + page * 4096), number(moved + page));
+                assert_eq!(held(ground.at(dropped + page)), None);
+                assert_eq!(held(ground.at(gone + page)), None);
+                assert_eq!(held(ground.at(900 + page)), number(900 + page));
+            }
+        }
+        bench.restore(remote, &mut tracker, &first);
+        assert_same(&before, &dump(remote));
+    }
+    stopped.release().unwrap();
+}
+
+#[test]
+fn a_process_that_ends_or_runs_another_program_needs_no_memory_back() {
+    let bench = Bench {
+        gears: LOW,
+        ..Bench::new()
+    };
+    let process = Process::sleeper();
+    let mut stopped = process.seize();
+    let remote = &mut stopped.remote;
+    let ground = Ground::new(remote);
+    ground.fill(remote, 1);
+    let mut tracker = None;
+    let first = bench.capture(remote, &mut tracker);
+    ground.fill(remote, 2);
+    bench.begin_restore(remote, &mut tracker, &first);
+    let program = File::open("/usr/bin/sleep").unwrap();
+    crate::birth::spawn::execute(remote, program.as_fd()).unwrap();
+    // Its old memory is gone, and with it all that was to be given back to it.
+    let mut tracker = tracker.unwrap();
+    tracker.finish();
+    let before = fs::read_to_string(format!("/proc/{}/maps", process.host())).unwrap();
+    tracker.end_lazy(remote).unwrap();
+    let after = fs::read_to_string(format!("/proc/{}/maps", process.host())).unwrap();
+    assert_eq!(before, after);
+    drop((stopped, process));
+
+    let process = Process::sleeper();
+    let mut stopped = process.seize();
+    let remote = &mut stopped.remote;
+    let ground = Ground::new(remote);
+    ground.fill(remote, 1);
+    let mut tracker = None;
+    let first = bench.capture(remote, &mut tracker);
+    ground.fill(remote, 2);
+    bench.begin_restore(remote, &mut tracker, &first);
+    drop((stopped, process));
+    tracker.unwrap().finish();
+}
+
+/// The writable mappings with `MADV_DONTFORK`.
+fn kept_from_children(smaps: &str) -> Vec<Range<u64>> {
+    let mut found = Vec::new();
+    let mut mapping = 0..0;
+    for line in smaps.lines() {
+        let (first, rest) = line.split_once(' ').unwrap_or((line, ""));
+        let address = |text| u64::from_str_radix(text, 16);
+        if let Some((start, end)) = first.split_once('-') {
+            mapping = address(start).unwrap()..address(end).unwrap();
+        } else if first == "VmFlags:" && ["dc", "wr"].iter().all(|flag| rest.contains(flag)) {
+            found.push(mapping.clone());
+        }
+    }
+    found
+}
+
+#[test]
+fn a_snapshot_that_is_killed_loses_the_state_and_does_not_falsify_it() {
+    let bench = Bench {
+        gears: LOW,
+        ..Bench::new()
+    };
+    let process = Process::sleeper();
+    let mut stopped = process.seize();
+    let remote = &mut stopped.remote;
+    let layout = Layout::of(remote).unwrap();
+    let scan = bench.memory().scan(remote, None, layout).unwrap();
+    let mut tracker = None;
+    let (state, work) = bench
+        .memory()
+        .capture(remote, &mut tracker, scan, None)
+        .unwrap();
+    let work = work.unwrap();
+    let (_, snapshot) = work.unread.as_ref().unwrap();
+    assert!(bench.orphans.contains(snapshot.host()));
+    let stat = fs::read_to_string(format!("/proc/{}/stat", snapshot.host())).unwrap();
+    let parent = stat.rsplit(") ").next().unwrap().split(' ').nth(1).unwrap();
+    assert_ne!(
+        parent,
+        process.host().to_string(),
+        "it is no child of the original"
+    );
+    let pidfd = crate::sys::process::pidfd_open(snapshot.host()).unwrap();
+    crate::sys::process::pidfd_signal(pidfd.as_fd(), libc::SIGKILL).unwrap();
+    while fs::read(format!("/proc/{}/maps", snapshot.host())).is_ok_and(|maps| !maps.is_empty()) {
+        std::thread::sleep(std::time::Duration::from_millis(1));
+    }
+    work.run();
+    assert_eq!(bench.orphans.count(), 0);
+    let told = state.pages.get().unwrap_err().to_string();
+    assert!(told.contains("snapshot"), "{told}");
+    stopped.release().unwrap();
+    assert_eq!(process.children(), "", "no child is left to it");
+}
