@@ -318,7 +318,6 @@ second_gear! {
         eight_threads_that_wait
         threads_ended_and_born_since
         lock_waited_for_by_threads
-        threads_that_compute
         a_hundred_threads
         thread_of_a_child;
     calls:
