@@ -301,6 +301,33 @@ def tcp_half_closed():
 
 
 @case
+def unix_socket_whose_directory_is_gone():
+    os.makedirs("/playground/gone/deep")
+    path = "/playground/gone/deep/socket"
+    server = socket.socket(socket.AF_UNIX)
+    server.bind(path)
+    server.listen()
+    client = socket.socket(socket.AF_UNIX)
+    client.connect(path)
+    accepted = server.accept()[0]
+    os.unlink(path)
+    os.removedirs("/playground/gone/deep")
+
+    def mutate():
+        server.close()
+        accepted.close()
+
+    def check():
+        client.settimeout(20)
+        accepted.sendall(b"still")
+        equal(client.recv(100), b"still", "the connection")
+        equal(server.getsockname(), path, "the name")
+        equal(os.path.exists("/playground/gone"), False, "the directory is there again")
+
+    return mutate, check
+
+
+@case
 def tcp_ended_by_both_sides():
     server, client, accepted = tcp_pair()
     client.shutdown(socket.SHUT_WR)

@@ -227,6 +227,7 @@ theme! { sockets:
     tcp_established_with_queued_data
     tcp_idle_connection_closed_since
     tcp_half_closed
+    unix_socket_whose_directory_is_gone
     tcp_ended_by_both_sides
     options_and_a_foreign_address
     a_queue_larger_than_the_buffer_of_a_new_socket

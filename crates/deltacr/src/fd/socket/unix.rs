@@ -4,7 +4,7 @@ use std::ffi::OsStr;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use rustix::fs::{AtFlags, CWD, Gid, Mode, Uid};
 
@@ -53,10 +53,14 @@ pub(super) fn bind(
             // Another socket's file has the name by now.
             rustix::fs::rename(&path, &aside)?;
         }
-        let bound = sys::bind(end, &image.local);
-        if !own && bound.is_ok() {
-            rustix::fs::unlink(&path)?;
-        }
+        let bound = with_parents(&path, || {
+            sys::bind(end, &image.local)?;
+            if own {
+                Ok(())
+            } else {
+                Ok(rustix::fs::unlink(&path)?)
+            }
+        });
         if let Some(old) = old {
             if own {
                 let (uid, gid) = (Uid::from_raw(old.st_uid), Gid::from_raw(old.st_gid));
@@ -68,6 +72,28 @@ pub(super) fn bind(
         }
         bound
     })
+}
+
+/// Makes the directories above a name that are not there any more, for as long as `act` takes.
+fn with_parents(path: &Path, act: impl FnOnce() -> io::Result<()>) -> io::Result<()> {
+    let missing = |dir: &&Path| {
+        !dir.as_os_str().is_empty() && rustix::fs::statat(CWD, *dir, AtFlags::empty()).is_err()
+    };
+    let missing: Vec<&Path> = path.ancestors().skip(1).take_while(missing).collect();
+    let mut made = Vec::new();
+    let mut result = Ok(());
+    for dir in missing.into_iter().rev() {
+        result = rustix::fs::mkdir(dir, Mode::RWXU).map_err(io::Error::from);
+        if result.is_err() {
+            break;
+        }
+        made.push(dir);
+    }
+    let result = result.and_then(|()| act());
+    for dir in made.into_iter().rev() {
+        rustix::fs::rmdir(dir)?;
+    }
+    result
 }
 
 /// Connects a socket to a name, as the supervisor.
