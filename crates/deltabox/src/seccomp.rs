@@ -93,6 +93,9 @@ const NAMESPACES: [i32; 8] = [
 /// `personality(2)` as programs may call it: ask, plain Linux, and without address randomization.
 const PERSONALITIES: [u64; 3] = [0xffff_ffff, 0, 0x0004_0000];
 
+/// How many programs [`filters`] gives.
+pub(crate) const FILTERS: usize = 3;
+
 type Rules = BTreeMap<i64, Vec<SeccompRule>>;
 
 /// The programs, as `struct sock_filter` arrays, for every process of a sandbox to install in this order.
@@ -114,13 +117,13 @@ pub(crate) fn filters() -> io::Result<Vec<Vec<u8>>> {
         forbidden.insert(libc::SYS_clone, namespaces[..7].to_vec());
         forbidden.insert(libc::SYS_unshare, namespaces);
         forbidden.insert(libc::SYS_personality, vec![personality()?]);
-        Ok(vec![
+        Ok([
             foreign_numbers(),
             compile(absent, libc::ENOSYS)?,
             compile(forbidden, libc::EPERM)?,
         ])
     };
-    let programs = build().map_err(io::Error::other)?;
+    let programs: [BpfProgram; FILTERS] = build().map_err(io::Error::other)?;
     Ok(programs.iter().map(bytes).collect())
 }
 

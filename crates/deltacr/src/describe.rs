@@ -41,7 +41,9 @@ pub(crate) fn describe(
     for thread in &mut process.stopped.threads {
         let wait = waits.entry(thread.host).or_default();
         let answers = threads::known_or_asked(remote, thread, &mut answers)?;
-        threads.push(threads::capture(remote, thread, answers, &pending, wait)?);
+        threads.push(threads::capture(
+            env, remote, thread, answers, &pending, wait,
+        )?);
     }
     pending.extend(remote.strays());
     let root = procfs.link(pid, "root");

@@ -385,7 +385,13 @@ impl Engine {
             let remote = &mut process.stopped.remote;
             let answers = interview.end(remote)?;
             let attributes = answers.attributes;
-            if !attributes::reachable(&attributes, &target.processes[&pid].attributes) {
+            let image = &target.processes[&pid];
+            let may_be_filtered = image.threads.iter().all(|wanted| {
+                let mut threads = process.stopped.threads.iter();
+                let thread = threads.find(|thread| thread.tid == wanted.tid);
+                thread.is_none_or(|thread| wanted.is_within_filters(thread.host, env))
+            });
+            if !may_be_filtered || !attributes::reachable(&attributes, &image.attributes) {
                 stuck.insert(pid);
                 continue;
             }

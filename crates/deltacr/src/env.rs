@@ -27,6 +27,8 @@ pub trait Environment: Sync {
     fn root(&self) -> BorrowedFd<'_>;
     /// `st_dev` of the sandbox's versioned filesystem.
     fn fs_device(&self) -> u64;
+    /// How many seccomp filters every process of the sandbox has from its birth on.
+    fn seccomp_filters(&self) -> usize;
     /// Opens an inode of the versioned filesystem by its number, also one that has no name any
     /// more. `flags` are `open(2)` flags.
     fn open_inode(&self, ino: u64, flags: i32) -> io::Result<OwnedFd>;

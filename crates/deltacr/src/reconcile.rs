@@ -250,7 +250,7 @@ impl Reconcile<'_> {
         let shared = Queue::default();
         for thread in &mut stopped.threads {
             let answers = threads::known_or_asked(remote, thread, &mut answers)?;
-            let current = threads::capture(remote, thread, answers, &shared, &mut None)?;
+            let current = threads::capture(self.env, remote, thread, answers, &shared, &mut None)?;
             threads::restore(remote, thread, &current, wanted[&thread.tid])?;
         }
         Ok(())

@@ -8,6 +8,7 @@ use std::time::Instant;
 use serde::{Deserialize, Serialize};
 
 use crate::disk::stored;
+use crate::env::Environment;
 use crate::error::{During, Error, Result};
 use crate::ids::{HostPid, InnerPid};
 use crate::remote::{Batch, CallId, DataRef, Outcome, Remote};
@@ -41,9 +42,29 @@ pub(crate) struct ThreadImage {
     /// What `set_tid_address(2)` was given.
     clear_tid: u64,
     properties: Properties,
+    filters: Filters,
+}
+
+/// The seccomp filters that a thread has beside those of the sandbox, the oldest first. They can be added to, and never taken
+/// away.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Filters(Vec<Vec<u8>>);
+
+impl Filters {
+    /// Those of a stopped thread; none where the kernel does not tell.
+    fn of(host: HostPid, env: &dyn Environment) -> Self {
+        let own = env.seccomp_filters()..;
+        let read = |index| ptrace::seccomp_filter(host, index).ok().flatten();
+        Self(own.map_while(read).collect())
+    }
 }
 
 impl ThreadImage {
+    /// Whether a stopped thread can have this one's seccomp filters.
+    pub(crate) fn is_within_filters(&self, host: HostPid, env: &dyn Environment) -> bool {
+        self.filters.0.starts_with(&Filters::of(host, env).0)
+    }
+
     /// Addresses that the thread, or the kernel for it, needs as soon as it runs or when it ends.
     pub(crate) fn hot(&self) -> [u64; 6] {
         [
@@ -156,6 +177,7 @@ pub(crate) fn known_or_asked(
 ///
 /// A call that the stop made return `EINTR` is sent back to in `thread` too, for it goes on from there.
 pub(crate) fn capture(
+    env: &dyn Environment,
     remote: &Remote,
     thread: &mut StoppedThread,
     answers: Answers,
@@ -171,10 +193,11 @@ pub(crate) fn capture(
             what,
         });
     }
-    read(remote, thread, answers, shared, wait).during(pid, "reading a thread")
+    read(env, remote, thread, answers, shared, wait).during(pid, "reading a thread")
 }
 
 fn read(
+    env: &dyn Environment,
     remote: &Remote,
     thread: &mut StoppedThread,
     answers: Answers,
@@ -199,6 +222,7 @@ fn read(
         robust: process::robust_list(host)?,
         clear_tid: answers.clear_tid,
         properties: answers.properties,
+        filters: Filters::of(host, env),
     })
 }
 
@@ -329,6 +353,19 @@ fn write(
         if target.rseq.address != 0 {
             calls.push(b.call(libc::SYS_rseq, &rseq_args(&target.rseq, 0)));
         }
+    }
+    let missing = target.filters.0.iter().skip(current.filters.0.len());
+    for filter in missing {
+        let program = b.input(filter);
+        let count = filter.len() / size_of::<libc::sock_filter>();
+        let header = b.input(&crate::remote::longs(&[count as u64, 0]));
+        b.link(header, &[(8, program)]);
+        let args = [
+            libc::SECCOMP_SET_MODE_FILTER.into(),
+            0.into(),
+            header.into(),
+        ];
+        calls.push(b.call(libc::SYS_seccomp, &args));
     }
     if !b.is_empty() {
         let outcome = remote.run_in(thread.host, &b)?;

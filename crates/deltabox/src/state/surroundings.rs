@@ -10,6 +10,7 @@ use deltacr::ids::{HostPid, InnerPid};
 use deltacr::mem::Holding;
 use deltafs::Volume;
 
+use crate::seccomp;
 use crate::sessions::Shared;
 use crate::sessions_image::SessionsImage;
 use crate::templates::Template;
@@ -39,6 +40,10 @@ impl Environment for Surroundings<'_> {
 
     fn fs_device(&self) -> u64 {
         self.volume.device()
+    }
+
+    fn seccomp_filters(&self) -> usize {
+        seccomp::FILTERS
     }
 
     fn open_inode(&self, ino: u64, flags: i32) -> io::Result<OwnedFd> {

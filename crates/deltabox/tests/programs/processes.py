@@ -97,6 +97,28 @@ def ids_for_files_and_sets_of_capabilities():
     return mutate, check
 
 
+def refuse_call(number):
+    """Makes one system call fail with EPERM in this process."""
+    steps = [(0x20, 0, 0, 0), (0x15, 0, 1, number), (0x06, 0, 0, 0x50001), (0x06, 0, 0, 0x7fff0000)]
+    buffer = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *step) for step in steps))
+    call(libc.prctl, 22, 2, struct.pack("HxxxxxxQ", len(steps), ctypes.addressof(buffer)))
+
+
+@case
+def seccomp_filters_of_its_own():
+    child = Child(lambda: refuse_call(110))
+    child.ask("1")
+
+    def mutate():
+        child.ask("refuse_call(121)")
+
+    def check():
+        equal(child.ask("libc.getppid()"), -1, "refused")
+        equal(child.ask("libc.getpgid(0) > 0"), True, "not refused")
+
+    return mutate, check
+
+
 @case
 def settings_that_a_program_starts_with_and_changes():
     """Huge pages refused, and the registration for private memory barriers."""

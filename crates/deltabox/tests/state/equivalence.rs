@@ -385,6 +385,7 @@ theme! { processes:
     resource_limits
     credentials_of_another_user
     ids_for_files_and_sets_of_capabilities
+    seccomp_filters_of_its_own
     settings_that_a_program_starts_with_and_changes
     credentials_dropped_since
     scheduling

@@ -70,6 +70,9 @@ impl Environment for Host {
     fn fs_device(&self) -> u64 {
         self.device
     }
+    fn seccomp_filters(&self) -> usize {
+        0
+    }
     fn open_inode(&self, ino: u64, flags: i32) -> io::Result<OwnedFd> {
         let paths = self.paths.lock();
         let path = paths.get(&ino).ok_or(io::ErrorKind::NotFound)?;

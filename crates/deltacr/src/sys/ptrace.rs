@@ -20,6 +20,7 @@ const OPTIONS: libc::c_int = libc::PTRACE_O_TRACECLONE
     | libc::PTRACE_O_SUSPEND_SECCOMP;
 
 const NT_X86_XSTATE: usize = 0x202;
+const PTRACE_SECCOMP_GET_FILTER: libc::c_uint = 0x420c;
 const PTRACE_GET_RSEQ_CONFIGURATION: libc::c_uint = 0x420f;
 /// More than the largest state a processor has today (AMX: 11 KiB).
 const XSTATE_MAX: usize = 16 * 1024;
@@ -176,6 +177,23 @@ pub(crate) fn queued_signals(tid: HostPid, shared: bool) -> io::Result<Vec<RawSi
             return Ok(all);
         }
     }
+}
+
+/// A seccomp filter of a thread (`struct sock_filter` for `struct sock_filter`), counted from the oldest on; `None` if it has
+/// no such.
+///
+/// # Errors
+/// Besides the usual ones: the caller is under a filter itself, or the kernel cannot tell (`CONFIG_CHECKPOINT_RESTORE`).
+pub(crate) fn seccomp_filter(tid: HostPid, index: usize) -> io::Result<Option<Vec<u8>>> {
+    let count = match request(PTRACE_SECCOMP_GET_FILTER, tid, index, 0) {
+        Ok(count) => count as usize,
+        Err(e) if e.raw_os_error() == Some(libc::ENOENT) => return Ok(None),
+        Err(e) => return Err(e),
+    };
+    let mut program = vec![0; count * size_of::<libc::sock_filter>()];
+    let at = program.as_mut_ptr() as usize;
+    request(PTRACE_SECCOMP_GET_FILTER, tid, index, at)?;
+    Ok(Some(program))
 }
 
 /// The restartable-sequence area that a thread registered.
