@@ -74,7 +74,6 @@ impl Holding {
         fixed: &[Range<u64>],
     ) -> Result<Option<Self>> {
         let mut processes = BTreeMap::new();
-        let mut room = 0;
         for (pid, process) in &image.processes {
             let memory = Arc::clone(&process.memory);
             let pages = memory.pages.get()?.clone();
@@ -92,10 +91,6 @@ impl Holding {
             if pieces.iter().any(conflicts) {
                 return Ok(None);
             }
-            room += pieces
-                .iter()
-                .map(|p| p.to.end - p.to.start + 2 * LARGE)
-                .sum::<u64>();
             let held = Held {
                 memory,
                 pages,
@@ -103,16 +98,9 @@ impl Holding {
             };
             processes.insert(*pid, held);
         }
-        let Some(mut at) = largest_gap(taken, room) else {
-            return Ok(None);
-        };
-        for piece in processes.values_mut().flat_map(|held| &mut held.pieces) {
-            at = at.next_multiple_of(LARGE) + piece.to.start % LARGE;
-            piece.from = at;
-            // At least a page apart, so that no two become one mapping.
-            at = piece.held().end + PAGE;
-        }
-        Ok(Some(Self { processes }))
+        let pieces = processes.values_mut().flat_map(|held| &mut held.pieces);
+        let placed = place(pieces.collect(), taken);
+        Ok(placed.then_some(Self { processes }))
     }
 
     fn pieces(&self) -> impl Iterator<Item = (&PageMap, &Piece)> {
@@ -248,6 +236,21 @@ fn is_held(pages: &PageMap, vma: &Vma) -> bool {
     kind && pages.runs(pages_of(&vma.range())).next().is_some()
 }
 
+/// Chooses the holding addresses of all pieces where nothing is `taken`. Returns whether there is room.
+fn place(pieces: Vec<&mut Piece>, taken: Ranges) -> bool {
+    let room = |piece: &&mut Piece| piece.to.end - piece.to.start + 2 * LARGE;
+    let Some(mut at) = largest_gap(taken, pieces.iter().map(room).sum()) else {
+        return false;
+    };
+    for piece in pieces {
+        at = at.next_multiple_of(LARGE) + piece.to.start % LARGE;
+        piece.from = at;
+        // At least a page apart, so that no two become one mapping.
+        at = piece.held().end + PAGE;
+    }
+    true
+}
+
 /// Where at least so much room begins: in the middle of what is free.
 fn largest_gap(taken: Vec<Range<u64>>, room: u64) -> Option<u64> {
     let mut ends = vec![0..ADDRESSES.start, ADDRESSES.end..u64::MAX];
@@ -307,4 +310,53 @@ fn surplus(remote: &Remote, pieces: &[Piece]) -> io::Result<Vec<Range<u64>>> {
         &merged(surplus, 0),
         &merged(kept, 0),
     ))
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn ranges() -> impl Strategy<Value = Ranges> {
+        let range = (1_u64..1 << 35, 1_u64..1 << 18, 0_u32..10);
+        let range = range.prop_map(|(page, pages, shift)| {
+            let start = (page * PAGE).min((1 << 47) - PAGE);
+            start..(start + ((pages * PAGE) << shift)).min(1 << 47)
+        });
+        prop::collection::vec(range, 0..40)
+    }
+
+    proptest! {
+        #[test]
+        fn holding_addresses_are_free_apart_and_congruent(finals in ranges(), taken in ranges()) {
+            let mut pieces: Vec<Piece> = finals.iter().cloned().map(|to| Piece { from: 0, to }).collect();
+            let all: Ranges = finals.iter().chain(&taken).cloned().collect();
+            if !place(pieces.iter_mut().collect(), all.clone()) {
+                return Ok(());
+            }
+            for (index, piece) in pieces.iter().enumerate() {
+                prop_assert_eq!(piece.from % LARGE, piece.to.start % LARGE);
+                prop_assert!(piece.held().end <= ADDRESSES.end);
+                prop_assert!(all.iter().all(|r| overlap(r, &piece.held()).is_none()));
+                let near = piece.from - PAGE..piece.held().end + PAGE;
+                let mut others = pieces.iter().enumerate().filter(|(other, _)| *other != index);
+                prop_assert!(others.all(|(_, o)| overlap(&o.held(), &near).is_none()));
+            }
+        }
+    }
+
+    #[test]
+    fn a_usual_process_finds_room_and_a_full_address_space_does_not() {
+        let program = 0x5555_5555_4000..0x5555_5560_0000;
+        let heap = 0x5555_5570_0000..0x5555_7570_0000;
+        let library = 0x7fff_f000_0000..0x7fff_ffff_f000;
+        let mut piece = Piece {
+            from: 0,
+            to: heap.clone(),
+        };
+        assert!(place(vec![&mut piece], vec![program, heap, library]));
+        let end = (1 << 47) - (2 << 30);
+        assert!(!place(vec![&mut piece], vec![0..1 << 40, 1 << 40..end]));
+    }
 }
