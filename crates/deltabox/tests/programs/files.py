@@ -135,6 +135,23 @@ def file_whose_name_was_taken_by_another():
 
 
 @case
+def directory_that_was_removed_and_stays_open():
+    os.mkdir("/playground/removed")
+    fd = os.open("/playground/removed", os.O_RDONLY | os.O_DIRECTORY)
+    os.rmdir("/playground/removed")
+
+    def mutate():
+        os.close(fd)
+
+    def check():
+        equal(os.fstat(fd).st_nlink, 0, "links")
+        equal(os.listdir(fd), [], "entries")
+        raises(errno.ENOENT, lambda: os.open("new", os.O_CREAT | os.O_WRONLY, dir_fd=fd))
+
+    return mutate, check
+
+
+@case
 def file_renamed_since():
     os.mkdir("/playground/from")
     kept = os.open("/playground/from/file", os.O_RDWR | os.O_CREAT)

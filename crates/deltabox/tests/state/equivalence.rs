@@ -196,6 +196,7 @@ theme! { files:
     file_unlinked_but_open
     file_among_very_many_that_change
     file_whose_name_was_taken_by_another
+    directory_that_was_removed_and_stays_open
     file_renamed_since
     directory_position
     pipe_contents

@@ -3,7 +3,7 @@
 use std::io;
 use std::os::fd::OwnedFd;
 
-use rustix::fs::{Mode, OFlags, ResolveFlags};
+use rustix::fs::{AtFlags, Mode, OFlags, ResolveFlags};
 
 use crate::env::Environment;
 
@@ -19,6 +19,8 @@ const KEPT: i32 = libc::O_ACCMODE
     | libc::O_DIRECTORY
     | libc::O_NOFOLLOW;
 
+/// How many names are tried for a directory that is there for a moment.
+const NAMES: u32 = 100;
 /// What `O_TMPFILE` has beside `O_DIRECTORY`. A file that was made so keeps both among its flags.
 const TEMPORARY: i32 = libc::O_TMPFILE & !libc::O_DIRECTORY;
 
@@ -41,4 +43,23 @@ pub(crate) fn open(env: &dyn Environment, path: &[u8], flags: i32) -> io::Result
         Mode::empty(),
         ResolveFlags::IN_ROOT,
     )?)
+}
+
+/// A directory that has been removed, in place of one that had been when the checkpoint was taken: the kernel revives none, and
+/// one is like the other but for its number.
+pub(crate) fn removed_directory(env: &dyn Environment, flags: i32) -> io::Result<OwnedFd> {
+    let mut error = io::ErrorKind::AlreadyExists.into();
+    // What is there already is the program's own.
+    for number in 0..NAMES {
+        let name = format!(".removed-{number}");
+        match rustix::fs::mkdirat(env.root(), &name, Mode::RWXU) {
+            Ok(()) => {
+                let opened = open(env, name.as_bytes(), flags | libc::O_DIRECTORY);
+                rustix::fs::unlinkat(env.root(), &name, AtFlags::REMOVEDIR)?;
+                return opened;
+            }
+            Err(e) => error = e.into(),
+        }
+    }
+    Err(error)
 }

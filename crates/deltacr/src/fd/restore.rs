@@ -167,7 +167,7 @@ impl Restore<'_, '_> {
         let flags = path::reopen_flags(object.flags);
         let (pid, _) = object.slots[0];
         let made = match &object.kind {
-            Kind::File { ino } => self.env.open_inode(*ino, flags),
+            Kind::File { ino } => self.open_file(*ino, object.flags),
             Kind::Memory { key } => self.shared.open(*key, flags),
             Kind::Path { path } => path::open(self.env, path, object.flags),
             Kind::ControllingTerminal => return self.open_inside(object, b"/dev/tty\0"),
@@ -185,6 +185,17 @@ impl Restore<'_, '_> {
             Kind::Refused { what } => Err(io::Error::new(io::ErrorKind::Unsupported, what.clone())),
         };
         made.during(pid, "opening it again")
+    }
+
+    fn open_file(&self, ino: u64, flags: i32) -> io::Result<OwnedFd> {
+        let opened = self.env.open_inode(ino, path::reopen_flags(flags));
+        match opened {
+            // Files without a name come back; directories do not.
+            Err(e) if e.raw_os_error() == Some(libc::ESTALE) => {
+                path::removed_directory(self.env, flags)
+            }
+            other => other,
+        }
     }
 
     fn open_process(&self, pid: InnerPid, flags: i32) -> io::Result<OwnedFd> {
