@@ -31,7 +31,9 @@ pub(crate) fn describe(
         mut attributes,
         program_break: brk,
         threads: mut answers,
+        system_v,
     } = answers;
+    system_v.check(pid, &process.stat.name)?;
     if process.ignores_trap {
         attributes.ignore_trap();
     }

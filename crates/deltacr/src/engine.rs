@@ -24,6 +24,7 @@ use crate::resume::Wait;
 use crate::stopwatch::{Phases, Stopwatch};
 use crate::store::PageStore;
 use crate::sys;
+use crate::sysv;
 
 /// How long the processes may take to stand still. A process in an uninterruptible sleep takes
 /// as long as what it waits for.
@@ -380,10 +381,12 @@ impl Engine {
             orphans: &self.orphans,
             gears: self.gears,
         };
+        let mut system_v = false;
         for (pid, interview) in interviews {
             let process = member(&mut held.processes, pid)?;
             let remote = &mut process.stopped.remote;
             let answers = interview.end(remote)?;
+            system_v |= !answers.system_v.is_empty();
             let attributes = answers.attributes;
             let image = &target.processes[&pid];
             let may_be_filtered = image.threads.iter().all(|wanted| {
@@ -419,6 +422,7 @@ impl Engine {
         Ok(Survey {
             processes,
             descriptors,
+            system_v,
         })
     }
 
@@ -462,6 +466,11 @@ impl Engine {
         watch.lap("kill");
         let born = birth::deliver(env, held, target)?;
         watch.lap("births");
+        if (survey.system_v || survey.processes.is_empty())
+            && let Some(process) = held.processes.values_mut().next()
+        {
+            sysv::remove_all(&mut process.stopped.remote)?;
+        }
         let mut descriptors = survey.descriptors;
         // A process that is to start its program again loses all that it has open by that.
         descriptors.retain(|pid| {
@@ -537,6 +546,8 @@ struct Captured {
 struct Survey {
     processes: BTreeMap<InnerPid, Now>,
     descriptors: Descriptors,
+    /// Whether there are System V semaphores or message queues, which no checkpoint has.
+    system_v: bool,
 }
 
 impl Survey {

@@ -11,6 +11,7 @@ use crate::error::{During, Result};
 use crate::ids::{HostPid, InnerPid};
 use crate::remote::{Batch, FlightId, Outcome, Remote};
 use crate::stop::{Stopped, StoppedThread};
+use crate::sysv;
 use crate::threads;
 
 /// The questions to a process and its first thread.
@@ -18,6 +19,7 @@ struct First {
     batch: Batch,
     process: attributes::Questions,
     thread: threads::Questions,
+    system_v: sysv::Questions,
 }
 
 /// The questions to any other thread.
@@ -30,10 +32,12 @@ static FIRST: LazyLock<First> = LazyLock::new(|| {
     let mut batch = Batch::new();
     let process = attributes::Questions::ask(&mut batch);
     let thread = threads::Questions::ask(&mut batch);
+    let system_v = sysv::Questions::ask(&mut batch);
     First {
         batch,
         process,
         thread,
+        system_v,
     }
 });
 
@@ -49,6 +53,8 @@ pub(crate) struct Answers {
     /// Where its heap ends, which nothing else tells.
     pub(crate) program_break: u64,
     pub(crate) threads: BTreeMap<InnerPid, threads::Answers>,
+    /// What is there of the whole sandbox.
+    pub(crate) system_v: sysv::Census,
 }
 
 /// Questions that a process is answering.
@@ -133,6 +139,7 @@ impl Answers {
             attributes: FIRST.process.attributes(outcome, remote.host())?,
             program_break: FIRST.process.program_break(outcome)?,
             threads: BTreeMap::from([(remote.pid(), first)]),
+            system_v: FIRST.system_v.answers(outcome),
         })
     }
 }

@@ -30,6 +30,7 @@ pub mod stop;
 mod stopwatch;
 pub mod store;
 mod sys;
+mod sysv;
 mod threads;
 mod timers;
 

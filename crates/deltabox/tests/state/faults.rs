@@ -93,6 +93,40 @@ fn shared_memory_of_system_v_is_named() {
 }
 
 #[test]
+fn semaphores_and_queues_of_system_v_are_named() {
+    for (make, mend) in [
+        ("semget(0, 1, 0o1600)", "semctl(key, 0, 0)"),
+        ("msgget(0, 0o1600)", "msgctl(key, 0, None)"),
+    ] {
+        let make = format!("libc = ctypes.CDLL(None)\nkey = libc.{make}");
+        refused_and_unharmed(
+            &script(&make, &format!("libc.{mend}")),
+            &["System V", "ipcrm"],
+        );
+    }
+}
+
+/// No checkpoint has any, so a rollback leaves none: neither in place nor when all processes are made again.
+#[test]
+fn semaphores_and_queues_made_since_go_with_a_rollback() {
+    let lab = Lab::new();
+    let sandbox = lab.sandbox();
+    let mut program = Program::start(&sandbox, &["sh", "-c", "echo ready; exec cat"]).unwrap();
+    assert_eq!(program.hear().unwrap(), "ready");
+    let id = sandbox.checkpoint(None).unwrap().id;
+    let make = "import ctypes\nlibc = ctypes.CDLL(None)\n\
+                for _ in range(3): libc.semget(0, 2, 0o1600); libc.msgget(0, 0o1600)";
+    for kill in ["true", "kill -9 -1"] {
+        assert_eq!(sandbox.run(&[PYTHON, "-c", make]).unwrap().status, 0);
+        let error = sandbox.checkpoint(None).unwrap_err().to_string();
+        assert!(error.contains("3 sets"), "{error}");
+        let _ = sandbox.run(&["sh", "-c", kill]);
+        sandbox.rollback(id).unwrap();
+        sandbox.checkpoint(None).unwrap();
+    }
+}
+
+#[test]
 fn a_process_whose_first_thread_has_ended_is_named() {
     let make = "import threading, time\npid = os.fork()\nif pid == 0:\n  \
                 threading.Thread(target=time.sleep, args=[1000]).start()\n  \
