@@ -21,6 +21,9 @@ const PATIENCE: Duration = Duration::from_millis(20);
 /// Between two tries.
 const PAUSE: Duration = Duration::from_millis(1);
 
+/// How often it is looked for who did not stop.
+const LOOKS: u32 = 20;
+
 /// What the engine remembers of a process from one visit to the next.
 pub(crate) struct Acquaintance {
     pub(crate) pid: InnerPid,
@@ -528,7 +531,13 @@ fn not_frozen(freezer: &mut Freezer, timeout: Duration) -> Error {
             ))
         })
     };
-    let what = culprit()
+    // Who was thawed is awake for a moment, and then goes on waiting.
+    let look = |_| {
+        std::thread::sleep(PAUSE);
+        culprit()
+    };
+    let what = (0..LOOKS)
+        .find_map(look)
         .unwrap_or_else(|| "processes are born faster than they can be stopped".to_owned());
     Error::NotFrozen {
         waited_ms: timeout.as_millis() as u64,
