@@ -175,9 +175,9 @@ fn an_epoll_that_watches_what_only_others_have_is_refused_but_rolled_back() {
     let image = python.capture(&world);
     python.run(
         "g = os.dup(e); p.register(e, select.EPOLLIN)\n\
-         r, w = os.pipe(); child = os.fork()\n\
-         if not child: p.close(); os.close(w); os.read(r, 1); os._exit(0)\n\
-         os.close(r); os.close(e); os.close(g)",
+         r, w = os.pipe(); x, y = os.pipe(); child = os.fork()\n\
+         if not child: p.close(); os.close(w); os.write(y, b'.'); os.read(r, 1); os._exit(0)\n\
+         os.read(x, 1); os.close(x); os.close(y); os.close(r); os.close(e); os.close(g)",
     );
     let refusal = python.refusal(&world);
     assert!(

@@ -56,6 +56,11 @@ def process(pid):
     return fields, os.getsid(pid), os.getpgid(pid)
 
 
+def is_copy(pid, parent):
+    """Whether a checkpoint is still being read from the process: such a copy of a program has nothing open."""
+    return parent == "1" and not os.listdir(f"/proc/{pid}/fd")
+
+
 def ancestors():
     pid, chain = os.getpid(), set()
     while pid > 1:
@@ -71,10 +76,10 @@ def processes(out):
             continue
         try:
             fields, session, group = process(pid)
+            parent, name, dead = fields["PPid"], fields["Name"], fields["State"][0] == "Z"
+            if dead and parent == "1" or not dead and is_copy(pid, parent):
+                continue
         except OSError:
-            continue
-        parent, name, dead = fields["PPid"], fields["Name"], fields["State"][0] == "Z"
-        if dead and parent == "1":
             continue
         threads = fields.get("Threads", "0")
         out.append(f"process\t{pid}\t{parent} {session} {group} {threads} {name}{' dead' if dead else ''}")
