@@ -85,13 +85,8 @@ impl App {
         headers: &HeaderMap,
         work: impl FnOnce(&Sandbox) -> deltabox::Result<T> + Send + 'static,
     ) -> Answer<T> {
-        let expected = expected_epoch(headers)?;
-        self.call(operation, move |host| {
-            let sandbox = host.get(&name)?;
-            check_epoch(&sandbox, expected)?;
-            work(&sandbox)
-        })
-        .await
+        self.call_found(operation, name, headers, Host::get, work)
+            .await
     }
 
     /// The same for a call that makes sense only while the sandbox runs: one that is on disk only is not woken up for it.
@@ -102,9 +97,21 @@ impl App {
         headers: &HeaderMap,
         work: impl FnOnce(&Sandbox) -> deltabox::Result<T> + Send + 'static,
     ) -> Answer<T> {
+        self.call_found(operation, name, headers, Host::get_awake, work)
+            .await
+    }
+
+    async fn call_found<T: Send + 'static>(
+        &self,
+        operation: &'static str,
+        name: String,
+        headers: &HeaderMap,
+        find: fn(&Host, &str) -> deltabox::Result<Arc<Sandbox>>,
+        work: impl FnOnce(&Sandbox) -> deltabox::Result<T> + Send + 'static,
+    ) -> Answer<T> {
         let expected = expected_epoch(headers)?;
         self.call(operation, move |host| {
-            let sandbox = host.get_awake(&name)?;
+            let sandbox = find(host, &name)?;
             check_epoch(&sandbox, expected)?;
             work(&sandbox)
         })

@@ -143,7 +143,7 @@ fn capability_header() -> Vec<u8> {
 }
 
 impl Questions {
-    /// Adds the questions to a batch: about 100 quick calls.
+    /// Adds the questions to a batch: about 200 quick calls.
     pub(crate) fn ask(b: &mut Batch) -> Self {
         let users = ids(b, libc::SYS_getresuid, libc::SYS_setfsuid);
         let groups = ids(b, libc::SYS_getresgid, libc::SYS_setfsgid);

@@ -12,6 +12,7 @@ use crate::attributes::{self, Attributes};
 use crate::birth::spawn;
 use crate::env::Environment;
 use crate::error::{During, Result};
+use crate::fd;
 use crate::files::Place;
 use crate::hold::{Held, HeldProcess};
 use crate::ids::InnerPid;
@@ -214,7 +215,9 @@ impl Reconcile<'_> {
         let directory = match (cwd.open(self.env, flags), cwd.removed()) {
             (Ok(directory), _) => directory,
             (Err(_), Some(path)) => {
-                return enter_removed(remote, path).during(pid, "making its removed directory");
+                let flags = libc::O_PATH | libc::O_DIRECTORY;
+                fd::removed_directory(self.env, Some(path), flags)
+                    .during(pid, "making its removed directory")?
             }
             (Err(e), None) => return Err(e).during(pid, "opening its directory"),
         };
@@ -276,25 +279,6 @@ impl Reconcile<'_> {
             )
             .during(pid, "restoring the queued signals")
     }
-}
-
-/// Puts a process into a directory that has been removed: the kernel revives none, but one is like the other. It is called as the
-/// one was that is to be given back, if that can be.
-fn enter_removed(remote: &mut Remote, path: &[u8]) -> io::Result<()> {
-    let spare = format!("/tmp/.removed-{}", remote.pid());
-    let mut error = io::ErrorKind::NotFound.into();
-    for path in [path, spare.as_bytes()] {
-        let mut batch = Batch::new();
-        let path = batch.input(&[path, b"\0"].concat());
-        batch.must(libc::SYS_mkdir, &[path.into(), 0o700.into()]);
-        batch.must(libc::SYS_chdir, &[path.into()]);
-        let removed = batch.call(libc::SYS_rmdir, &[path.into()]);
-        match remote.run(&batch)?.result(removed) {
-            Ok(_) => return Ok(()),
-            Err(e) => error = e,
-        }
-    }
-    Err(error)
 }
 
 /// Makes a thread with a number. The thread that had it may be gone from `/proc` and still be on its way out of the

@@ -9,7 +9,7 @@ use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::PathBuf;
 
 use common::mapper::{self, Mapper};
-use common::{Mounted, fixture};
+use common::{Mounted, Random, fixture};
 use deltafs::{IdMap, Snapshot};
 use rustix::fs::FallocateFlags;
 
@@ -19,18 +19,7 @@ const STEPS: u64 = 60;
 /// Files grow up to this.
 const ROOM: u64 = 160 << 10;
 
-/// Random numbers that are the same in every run.
-struct Random(u64);
-
 impl Random {
-    fn below(&mut self, limit: u64) -> u64 {
-        self.0 = self
-            .0
-            .wrapping_mul(6_364_136_223_846_793_005)
-            .wrapping_add(1);
-        (self.0 >> 33) % limit
-    }
-
     /// A place in the file, often at the beginning of a block.
     fn place(&mut self, limit: u64) -> u64 {
         let at = self.below(limit);

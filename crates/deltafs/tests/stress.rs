@@ -10,26 +10,13 @@ use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::sync::Barrier;
 
-use common::{Mounted, fixture};
+use common::{Mounted, Random, fixture};
 use deltafs::IdMap;
 use dump::Dump;
 
 const THREADS: u64 = 4;
 const ROUNDS: u64 = 12;
 const STEPS: u64 = 150;
-
-/// Random numbers that are the same in every run.
-struct Random(u64);
-
-impl Random {
-    fn below(&mut self, limit: u64) -> u64 {
-        self.0 = self
-            .0
-            .wrapping_mul(6_364_136_223_846_793_005)
-            .wrapping_add(1);
-        (self.0 >> 33) % limit
-    }
-}
 
 #[test]
 fn threads_at_work_leave_every_checkpoint_as_it_was() {

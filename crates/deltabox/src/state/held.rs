@@ -8,6 +8,7 @@ use std::path::Path;
 use rustix::fs::{AtFlags, CWD, StatxFlags};
 use rustix::io::Errno;
 
+use crate::cgroup;
 use crate::container::Container;
 
 /// The numbers of all inodes on the filesystem `device` that a process of the sandbox has open, has mapped or runs.
@@ -20,9 +21,8 @@ pub(crate) fn inodes(container: &Container, device: u64) -> io::Result<HashSet<u
         device,
         inodes: HashSet::new(),
     };
-    let text = fs::read_to_string(container.payload().join("cgroup.procs"))?;
-    let pids = text.lines().filter_map(|line| line.parse().ok());
-    for pid in pids.chain([container.init()]) {
+    let pids = cgroup::processes(container.payload())?;
+    for pid in pids.into_iter().chain([container.init()]) {
         match held.process(&Path::new("/proc").join(pid.to_string())) {
             // It has ended meanwhile and holds nothing.
             Err(e) if matches!(e.raw_os_error(), Some(libc::ENOENT | libc::ESRCH)) => {}

@@ -28,6 +28,7 @@ use crate::remote::Remote;
 
 pub use capture::{capture, survey};
 pub use model::Descriptors;
+pub(crate) use path::removed_directory;
 pub use restore::{check, restore};
 
 /// The stopped processes of a tree.

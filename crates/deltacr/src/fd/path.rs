@@ -46,20 +46,30 @@ pub(crate) fn open(env: &dyn Environment, path: &[u8], flags: i32) -> io::Result
 }
 
 /// A directory that has been removed, in place of one that had been when the checkpoint was taken: the kernel revives none, and
-/// one is like the other but for its number.
-pub(crate) fn removed_directory(env: &dyn Environment, flags: i32) -> io::Result<OwnedFd> {
+/// one is like the other but for its number. It is called as `path` says, if nothing else is.
+pub(crate) fn removed_directory(
+    env: &dyn Environment,
+    path: Option<&[u8]>,
+    flags: i32,
+) -> io::Result<OwnedFd> {
+    let spares = (0..NAMES).map(|number| format!("/.removed-{number}").into_bytes());
     let mut error = io::ErrorKind::AlreadyExists.into();
-    // What is there already is the program's own.
-    for number in 0..NAMES {
-        let name = format!(".removed-{number}");
-        match rustix::fs::mkdirat(env.root(), &name, Mode::RWXU) {
-            Ok(()) => {
-                let opened = open(env, name.as_bytes(), flags | libc::O_DIRECTORY);
-                rustix::fs::unlinkat(env.root(), &name, AtFlags::REMOVEDIR)?;
-                return opened;
-            }
-            Err(e) => error = e.into(),
+    for path in path.map(<[u8]>::to_vec).into_iter().chain(spares) {
+        match make_and_remove(env, &path, flags) {
+            Err(e) => error = e,
+            opened => return opened,
         }
     }
     Err(error)
+}
+
+/// Opens a directory that is there only while this runs. What is there already is the program's own, and an error.
+fn make_and_remove(env: &dyn Environment, path: &[u8], flags: i32) -> io::Result<OwnedFd> {
+    let slash = path.iter().rposition(|b| *b == b'/');
+    let (above, name) = path.split_at(slash.map_or(0, |at| at + 1));
+    let above = open(env, above, libc::O_PATH | libc::O_DIRECTORY)?;
+    rustix::fs::mkdirat(&above, name, Mode::RWXU)?;
+    let opened = open(env, path, flags | libc::O_DIRECTORY);
+    rustix::fs::unlinkat(&above, name, AtFlags::REMOVEDIR)?;
+    opened
 }

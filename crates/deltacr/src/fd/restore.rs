@@ -192,7 +192,7 @@ impl Restore<'_, '_> {
         match opened {
             // Files without a name come back; directories do not.
             Err(e) if e.raw_os_error() == Some(libc::ESTALE) => {
-                path::removed_directory(self.env, flags)
+                path::removed_directory(self.env, None, flags)
             }
             other => other,
         }
