@@ -1,4 +1,4 @@
-//! Processes of the engine's own in a sandbox: init's children, made by a process that never knows of them.
+//! Processes of the engine's own that work in a sandbox: init's children, made by a process that never knows of them.
 //!
 //! Such a process is made by a helper that shares the original's memory (`CLONE_VM | CLONE_VFORK`) and ends at once, so that
 //! it becomes a child of init, which waits for it. It has no descriptors, a session of its own, and all signals blocked; nobody
@@ -102,6 +102,7 @@ impl Orphan {
     }
 
     /// Its number.
+    #[cfg(test)]
     pub(crate) fn host(&self) -> HostPid {
         self.host
     }

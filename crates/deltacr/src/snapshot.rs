@@ -1,54 +1,72 @@
-//! A copy-on-write snapshot of a stopped process' memory: a process of its own that only waits.
+//! A copy-on-write snapshot of a stopped process' memory.
 //!
 //! Copying page tables takes a twentieth of the time of copying pages, so of much memory a snapshot is taken while the
-//! process stands still, and the pages are read from it while the process runs on. Whoever kills it makes the checkpoint
-//! fail, not wrong.
+//! process stands still, and the pages are read from it while the process runs on. Only a fork copies page tables, but
+//! nobody in the sandbox sees the child: it has ended before anybody runs on, and its address space is
+//! [kept](Keeper) without it.
 
 use std::fs::File;
 use std::io;
 
+use crate::birth::spawn;
+use crate::env::Environment;
 use crate::ids::HostPid;
-use crate::orphan::{Orphan, Orphans, Purpose};
-use crate::remote::{Batch, Remote};
+use crate::remote::Remote;
+use crate::sys::keeper::Keeper;
+use crate::sys::pagemap::Pagemap;
+use crate::sys::process;
 
-/// The memory of a process as it was. Ends with its process when dropped.
+/// What the child shares, so that nothing is copied, or closed at its end, for nothing.
+const SHARED: i32 = libc::CLONE_FILES | libc::CLONE_FS;
+
+/// The memory of a process as it was.
 #[derive(Debug)]
 pub(crate) struct Snapshot {
-    orphan: Orphan,
     /// `/proc/PID/mem`. Unlike `process_vm_readv(2)`, which pins pages and must not pin shared ones, reading it does
     /// not make copies of the pages in the snapshot.
     memory: File,
+    maps: File,
+    pagemap: Pagemap,
+    _keeper: Keeper,
 }
 
 impl Snapshot {
     /// Takes a snapshot of a stopped process, but of the ranges that it keeps from its children (`MADV_DONTFORK`,
-    /// `MADV_WIPEONFORK`).
+    /// `MADV_WIPEONFORK`). The next process in the sandbox gets the number that it would have got.
     ///
     /// # Errors
-    /// No process can be made in the sandbox, or the original died.
-    pub(crate) fn take(original: &mut Remote, all: &Orphans) -> io::Result<Self> {
-        let mut wait = Batch::new();
-        // Neither a signal to the session or group of the original, nor the end of its terminal is meant for it.
-        wait.call(libc::SYS_setsid, &[]);
-        wait.call(libc::SYS_pause, &[]);
-        wait.call(libc::SYS_exit_group, &[0.into()]);
-        let purpose = Purpose {
-            share: 0,
-            calls: &wait,
-            place: None,
-        };
-        let orphan = Orphan::make(original, all, &purpose)?;
-        let memory = File::open(format!("/proc/{}/mem", orphan.host()))?;
-        Ok(Self { orphan, memory })
+    /// No process can be made in the sandbox, the original died, or there is no `userfaultfd`.
+    pub(crate) fn take(original: &mut Remote, env: &dyn Environment) -> io::Result<Self> {
+        let child = spawn::clone_through(original, SHARED)?;
+        let taken = Self::of(child);
+        let number = child.inner();
+        // Nobody has waited for it, so the number is still its own.
+        process::thread_signal(child, child, libc::SIGKILL)?;
+        spawn::await_end(child)?;
+        let number = number?;
+        spawn::reap(original, &[number])?;
+        if let Err(error) = env.set_next_pid(number) {
+            tracing::debug!(%error, "the next process gets another number");
+        }
+        taken
     }
 
-    /// The snapshot's process.
-    pub(crate) fn host(&self) -> HostPid {
-        self.orphan.host()
+    fn of(host: HostPid) -> io::Result<Self> {
+        Ok(Self {
+            memory: File::open(format!("/proc/{host}/mem"))?,
+            maps: File::open(format!("/proc/{host}/maps"))?,
+            pagemap: Pagemap::open(host)?,
+            _keeper: Keeper::of(host)?,
+        })
     }
 
     /// To read the memory by (at the offset of the address).
     pub(crate) fn memory(&self) -> &File {
         &self.memory
+    }
+
+    /// What it has mapped, and which pages it has there.
+    pub(crate) fn maps(&mut self) -> (&File, &mut Pagemap) {
+        (&self.maps, &mut self.pagemap)
     }
 }

@@ -88,8 +88,8 @@ impl Memory<'_> {
         }
         let mut written = written(scan);
         let mut unread = None;
-        if let Some(snapshot) = self.snapshot(remote, scan, &written)? {
-            let told = shared(&snapshot, written);
+        if let Some(mut snapshot) = self.snapshot(remote, scan, &written)? {
+            let told = shared(&mut snapshot, written);
             let (shared, own) = told.during(scan.pid, "looking at its snapshot")?;
             written = own;
             unread = Some((shared, snapshot));
@@ -134,8 +134,8 @@ impl Memory<'_> {
             return Ok(None);
         }
         spare::keep_back(remote, &spares).during(scan.pid, doing)?;
-        let taken = Snapshot::take(remote, self.orphans);
-        let child = taken.as_ref().ok().map(Snapshot::host);
+        let mut taken = Snapshot::take(remote, self.env);
+        let child = taken.as_mut().ok().map(|snapshot| snapshot.maps().0);
         spare::give_back(remote, &spares, child).during(scan.pid, doing)?;
         match taken {
             Ok(snapshot) => Ok(Some(snapshot)),
@@ -179,9 +179,11 @@ fn written(scan: &Scan) -> Vec<Written> {
 
 /// Tells apart the pages that a snapshot has and those that the process keeps from its children. A mapping is copied
 /// whole or not at all, so one page of each is looked for.
-fn shared(snapshot: &Snapshot, written: Vec<Written>) -> io::Result<(Vec<Written>, Vec<Written>)> {
-    let maps = File::open(format!("/proc/{}/maps", snapshot.host()))?;
-    let mut pagemap = Pagemap::open(snapshot.host())?;
+fn shared(
+    snapshot: &mut Snapshot,
+    written: Vec<Written>,
+) -> io::Result<(Vec<Written>, Vec<Written>)> {
+    let (maps, pagemap) = snapshot.maps();
     let mut part = Part {
         range: 0..0,
         shared: false,
@@ -192,7 +194,7 @@ fn shared(snapshot: &Snapshot, written: Vec<Written>) -> io::Result<(Vec<Written
         let mut at = addresses.start;
         while at < addresses.end {
             if !part.range.contains(&at) {
-                part = Part::around(&maps, &mut pagemap, at)?;
+                part = Part::around(maps, pagemap, at)?;
             }
             let end = part.range.end.min(addresses.end);
             let list = if part.shared { &mut shared } else { &mut own };

@@ -17,7 +17,7 @@ impl Default for Gears {
             // Comparing a page takes 0.3 µs; a thread is started in 50.
             sort_later: 256,
             // Copying a page takes 1.4 µs, and a snapshot 300 µs and 0.1 µs a page. But while the pages are copied
-            // from the snapshot, a page that the process writes to is copied by its fault, and the snapshot is seen by `ps`.
+            // from the snapshot, a page that the process writes to is copied by its fault.
             snapshot: 2048,
             // Writing a page back takes 1 µs, setting memory aside 500 µs; but a page that is touched before it is back
             // costs 30, and in all it is half as much again.

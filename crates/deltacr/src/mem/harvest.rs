@@ -177,14 +177,14 @@ impl Work {
             pages,
             like,
             read: (runs, mut fresh),
-            unread,
+            mut unread,
             promise,
         } = self;
         // A relative whose pages are lost is none.
         let like = like.and_then(|like| like.get().ok().cloned());
         let mut sorter = Sorter::new(pages, like);
         sorter.all(&runs, &mut fresh);
-        let harvested = match &unread {
+        let harvested = match &mut unread {
             Some((runs, snapshot)) => harvest(&store, &mut sorter, runs, snapshot),
             None => Ok(()),
         };
@@ -204,11 +204,10 @@ fn harvest(
     store: &PageStore,
     sorter: &mut Sorter,
     runs: &[Written],
-    snapshot: &Snapshot,
+    snapshot: &mut Snapshot,
 ) -> io::Result<()> {
-    let mut pagemap = Pagemap::open(snapshot.host())?;
     for portion in portions(runs) {
-        expect(&mut pagemap, &portion)?;
+        expect(snapshot.maps().1, &portion)?;
         let mut fresh = store.allocate(count(&portion))?;
         let ranges = portion.iter().map(|run| run.pages.clone());
         let addresses = ranges.map(|pages| addresses_of(&pages));

@@ -66,18 +66,17 @@ pub(crate) struct Plan {
     pub(crate) ranges: Vec<Range<u64>>,
 }
 
-/// Which pages can be given back later: dense ones in private anonymous mappings that stay. `kept` are the ranges of
-/// mappings that stay, `runs` the pages to be put back, `avoid` what must be there at once; all ascending. `None` if that are
-/// fewer than `least` pages, or the kernel has no means.
+/// Which pages can be given back later: dense ones in private anonymous mappings, which are those of `target` by now. `runs` are
+/// the pages to be put back, `avoid` what must be there at once; both ascending. `None` if that are fewer than `least` pages, or
+/// the kernel has no means.
 pub(crate) fn plan(
     remote: &Remote,
     target: &AddressSpace,
-    kept: &[Range<u64>],
     runs: &[Range<u64>],
     avoid: &[Range<u64>],
     least: u64,
 ) -> io::Result<Option<Plan>> {
-    let mappings = anonymous(remote, target, kept)?;
+    let mappings = anonymous(remote, target)?;
     let mut ranges = Vec::new();
     let mut pages = 0;
     for span in mappings.iter().flat_map(spans) {
@@ -97,12 +96,8 @@ pub(crate) fn plan(
     Ok(Some(Plan { device, ranges }))
 }
 
-/// The mappings as the kernel has them, of those that stay, are private and anonymous, and no stack.
-fn anonymous(
-    remote: &Remote,
-    target: &AddressSpace,
-    kept: &[Range<u64>],
-) -> io::Result<Vec<Range<u64>>> {
+/// The mappings as the kernel has them, of those that are private and anonymous, and no stack.
+fn anonymous(remote: &Remote, target: &AddressSpace) -> io::Result<Vec<Range<u64>>> {
     let maps = std::fs::File::open(format!("/proc/{}/maps", remote.host()))?;
     let plain = target.vmas.iter().filter(|v| {
         v.is_private()
@@ -112,7 +107,7 @@ fn anonymous(
     });
     let plain: Vec<_> = plain.map(|v| v.range()).collect();
     let mut found = Vec::new();
-    for range in crate::mem::pages::common(&merged(plain, 0), kept) {
+    for range in merged(plain, 0) {
         let mut at = range.start;
         while at < range.end
             && let Some(mapping) = pagemap::mapping(&maps, at)?
@@ -151,11 +146,12 @@ fn push(ranges: &mut Vec<Range<u64>>, span: Range<u64>, mappings: &[Range<u64>])
     }
 }
 
-/// Empties the ranges of the plan, and begins to give their pages back.
+/// Empties the ranges of the plan, and begins to give their pages back. Those in `fresh` ranges are empty.
 pub(crate) fn begin(
     remote: &mut Remote,
     tracker: &Tracker,
     plan: Plan,
+    fresh: &[Range<u64>],
     pages: &PageMap,
     orphans: &Orphans,
 ) -> Result<Lazy> {
@@ -168,10 +164,16 @@ pub(crate) fn begin(
         tracker.leave(range).during(pid, doing)?;
         uffd::register(uffd.as_fd(), range).during(pid, doing)?;
     }
-    let sweeper = Sweeper::start(remote, hold.start, &held, orphans);
+    let full = ranges.iter().zip(held).filter(|(range, _)| {
+        let mut fresh = fresh.iter();
+        !fresh.any(|f| f.start <= range.start && range.end <= f.end)
+    });
+    let full: Vec<_> = full.map(|(_, held)| held).collect();
+    let sweep = || Sweeper::start(remote, hold.start, &full, orphans);
+    let sweeper = (!full.is_empty()).then(sweep).transpose();
     let sweeper = sweeper
         .inspect_err(|e| tracing::debug!(error = %e, "no sweeper for process {pid}"))
-        .ok();
+        .unwrap_or_default();
     let pager = Pager::start(uffd, &ranges, pages.clone()).during(pid, doing)?;
     Ok(Lazy {
         pager,

@@ -67,18 +67,20 @@ impl Memory<'_> {
         let runs = runs_to_put_back(&scan, target, pages, &plan.fresh);
         let guards = guards_to_change(&scan, target, &plan.fresh);
         set_guards(remote, &guards.1, false)?;
-        let later = match &held {
-            Some(_) => self.leave_for_later(remote, target, &plan.fresh, &runs, (&scan, hot))?,
-            None => None,
-        };
+        let later = self.leave_for_later(remote, target, &runs, (&scan, hot))?;
         let ranges = later.as_ref().map_or(&[][..], |later| &later.ranges);
         let ranges = ranges.to_vec();
         let runs = outside(&runs, &ranges.iter().map(pages_of).collect::<Vec<_>>());
         put_back(remote, target, pages, &runs)?;
         set_guards(remote, &guards.0, true)?;
-        if let Some((later, held)) = later.zip(held.as_mut()) {
-            let lazy = lazy::begin(remote, held, later, pages, self.orphans)?;
-            held.set_lazy(lazy);
+        if let Some(later) = later {
+            let mut tracks = match held {
+                Some(tracks) => tracks,
+                None => Tracker::attach(remote, Arc::clone(target))?,
+            };
+            let lazy = lazy::begin(remote, &tracks, later, &plan.fresh, pages, self.orphans)?;
+            tracks.set_lazy(lazy);
+            held = Some(tracks);
         }
         let auxv = (scan.auxv != target.auxv).then_some(&target.auxv[..]);
         if auxv.is_some() || scan.layout != target.layout {
@@ -97,7 +99,6 @@ impl Memory<'_> {
         &self,
         remote: &Remote,
         target: &AddressSpace,
-        fresh: &[Range<u64>],
         runs: &[Range<u64>],
         (scan, hot): (&Scan, &[u64]),
     ) -> Result<Option<lazy::Plan>> {
@@ -105,10 +106,9 @@ impl Memory<'_> {
         if pages < self.gears.lazy || !self.has_room(pages) {
             return Ok(None);
         }
-        let kept = outside(&private_ranges(&target.vmas), fresh);
         let mut avoid: Vec<_> = hot.iter().map(|at| *at..at.saturating_add(1)).collect();
         avoid.extend(scan.guards.iter().chain(&target.guards).cloned());
-        lazy::plan(remote, target, &kept, runs, &avoid, self.gears.lazy)
+        lazy::plan(remote, target, runs, &avoid, self.gears.lazy)
             .during(scan.pid, "looking for memory to be given back later")
     }
 

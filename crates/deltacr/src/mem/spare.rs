@@ -8,7 +8,6 @@ use std::fs::File;
 use std::io;
 use std::ops::Range;
 
-use crate::ids::HostPid;
 use crate::mem::pages::outside;
 use crate::mem::{PAGE, merged, overlap};
 use crate::remote::{Batch, Remote};
@@ -76,18 +75,16 @@ pub(crate) fn keep_back(remote: &mut Remote, spares: &[Spare]) -> io::Result<()>
     advise(remote, spares.iter(), libc::MADV_DONTFORK)
 }
 
-/// Takes that back where it was not so before. `child` was made meanwhile; without one, everything counts as not
-/// having been so.
+/// Takes that back where it was not so before. `child` shows what a child has mapped that was made meanwhile; without one,
+/// everything counts as not having been so.
 pub(crate) fn give_back(
     remote: &mut Remote,
     spares: &[Spare],
-    child: Option<HostPid>,
+    child: Option<&File>,
 ) -> io::Result<()> {
-    let maps = child.map(|host| File::open(format!("/proc/{host}/maps")));
-    let maps = maps.transpose()?;
     let mut ours = Vec::new();
     for spare in spares {
-        let shared = match &maps {
+        let shared = match child {
             Some(maps) => pagemap::mapping(maps, spare.witness)?
                 .is_some_and(|mapping| mapping.start <= spare.witness),
             None => true,

@@ -34,7 +34,7 @@ impl Tracker {
     }
 
     /// Begins to track a stopped process, which is in state `base`.
-    fn attach(remote: &mut Remote, base: Arc<AddressSpace>) -> Result<Self> {
+    pub(crate) fn attach(remote: &mut Remote, base: Arc<AddressSpace>) -> Result<Self> {
         let pid = remote.pid();
         let doing = "starting to track written pages";
         let mut make = Batch::new();

@@ -4,7 +4,7 @@
 use std::fs::File;
 use std::io;
 use std::ops::Range;
-use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 
 use rustix::io::Errno;
 
@@ -34,6 +34,19 @@ pub(crate) fn device() -> io::Result<OwnedFd> {
         .write(true)
         .open("/dev/userfaultfd")?;
     Ok(file.into())
+}
+
+/// A descriptor for missing pages of this process, with all that the kernel itself misses. Needs `CAP_SYS_PTRACE`.
+pub(crate) fn of_this_process() -> io::Result<OwnedFd> {
+    // SAFETY: takes flags.
+    let fd = unsafe { libc::syscall(libc::SYS_userfaultfd, libc::O_CLOEXEC | libc::O_NONBLOCK) };
+    if fd < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: the kernel just made this descriptor for us, and nobody else knows it.
+    let uffd = unsafe { OwnedFd::from_raw_fd(fd as i32) };
+    enable_with(uffd.as_fd(), 0)?;
+    Ok(uffd)
 }
 
 #[repr(C)]
@@ -92,6 +105,10 @@ fn range_arg(range: &Range<u64>) -> RangeArg {
 /// `CAP_SYS_PTRACE`.
 pub(crate) fn enable(uffd: BorrowedFd<'_>) -> io::Result<()> {
     let features = FEATURE_EVENT_FORK | FEATURE_EVENT_REMAP | FEATURE_EVENT_REMOVE;
+    enable_with(uffd, features)
+}
+
+fn enable_with(uffd: BorrowedFd<'_>, features: u64) -> io::Result<()> {
     let mut arg = ApiArg {
         api: API,
         features,

@@ -56,8 +56,8 @@ def process(pid):
     return fields, os.getsid(pid), os.getpgid(pid)
 
 
-def is_copy(pid, parent):
-    """Whether a checkpoint is still being read from the process: such a copy of a program has nothing open."""
+def is_sweeper(pid, parent):
+    """Whether the process drops what a rollback has put aside: it has the memory of a program, and nothing open."""
     return parent == "1" and not os.listdir(f"/proc/{pid}/fd")
 
 
@@ -77,7 +77,7 @@ def processes(out):
         try:
             fields, session, group = process(pid)
             parent, name, dead = fields["PPid"], fields["Name"], fields["State"][0] == "Z"
-            if dead and parent == "1" or not dead and is_copy(pid, parent):
+            if dead and parent == "1" or not dead and is_sweeper(pid, parent):
                 continue
         except OSError:
             continue
