@@ -44,6 +44,13 @@ pub enum Request {
         /// A number that is free inside, for a process that ends at once.
         mother: i32,
     },
+    /// To a template: undo mappings.
+    Unmap(Vec<Range<u64>>),
+    /// To a template: make this memory zeros.
+    Empty(Vec<Range<u64>>),
+    /// To a template: make another one that is like it, which serves the control socket that comes with this. Answered with
+    /// its pid, as the template sees it.
+    Derive,
 }
 
 /// How the sandbox is to be built.
@@ -186,6 +193,15 @@ impl Request {
                 w.i32(*pid);
                 w.i32(*mother);
             }
+            Self::Unmap(ranges) => {
+                w.u8(10);
+                w.ranges(ranges);
+            }
+            Self::Empty(ranges) => {
+                w.u8(11);
+                w.ranges(ranges);
+            }
+            Self::Derive => w.u8(12),
         }
         w.0
     }
@@ -223,6 +239,9 @@ impl Request {
                 pid: r.i32()?,
                 mother: r.i32()?,
             },
+            10 => Self::Unmap(r.ranges()?),
+            11 => Self::Empty(r.ranges()?),
+            12 => Self::Derive,
             _ => return None,
         };
         r.end().map(|()| request)

@@ -109,6 +109,9 @@ impl Init {
             Request::Template { .. }
             | Request::Hold(_)
             | Request::Collapse(_)
+            | Request::Unmap(_)
+            | Request::Empty(_)
+            | Request::Derive
             | Request::Fork { .. } => {
                 Err(Errno::INVAL).at(Step::Request, "doing a template's work")
             }

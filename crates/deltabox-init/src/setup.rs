@@ -71,13 +71,13 @@ pub(crate) fn run() -> io::Result<()> {
         }
         (Some(Request::Template { filters }), None) => {
             drop(buffer);
-            report(&control, template::serve(&control, &filters))
+            template::serve(control, &filters)
         }
         _ => Err(io::ErrorKind::InvalidData.into()),
     }
 }
 
-fn report(control: &OwnedFd, result: Result<(), Failure>) -> io::Result<()> {
+pub(crate) fn report(control: &OwnedFd, result: Result<(), Failure>) -> io::Result<()> {
     let Err(failure) = result else {
         return Ok(());
     };

@@ -179,6 +179,21 @@ pub(crate) fn map_at(range: std::ops::Range<u64>) -> io::Result<()> {
     Ok(())
 }
 
+/// Undoes mappings of memory that nothing in this program refers to.
+pub(crate) fn unmap(range: std::ops::Range<u64>) -> io::Result<()> {
+    let len = range.end.saturating_sub(range.start);
+    // SAFETY: the supervisor names only what it has had mapped by `map_at`.
+    check(unsafe { libc::munmap(range.start as *mut libc::c_void, len as usize) }.into()).map(drop)
+}
+
+/// Makes memory zeros that nothing in this program refers to.
+pub(crate) fn empty(range: std::ops::Range<u64>) -> io::Result<()> {
+    let len = range.end.saturating_sub(range.start);
+    let at = range.start as *mut libc::c_void;
+    // SAFETY: the supervisor names only what it has had mapped by `map_at`.
+    check(unsafe { libc::madvise(at, len as usize, libc::MADV_DONTNEED) }.into()).map(drop)
+}
+
 /// Makes large pages of small ones (`MADV_COLLAPSE`), without a change of what they hold.
 pub(crate) fn collapse(range: std::ops::Range<u64>) -> io::Result<()> {
     const MADV_COLLAPSE: i32 = 25;

@@ -11,6 +11,7 @@
 
 use std::cell::Cell;
 use std::io;
+use std::ops::Range;
 use std::os::fd::{AsFd, OwnedFd};
 
 use deltabox_init::wire::{self, MAX_MESSAGE};
@@ -19,46 +20,107 @@ use rustix::io::Errno;
 use rustix::net::RecvFlags;
 
 use crate::serve::parse_filters;
+use crate::setup::report;
 use crate::sys::{self, Fork, ForkOptions};
 use crate::{At, Failure, child};
 
-/// Serves until the supervisor closes the control socket.
-pub(crate) fn serve(control: &OwnedFd, filters: &[Vec<u8>]) -> Result<(), Failure> {
-    let filters = parse_filters(filters)?;
-    // Away from the terminal that the supervisor may have.
-    rustix::process::setsid().at(Step::Setup, "making the template's session")?;
-    rustix::process::chdir("/").at(Step::Setup, "leaving the directory")?;
-    let mut buffer = vec![0; MAX_MESSAGE];
-    let mut reply = Some(Reply::Done);
+/// Becomes a template, and serves until the supervisor closes the control socket.
+pub(crate) fn serve(mut control: OwnedFd, filters: &[Vec<u8>]) -> io::Result<()> {
+    let ready = parse_filters(filters).and_then(|filters| begin(&control).map(|()| filters));
+    let filters = match ready {
+        Ok(filters) => filters,
+        Err(failure) => return report(&control, Err(failure)),
+    };
     loop {
-        if let Some(reply) = reply.take() {
-            wire::send(control, &reply.encode(), &[]).at(Step::Request, "answering")?;
-        }
-        let Some(got) = wire::receive(control, &mut buffer, RecvFlags::empty())
-            .at(Step::Request, "waiting for a request")?
-        else {
-            return Ok(());
+        // What a copy does not serve it does not hold open, so that whoever waits for the original sees its end.
+        control = match answer_all(&control, &filters) {
+            Ok(Some(copys)) => copys,
+            other => return report(&control, other.map(drop)),
         };
-        let done = match Request::decode(&buffer[..got.len]) {
-            Some(Request::Hold(ranges)) => hold(&ranges).map(|()| Some(Reply::Done)),
-            Some(Request::Collapse(ranges)) => {
-                // Where there is no room for large pages, small ones do.
-                ranges.iter().for_each(|r| drop(sys::collapse(r.clone())));
-                Ok(Some(Reply::Done))
-            }
-            Some(Request::Fork { pid, mother }) => {
-                give_birth(control, &filters, [pid, mother], got.fds).map(|()| None)
-            }
-            _ => Err(Errno::BADMSG).at(Step::Request, "reading the request"),
-        };
-        reply = done.unwrap_or_else(|f| Some(f.into()));
     }
 }
 
-fn hold(ranges: &[std::ops::Range<u64>]) -> Result<(), Failure> {
-    let map = |range: &std::ops::Range<u64>| sys::map_at(range.clone());
-    let mapped: io::Result<()> = ranges.iter().try_for_each(map);
-    mapped.at(Step::Setup, "mapping the memory to be held")
+fn begin(control: &OwnedFd) -> Result<(), Failure> {
+    // Away from the terminal that the supervisor may have.
+    rustix::process::setsid().at(Step::Setup, "making the template's session")?;
+    rustix::process::chdir("/").at(Step::Setup, "leaving the directory")?;
+    send(control, &Reply::Done)
+}
+
+fn send(control: &OwnedFd, reply: &Reply) -> Result<(), Failure> {
+    wire::send(control, &reply.encode(), &[]).at(Step::Request, "answering")
+}
+
+/// Answers requests until the socket is closed; a copy that was made meanwhile returns the socket that it is to serve.
+fn answer_all(
+    control: &OwnedFd,
+    filters: &[Vec<libc::sock_filter>],
+) -> Result<Option<OwnedFd>, Failure> {
+    let mut buffer = vec![0; MAX_MESSAGE];
+    loop {
+        let Some(got) = wire::receive(control, &mut buffer, RecvFlags::empty())
+            .at(Step::Request, "waiting for a request")?
+        else {
+            return Ok(None);
+        };
+        let done = match Request::decode(&buffer[..got.len]) {
+            Some(Request::Hold(ranges)) => {
+                each(&ranges, sys::map_at, "mapping the memory to be held")
+            }
+            Some(Request::Unmap(ranges)) => each(&ranges, sys::unmap, "unmapping memory"),
+            Some(Request::Empty(ranges)) => each(&ranges, sys::empty, "dropping memory"),
+            Some(Request::Collapse(ranges)) => {
+                // Where there is no room for large pages, small ones do.
+                ranges.iter().for_each(|r| drop(sys::collapse(r.clone())));
+                Ok(Reply::Done)
+            }
+            Some(Request::Fork { pid, mother }) => {
+                match give_birth(control, filters, [pid, mother], got.fds) {
+                    Ok(()) => continue,
+                    Err(failure) => Err(failure),
+                }
+            }
+            Some(Request::Derive) => match derive(got.fds) {
+                Ok(Derivation::Copy(control)) => return Ok(Some(control)),
+                Ok(Derivation::Original(pid)) => Ok(Reply::Pid(pid)),
+                Err(failure) => Err(failure),
+            },
+            _ => Err(Errno::BADMSG).at(Step::Request, "reading the request"),
+        };
+        send(control, &done.unwrap_or_else(Reply::from))?;
+    }
+}
+
+fn each(
+    ranges: &[Range<u64>],
+    change: impl Fn(Range<u64>) -> io::Result<()>,
+    doing: &str,
+) -> Result<Reply, Failure> {
+    let all: io::Result<()> = ranges.iter().cloned().try_for_each(change);
+    all.at(Step::Setup, doing).map(|()| Reply::Done)
+}
+
+/// Who returns from making a copy of the template.
+enum Derivation {
+    /// The template, with the copy's pid.
+    Original(i32),
+    /// The copy, with the socket that it is to serve.
+    Copy(OwnedFd),
+}
+
+/// Makes a copy of this process, a child of the supervisor too.
+fn derive(fds: Vec<OwnedFd>) -> Result<Derivation, Failure> {
+    let Ok([control]) = <[OwnedFd; 1]>::try_from(fds) else {
+        return Err(Errno::BADF).at(Step::Request, "counting descriptors");
+    };
+    let options = ForkOptions {
+        flags: libc::CLONE_PARENT,
+        ..ForkOptions::default()
+    };
+    match sys::fork(&options).at(Step::Clone, "making another template")? {
+        Fork::Parent(pid) => Ok(Derivation::Original(pid)),
+        Fork::Child => Ok(Derivation::Copy(control)),
+    }
 }
 
 /// All that helper and mother need. They run one after another while the template waits.

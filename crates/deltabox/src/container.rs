@@ -88,7 +88,7 @@ fn init_program() -> io::Result<BorrowedFd<'static>> {
     Ok(PROGRAM.get_or_init(|| fd).as_fd())
 }
 
-fn socket_pair() -> io::Result<(OwnedFd, OwnedFd)> {
+pub(crate) fn socket_pair() -> io::Result<(OwnedFd, OwnedFd)> {
     let pair = socketpair(
         AddressFamily::UNIX,
         SocketType::SEQPACKET,

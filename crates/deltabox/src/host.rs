@@ -226,7 +226,8 @@ impl Host {
             None => self.ground.reserve_like(source),
         });
         let places = places.collect::<Result<Vec<_>>>()?;
-        let template = self.template(id, &content, n);
+        let templates = self.ground.templates();
+        let template = templates.get(content.origin(id, origin.family()), n);
         let forks = in_parallel(places, |place| {
             let template = template.as_deref();
             self.fork_one(place, &origin, &content, spec.clone(), template)
@@ -239,14 +240,6 @@ impl Host {
                 sandbox
             })
             .collect())
-    }
-
-    /// What holds the memory of a checkpoint for `n` forks to share. It pays to make it for two.
-    fn template(&self, id: CheckpointId, content: &Content, n: usize) -> Option<Arc<Template>> {
-        let templates = self.ground.templates();
-        let found = templates.get(id, n);
-        let make = || templates.make(id, content.processes());
-        found.or_else(|| (n > 1).then(make).flatten())
     }
 
     fn fork_one(
@@ -265,7 +258,7 @@ impl Host {
         };
         // In this order: of one that is given up, the sandbox goes before its name is free.
         let (sandbox, place) = self.ground.settle(blank)?;
-        sandbox.populate(content, template)?;
+        sandbox.populate(content, origin.family(), template)?;
         Ok((Arc::new(sandbox), place))
     }
 
@@ -288,9 +281,18 @@ impl Host {
         Ok(())
     }
 
-    /// Keeps the template of a checkpoint whatever comes, or no longer. Returns whether there is one.
-    pub fn pin_template(&self, id: CheckpointId, pinned: bool) -> bool {
-        self.ground.templates().pin(id, pinned)
+    /// Keeps the template of a checkpoint whatever comes, until that is taken back or the checkpoint deleted; makes it if there is none.
+    /// Returns whether there is one: if there is no room for it beside what is pinned already, it is made when it is needed.
+    pub fn pin_template(&self, source: &str, id: CheckpointId, pinned: bool) -> Result<bool> {
+        let origin = self.get(source)?;
+        let (content, _) = origin.origin(id)?;
+        let templates = self.ground.templates();
+        templates.pin(id, pinned);
+        if pinned && !templates.has(id) {
+            let _busy = self.warm.pause();
+            templates.make(content.origin(id, origin.family()));
+        }
+        Ok(templates.has(id))
     }
 
     /// The templates that hold the memory of checkpoints.

@@ -242,18 +242,24 @@ pub struct TemplatesInfo {
     pub limit_bytes: u64,
     /// How many there are.
     pub number: usize,
-    /// Bytes that they hold; forks that are alive share them.
+    /// Bytes that they hold, which they share among themselves, and with forks that are alive.
     pub bytes: u64,
+    /// How many of them are kept whatever comes.
+    pub pinned: usize,
     /// Age of the oldest in seconds.
     pub oldest: f64,
     /// Forks whose checkpoint had one.
     pub hits: u64,
     /// Forks whose checkpoint had none when they were asked for.
     pub misses: u64,
+    /// Forks and rollbacks for which a relative's served.
+    pub relatives: u64,
     /// Processes that were forked from one.
     pub births: u64,
     /// How many were made.
     pub made: u64,
+    /// How many of those were made as copies of another.
+    pub derived: u64,
     /// How many were given up for others, or for want of memory.
     pub evicted: u64,
 }

@@ -17,7 +17,7 @@ use crate::sessions::{Sessions, Shared};
 use crate::spawn;
 use crate::spec::{CommandSpec, SandboxSpec};
 use crate::state::{Common, Content, DeltaState, Failure, Subject};
-use crate::templates::Template;
+use crate::templates::{Family, Template};
 
 /// A sandbox. All methods may be called from any thread; operations that change the whole state exclude each other.
 pub struct Sandbox {
@@ -317,17 +317,27 @@ impl Sandbox {
     }
 
     /// Gives a sandbox that has just been assembled, and whose volume shows the files of `content`, the sessions and
-    /// processes of it. `template` holds their memory, if there is one.
-    pub(crate) fn populate(&self, content: &Content, template: Option<&Template>) -> Result<()> {
+    /// processes of it. It is of that family then. `template` holds most of their memory, if there is one.
+    pub(crate) fn populate(
+        &self,
+        content: &Content,
+        family: Family,
+        template: Option<&Template>,
+    ) -> Result<()> {
         let _whole = self.shared().whole.lock();
         self.shared().restoring.store(true, Ordering::Release);
         self.shared().adopt(content.sessions())?;
         let phases = self
             .state
             .lock()
-            .populate(self.subject(), content, template)?;
+            .populate(self.subject(), content, family, template)?;
         self.note_phases(phases);
         Ok(())
+    }
+
+    /// Which sandboxes it shares memory with.
+    pub(crate) fn family(&self) -> Family {
+        self.state.lock().family()
     }
 
     /// There will be no more forks of it.

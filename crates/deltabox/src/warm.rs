@@ -203,7 +203,8 @@ impl Pool {
                     drop(state);
                     // Without it forks take longer; what is wrong with the checkpoint, they say.
                     if let Ok((content, _)) = source.origin(id) {
-                        self.ground.templates().make(id, content.processes());
+                        let origin = content.origin(id, source.family());
+                        self.ground.templates().make(origin);
                     }
                     state = self.state.lock();
                 }

@@ -265,3 +265,153 @@ fn a_template_goes_with_its_checkpoint_its_sandbox_and_the_switch() {
     assert_eq!(ask(&forks[1], id, SUM), ask(&source, id, SUM));
     assert_eq!((off.templates().births, off.templates().made), (0, 0));
 }
+
+/// Lines that change some memory, let it grow, drop some and give some back; `n` tells them apart.
+fn change(sandbox: &Sandbox, id: SessionId, n: usize) {
+    for prefix in ["", ">"] {
+        let at = n * 40_000 % (1 << 20);
+        let write = format!("M[{at}:{at} + 20_000] = bytes([{n}]) * 20_000");
+        assert_eq!(ask(sandbox, id, &format!("{prefix}{write}")), "done");
+        let grow =
+            format!("N = [bytearray([{n}]) * (300_000 + 70_000 * k) for k in range({n} % 4)]");
+        assert_eq!(ask(sandbox, id, &format!("{prefix}{grow}")), "done");
+    }
+}
+
+fn sums(sandbox: &Sandbox, id: SessionId) -> Vec<String> {
+    ["", ">"]
+        .into_iter()
+        .flat_map(|prefix| {
+            [SUM, "[hashlib.sha256(n).hexdigest() for n in N]"].map(|q| format!("{prefix}{q}"))
+        })
+        .map(|question| ask(sandbox, id, &question))
+        .collect()
+}
+
+#[test]
+fn templates_of_later_checkpoints_are_copies_of_earlier_ones_with_what_differs() {
+    let f = Fixture::new();
+    let source = f.sandbox();
+    let id = python(&source).info().id;
+    for line in [FILL, "N = []"] {
+        ask(&source, id, line);
+        ask(&source, id, &format!(">{line}"));
+    }
+    let mut states = Vec::new();
+    for n in 0..7 {
+        let checkpoint = source.checkpoint(None).unwrap().id;
+        states.push((checkpoint, sums(&source, id)));
+        let forks = f
+            .host
+            .fork(source.name(), Some(checkpoint), 2, &[])
+            .unwrap();
+        for fork in &forks {
+            assert_eq!(sums(fork, id), states[n].1, "{n}");
+            change(fork, id, 100 + n);
+        }
+        change(&source, id, n + 1);
+    }
+    let info = f.host.templates();
+    assert_eq!((info.number, info.made, info.misses), (7, 7, 14));
+    // Every fifth begins anew, for a row of copies makes forks slow.
+    assert_eq!(info.derived, 5, "{info:?}");
+    // Seven times 14 MiB would be 100.
+    assert!(info.bytes < 50 << 20, "{info:?}");
+    // Ancestors may go, and die.
+    source.delete(states[0].0).unwrap();
+    for pid in f.host.template_processes().into_iter().step_by(2) {
+        let pid = rustix::process::Pid::from_raw(pid).unwrap();
+        rustix::process::kill_process(pid, rustix::process::Signal::KILL).unwrap();
+    }
+    for (checkpoint, expected) in &states[1..] {
+        let forks = f
+            .host
+            .fork(source.name(), Some(*checkpoint), 2, &[])
+            .unwrap();
+        for fork in &forks {
+            assert_eq!(&sums(fork, id), expected, "{checkpoint}");
+        }
+    }
+}
+
+#[test]
+fn a_fork_of_what_has_no_template_is_made_of_the_next_best() {
+    let f = Fixture::new();
+    let source = f.sandbox();
+    let id = python(&source).info().id;
+    for line in [FILL, "N = []"] {
+        ask(&source, id, line);
+        ask(&source, id, &format!(">{line}"));
+    }
+    let first = source.checkpoint(None).unwrap().id;
+    let forks = f.host.fork(source.name(), Some(first), 2, &[]).unwrap();
+    change(&source, id, 3);
+    assert_eq!(
+        ask(
+            &source,
+            id,
+            "P = __import__('subprocess').Popen(['sleep', '1000'])"
+        ),
+        "done"
+    );
+    let second = source.checkpoint(None).unwrap().id;
+    let expected = sums(&source, id);
+    let births = f.host.templates().births;
+    let fork = &f.host.fork(source.name(), Some(second), 1, &[]).unwrap()[0];
+    let info = f.host.templates();
+    assert_eq!((info.number, info.relatives), (1, 1), "{info:?}");
+    assert_eq!(info.births, births + 1);
+    assert_eq!(sums(fork, id), expected);
+    assert_eq!(ask(fork, id, "P.poll()"), "None");
+    // A fork's own checkpoints are of the family, a stranger's are not.
+    change(&forks[1], id, 4);
+    let third = forks[1].checkpoint(None).unwrap().id;
+    let expected = sums(&forks[1], id);
+    let again = &f.host.fork(forks[1].name(), Some(third), 1, &[]).unwrap()[0];
+    assert_eq!(f.host.templates().relatives, 2);
+    assert_eq!(sums(again, id), expected);
+    let stranger = f.sandbox();
+    python(&stranger);
+    f.host.fork(stranger.name(), None, 1, &[]).unwrap();
+    assert_eq!(f.host.templates().relatives, 2);
+    // What was stopped comes back the same way.
+    source.stop().unwrap();
+    source.rollback(second).unwrap();
+    assert_eq!(f.host.templates().relatives, 3);
+    assert_eq!(sums(&source, id)[0], sums(fork, id)[0]);
+}
+
+#[test]
+fn a_pinned_template_is_there_before_a_fork_and_stays_for_others() {
+    let dir = tempfile::tempdir().unwrap();
+    let host = Host::open(HostConfig {
+        state_dir: dir.path().join("state"),
+        templates: 2,
+        ..HostConfig::default()
+    });
+    let host = host.unwrap();
+    let source = host.create(SandboxSpec::default()).unwrap();
+    let id = python(&source).info().id;
+    ask(&source, id, FILL);
+    let ids = [0; 4].map(|_| source.checkpoint(None).unwrap().id);
+    assert!(host.pin_template(source.name(), ids[0], true).unwrap());
+    for at in &ids[1..] {
+        host.fork(source.name(), Some(*at), 2, &[]).unwrap();
+    }
+    let info = host.templates();
+    assert_eq!(
+        (info.number, info.pinned, info.evicted),
+        (2, 1, 2),
+        "{info:?}"
+    );
+    host.fork(source.name(), Some(ids[0]), 1, &[]).unwrap();
+    assert_eq!(host.templates().hits, 1);
+    assert!(host.pin_template(source.name(), ids[0], false).unwrap());
+    assert_eq!(host.templates().pinned, 0);
+    assert!(
+        host.pin_template(source.name(), deltabox::CheckpointId(99), true)
+            .is_err()
+    );
+    source.delete(ids[0]).unwrap();
+    assert_eq!(host.templates().number, 1);
+}

@@ -115,6 +115,7 @@ fn render_templates(out: &mut String, templates: &TemplatesInfo) {
     let t = templates;
     row("", "gauge", "Templates.", &t.number);
     row("_bytes", "gauge", "Bytes that templates hold.", &t.bytes);
+    row("_pinned", "gauge", "Templates that stay.", &t.pinned);
     row(
         "_oldest_seconds",
         "gauge",
@@ -126,6 +127,18 @@ fn render_templates(out: &mut String, templates: &TemplatesInfo) {
         "counter",
         "Templates that were made.",
         &t.made,
+    );
+    row(
+        "_derived_total",
+        "counter",
+        "Templates that were made as copies of others.",
+        &t.derived,
+    );
+    row(
+        "_relatives_total",
+        "counter",
+        "Forks and rollbacks for which a relative's template served.",
+        &t.relatives,
     );
     row(
         "_evicted_total",

@@ -87,6 +87,15 @@ impl TreeImage {
             .map(|e| e.to_string())
     }
 
+    /// How many memory pages its processes have. Waits for memory that is still being copied.
+    ///
+    /// # Errors
+    /// Memory is lost, so that the image cannot be given back.
+    pub fn pages(&self) -> Result<u64> {
+        let all = self.processes.values();
+        all.map(|p| Ok(p.memory.pages.get()?.len())).sum()
+    }
+
     /// How many processes are alive in it.
     pub fn len(&self) -> usize {
         self.processes.len()

@@ -27,7 +27,7 @@ use crate::error::{Error, Result};
 use crate::report::*;
 use crate::sessions::Shared;
 use crate::sessions_image::SessionsImage;
-use crate::templates::{Template, Templates};
+use crate::templates::{Family, Origin, Template, Templates};
 
 use surroundings::Surroundings;
 use tree::{Checkpoints, Node};
@@ -71,6 +71,7 @@ impl Common {
 pub(crate) struct DeltaState {
     name: String,
     common: Arc<Common>,
+    family: Family,
     engine: Engine,
     checkpoints: Checkpoints<Content>,
     /// Checkpoints on disk that cannot be used, and why.
@@ -137,6 +138,7 @@ impl DeltaState {
         Ok(Self {
             name: name.to_owned(),
             common,
+            family: Family::new(),
             engine,
             checkpoints: Checkpoints::default(),
             lost: BTreeMap::new(),
@@ -240,7 +242,7 @@ impl DeltaState {
             switched.store(true, Ordering::Relaxed);
             subject.switch(&target, epoch)
         };
-        let template = self.common.templates.look_up(id);
+        let template = self.template(id, &target, alive);
         let env = subject.surroundings(Some(&target.sessions), template.as_deref());
         let mut done = if alive {
             self.engine.rollback(&env, &target.processes, switch)
@@ -280,20 +282,36 @@ impl DeltaState {
         }
     }
 
+    /// What serves a rollback where processes have to be made again. Only if all of them have to, it pays to look further.
+    fn template(&self, id: CheckpointId, target: &Content, alive: bool) -> Option<Arc<Template>> {
+        let origin = target.origin(id, self.family);
+        match alive {
+            true => self.common.templates.of(id),
+            false => self.common.templates.look_up(origin),
+        }
+    }
+
+    /// Which sandboxes it shares memory with.
+    pub(crate) fn family(&self) -> Family {
+        self.family
+    }
+
     /// Kills all processes.
     pub(crate) fn kill_all(&mut self, subject: Subject<'_>) -> Result<()> {
         Ok(self.engine.kill_all(&subject.surroundings(None, None))?)
     }
 
-    /// Makes the processes of a new sandbox, whose files show `content` already, those of `content`, whose memory `template`
-    /// holds, if there is one.
+    /// Makes the processes of a new sandbox of a family, whose files show `content` already, those of `content`. `template` holds
+    /// their memory or most of it, if there is one.
     /// Returns how long the parts of it took.
     pub(crate) fn populate(
         &mut self,
         subject: Subject<'_>,
         content: &Content,
+        family: Family,
         template: Option<&Template>,
     ) -> Result<deltacr::Phases> {
+        self.family = family;
         let env = subject.surroundings(Some(&content.sessions), template);
         let made = self.engine.rebuild(&env, &content.processes)?;
         Ok(made.phases)
@@ -334,6 +352,15 @@ impl Content {
     /// The processes.
     pub(crate) fn processes(&self) -> &TreeImage {
         &self.processes
+    }
+
+    /// What is to be forked, given its number and the family of its sandbox.
+    pub(crate) fn origin(&self, id: CheckpointId, family: Family) -> Origin<'_> {
+        Origin {
+            id,
+            family,
+            image: &self.processes,
+        }
     }
 
     /// The sessions, for a sandbox that is to have them.

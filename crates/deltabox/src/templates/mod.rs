@@ -2,7 +2,11 @@
 //! share it instead of each writing it anew.
 //!
 //! Only ever a matter of time: whoever finds no template, or one that has died, makes the processes from the stored pages.
+//!
+//! A template need not be of the checkpoint that is forked: what differs is changed in the fork, or once for all forks, in a copy
+//! of the template. Only templates of one *family* are looked at, which are sandboxes that were forked of each other.
 
+mod make;
 mod pool;
 mod process;
 
@@ -14,27 +18,45 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use deltacr::TreeImage;
-use deltacr::ids::HostPid;
 use deltacr::mem::Holding;
 use parking_lot::Mutex;
 
 use crate::cgroup;
 use crate::container::Container;
 use crate::error::{Doing, Result};
-use crate::memory;
 use crate::report::{CheckpointId, TemplatesInfo};
 
 pub(crate) use pool::Limits;
-use pool::Pool;
+use pool::{Part, Pool};
 use process::Process;
 
-/// How often a process is tried whose own mappings are in the way.
-const TRIES: usize = 4;
+/// Sandboxes that were forked of each other.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Family(u64);
+
+impl Family {
+    /// One that has no member yet.
+    pub(crate) fn new() -> Self {
+        static NEXT: AtomicU64 = AtomicU64::new(0);
+        Self(NEXT.fetch_add(1, Ordering::Relaxed))
+    }
+}
+
+/// A checkpoint that is to be forked.
+#[derive(Clone, Copy)]
+pub(crate) struct Origin<'a> {
+    pub(crate) id: CheckpointId,
+    pub(crate) family: Family,
+    pub(crate) image: &'a TreeImage,
+}
 
 /// A process that holds the memory of a checkpoint.
 pub(crate) struct Template {
     holding: Holding,
     process: Process,
+    family: Family,
+    /// The memory that it has, from its oldest ancestor's to its own.
+    parts: Vec<Part>,
     made: Instant,
     /// Counts for all templates.
     births: Arc<AtomicU64>,
@@ -53,6 +75,13 @@ impl Template {
             .fetch_add(u64::from(born.is_ok()), Ordering::Relaxed);
         born
     }
+}
+
+/// A template, and how many pages of what is wanted it does not hold.
+struct Near {
+    id: CheckpointId,
+    template: Arc<Template>,
+    missing: u64,
 }
 
 /// The templates of a host.
@@ -86,23 +115,61 @@ impl Templates {
         }
     }
 
-    /// The template of a checkpoint, if there is one, for `forks` forks.
-    pub(crate) fn get(&self, id: CheckpointId, forks: usize) -> Option<Arc<Template>> {
-        let mut state = self.state.lock();
-        let found = state.pool.get(id).cloned();
-        let found = found.filter(|t| t.process.is_alive());
-        match found {
-            Some(_) => state.info.hits += forks as u64,
-            None => state.info.misses += forks as u64,
+    /// What `forks` forks of a checkpoint are best made of: its template, or else a relative's.
+    pub(crate) fn get(&self, origin: Origin<'_>, forks: usize) -> Option<Arc<Template>> {
+        if let Some(found) = self.use_of(origin.id, forks) {
+            self.state.lock().info.hits += forks as u64;
+            return Some(found);
         }
-        found
+        self.state.lock().info.misses += forks as u64;
+        let made = (forks > 1).then(|| self.make(origin)).flatten();
+        made.or_else(|| self.relative(origin, forks))
+    }
+
+    /// The template of a checkpoint, or else a relative's, for something else than a fork.
+    pub(crate) fn look_up(&self, origin: Origin<'_>) -> Option<Arc<Template>> {
+        let found = self.use_of(origin.id, 1);
+        found.or_else(|| self.relative(origin, 1))
     }
 
     /// The template of a checkpoint, if there is one, for something else than a fork.
-    pub(crate) fn look_up(&self, id: CheckpointId) -> Option<Arc<Template>> {
+    pub(crate) fn of(&self, id: CheckpointId) -> Option<Arc<Template>> {
+        self.use_of(id, 1)
+    }
+
+    fn use_of(&self, id: CheckpointId, uses: usize) -> Option<Arc<Template>> {
         let mut state = self.state.lock();
-        let found = state.pool.get(id).cloned();
+        let found = state.pool.get(id, uses as u64).cloned();
         found.filter(|t| t.process.is_alive())
+    }
+
+    /// Uses a template that holds most of what a checkpoint needs.
+    fn relative(&self, origin: Origin<'_>, uses: usize) -> Option<Arc<Template>> {
+        let near = self.nearest(origin)?;
+        let mut state = self.state.lock();
+        state.info.relatives += uses as u64;
+        state.pool.get(near.id, uses as u64);
+        Some(near.template)
+    }
+
+    /// The template of the family that holds most of what a checkpoint needs, if it holds at least half.
+    fn nearest(&self, origin: Origin<'_>) -> Option<Near> {
+        let state = self.state.lock();
+        let family = state.pool.iter().filter(|(_, t)| t.family == origin.family);
+        let family: Vec<_> = family.map(|(id, t)| (id, Arc::clone(t))).collect();
+        drop(state);
+        let near = family.into_iter().filter(|(_, t)| t.process.is_alive());
+        let near = near.filter_map(|(id, template)| {
+            let missing = template.holding.missing(origin.image).ok()?;
+            Some(Near {
+                id,
+                template,
+                missing,
+            })
+        });
+        let nearest = near.min_by_key(|near| near.missing)?;
+        let pages = origin.image.pages().ok()?;
+        (2 * nearest.missing < pages).then_some(nearest)
     }
 
     /// Whether there is a template of a checkpoint.
@@ -112,55 +179,26 @@ impl Templates {
     }
 
     /// Makes a template of a checkpoint, if there is room for it.
-    pub(crate) fn make(&self, id: CheckpointId, image: &TreeImage) -> Option<Arc<Template>> {
+    pub(crate) fn make(&self, origin: Origin<'_>) -> Option<Arc<Template>> {
         let begun = Instant::now();
-        let made = self.try_make(image).unwrap_or_else(|e| {
+        let made = self.try_make(origin).unwrap_or_else(|e| {
             // Whoever wanted to use it does without.
-            tracing::debug!("making a template of {id}: {e}");
+            tracing::debug!("making a template of {}: {e}", origin.id);
             None
         })?;
+        let derived = made.parts.len() > 1;
+        let parts = made.parts.clone();
         let made = Arc::new(made);
-        let bytes = made.holding.bytes();
         let mut state = self.state.lock();
         let gone = state
             .pool
-            .put(id, Arc::clone(&made), bytes, begun.elapsed());
+            .put(origin.id, Arc::clone(&made), parts, begun.elapsed());
         state.info.made += 1;
+        state.info.derived += u64::from(derived);
         state.info.evicted += gone.len() as u64;
         drop(state);
         drop(gone);
         Some(made)
-    }
-
-    fn try_make(&self, image: &TreeImage) -> Result<Option<Template>> {
-        let doing = || "making a template".to_owned();
-        for _ in 0..TRIES {
-            if self.state.lock().pool.limits.number == 0 {
-                return Ok(None);
-            }
-            let group = self.open_group()?;
-            let process = Process::start(&group)?;
-            let host = HostPid(process.host());
-            let Some(holding) = Holding::arrange(image, host)? else {
-                continue;
-            };
-            let bytes = holding.bytes();
-            if !self.state.lock().pool.could_hold(bytes) || memory::is_scarce(bytes) {
-                return Ok(None);
-            }
-            process.hold(holding.ranges()).doing(doing())?;
-            let large = holding.large();
-            holding.touch(host, &large).doing(doing())?;
-            process.collapse(large).doing(doing())?;
-            holding.fill(host).doing(doing())?;
-            return Ok(Some(Template {
-                holding,
-                process,
-                made: Instant::now(),
-                births: Arc::clone(&self.births),
-            }));
-        }
-        Ok(None)
     }
 
     fn open_group(&self) -> Result<std::os::fd::OwnedFd> {
@@ -170,15 +208,18 @@ impl Templates {
         rustix::fs::open(&self.group, flags, rustix::fs::Mode::empty()).doing(doing())
     }
 
-    /// The checkpoint is gone, or its template has failed.
+    /// The checkpoint is gone.
     pub(crate) fn remove(&self, id: CheckpointId) {
-        let gone = self.state.lock().pool.remove(id);
+        let mut state = self.state.lock();
+        state.pool.pin(id, false);
+        let gone = state.pool.remove(id);
+        drop(state);
         drop(gone);
     }
 
-    /// Keeps the template of a checkpoint whatever comes, or no longer. Returns whether there is one.
-    pub(crate) fn pin(&self, id: CheckpointId, pinned: bool) -> bool {
-        self.state.lock().pool.pin(id, pinned)
+    /// Keeps the template of a checkpoint whatever comes, when there is one, or no longer.
+    pub(crate) fn pin(&self, id: CheckpointId, pinned: bool) {
+        self.state.lock().pool.pin(id, pinned);
     }
 
     /// Gives up the one that is worth least, for want of memory. Returns whether there was one.
@@ -193,11 +234,12 @@ impl Templates {
     /// How they are doing.
     pub(crate) fn info(&self) -> TemplatesInfo {
         let state = self.state.lock();
-        let ages = state.pool.iter().map(|t| t.made.elapsed());
+        let ages = state.pool.iter().map(|(_, t)| t.made.elapsed());
         let oldest = ages.max().unwrap_or(Duration::ZERO);
         TemplatesInfo {
             number: state.pool.len(),
             bytes: state.pool.bytes(),
+            pinned: state.pool.pinned(),
             oldest: oldest.as_secs_f64(),
             births: self.births.load(Ordering::Relaxed),
             ..state.info
@@ -207,7 +249,7 @@ impl Templates {
     /// The processes that hold memory.
     pub(crate) fn processes(&self) -> Vec<i32> {
         let state = self.state.lock();
-        state.pool.iter().map(|t| t.process.host()).collect()
+        state.pool.iter().map(|(_, t)| t.process.host()).collect()
     }
 
     /// Ends all.

@@ -7,7 +7,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use deltabox_init::{Reply, Request};
 use parking_lot::Mutex;
 
-use crate::container::{Container, Control, done, reap, start_idle};
+use crate::container::{Container, Control, done, reap, socket_pair, start_idle};
 use crate::error::{Doing, Result};
 use crate::seccomp;
 
@@ -35,6 +35,20 @@ impl Process {
         Ok(process)
     }
 
+    /// Makes another one that holds what this one holds.
+    pub(super) fn derive(&self) -> io::Result<Self> {
+        let (ours, copys) = socket_pair()?;
+        let control = Mutex::new(Control::new(ours)?);
+        let reply = self
+            .control
+            .lock()
+            .ask(&Request::Derive, &[copys.as_fd()])?;
+        match reply {
+            Reply::Pid(host) => Ok(Self { host, control }),
+            reply => done(reply).and(Err(io::ErrorKind::InvalidData.into())),
+        }
+    }
+
     /// Whether it has not ended.
     pub(super) fn is_alive(&self) -> bool {
         use rustix::process::{WaitId, WaitIdOptions, waitid};
@@ -52,16 +66,33 @@ impl Process {
         done(self.control.lock().ask(request, &[])?)
     }
 
-    /// Has it map memory.
-    pub(super) fn hold(&self, ranges: Vec<Range<u64>>) -> io::Result<()> {
+    fn order_parts(
+        &self,
+        ranges: &[Range<u64>],
+        order: impl Fn(Vec<Range<u64>>) -> Request,
+    ) -> io::Result<()> {
         let mut parts = ranges.chunks(RANGES);
-        parts.try_for_each(|part| self.order(&Request::Hold(part.to_vec())))
+        parts.try_for_each(|part| self.order(&order(part.to_vec())))
+    }
+
+    /// Has it map memory.
+    pub(super) fn hold(&self, ranges: &[Range<u64>]) -> io::Result<()> {
+        self.order_parts(ranges, Request::Hold)
+    }
+
+    /// Has it undo mappings.
+    pub(super) fn unmap(&self, ranges: &[Range<u64>]) -> io::Result<()> {
+        self.order_parts(ranges, Request::Unmap)
+    }
+
+    /// Has it make memory zeros.
+    pub(super) fn empty(&self, ranges: &[Range<u64>]) -> io::Result<()> {
+        self.order_parts(ranges, Request::Empty)
     }
 
     /// Has it make large pages, where that can be.
-    pub(super) fn collapse(&self, ranges: Vec<Range<u64>>) -> io::Result<()> {
-        let mut parts = ranges.chunks(RANGES);
-        parts.try_for_each(|part| self.order(&Request::Collapse(part.to_vec())))
+    pub(super) fn collapse(&self, ranges: &[Range<u64>]) -> io::Result<()> {
+        self.order_parts(ranges, Request::Collapse)
     }
 
     /// Has it give birth in a sandbox; the child's pid as this process sees it.

@@ -195,7 +195,7 @@ impl<'a> Delivery<'a> {
 
     fn is_in_template(&self, pid: InnerPid) -> bool {
         let template = self.env.template();
-        template.is_some_and(|t| t.covers(pid, &self.image(pid).memory))
+        template.is_some_and(|t| t.has(pid))
     }
 
     /// Makes a child of a copy of the template, another copy.

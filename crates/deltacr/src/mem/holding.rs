@@ -4,12 +4,16 @@
 //! Each private anonymous mapping that holds pages has a *holding address* there, congruent to its final address modulo
 //! 2 MiB: then the fork moves page tables, not pages, when it takes its own into place (`mremap(2)`), and large pages stay
 //! large. Everything stays anonymous memory, shared copy-on-write.
+//!
+//! What is held need not be what is wanted: a process that was forked of a template is like any other from then on, and
+//! whatever differs is changed in it. A template may also be a copy of another one, changed in the same way.
+
+mod derive;
+mod room;
 
 use std::collections::BTreeMap;
-use std::fs::File;
 use std::io;
 use std::ops::Range;
-use std::sync::Arc;
 
 use crate::error::{During, Result};
 use crate::ids::{HostPid, InnerPid};
@@ -17,17 +21,15 @@ use crate::image::TreeImage;
 use crate::mem::{AddressSpace, PAGE, Scan, Vma, merged, overlap, pages_of};
 use crate::remote::{Batch, Remote};
 use crate::store::PageMap;
-use crate::sys::pagemap::{self, Mapping};
 use crate::sys::vm;
+
+pub use derive::Derived;
+use room::{occupied, place, surplus};
 
 /// Bytes of a large page, and of what one page of a page table maps.
 const LARGE: u64 = 2 << 20;
 /// Pages of that.
 const PAGES: u64 = LARGE / PAGE;
-/// Kept free at both ends of the room for holding addresses, for stacks that grow and for the kernel's choices.
-const MARGIN: u64 = 1 << 30;
-/// Addresses that a process may have.
-const ADDRESSES: Range<u64> = 1 << 32..1 << 47;
 
 /// A range of memory and where it is to be.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -37,6 +39,23 @@ struct Piece {
 }
 
 impl Piece {
+    fn unplaced(to: Range<u64>) -> Self {
+        Self { from: 0, to }
+    }
+
+    /// Whether it would have to be where the kernel has its own mappings.
+    fn conflicts(&self, fixed: &[Range<u64>]) -> bool {
+        fixed.iter().any(|f| overlap(f, &self.to).is_some())
+    }
+
+    /// The part with these final addresses, which lie in it.
+    fn part(&self, to: &Range<u64>) -> Self {
+        Self {
+            from: self.from + (to.start - self.to.start),
+            to: to.clone(),
+        }
+    }
+
     fn held(&self) -> Range<u64> {
         self.from..self.from + (self.to.end - self.to.start)
     }
@@ -51,9 +70,24 @@ pub struct Holding {
 /// Where the memory of one process is held.
 #[derive(Debug)]
 struct Held {
-    memory: Arc<AddressSpace>,
-    pages: PageMap,
+    /// Ascending by their final addresses.
     pieces: Vec<Piece>,
+    /// The pages that are held, by their final addresses.
+    pages: PageMap,
+}
+
+impl Held {
+    fn new(mut pieces: Vec<Piece>, mut pages: PageMap) -> Self {
+        pieces.sort_unstable_by_key(|piece| piece.to.start);
+        let mut from = 0;
+        for piece in &pieces {
+            let held = pages_of(&piece.to);
+            pages.remove(from..held.start);
+            from = held.end;
+        }
+        pages.remove(from..u64::MAX);
+        Self { pieces, pages }
+    }
 }
 
 impl Holding {
@@ -75,28 +109,15 @@ impl Holding {
     ) -> Result<Option<Self>> {
         let mut processes = BTreeMap::new();
         for (pid, process) in &image.processes {
-            let memory = Arc::clone(&process.memory);
-            let pages = memory.pages.get()?.clone();
+            let memory = &process.memory;
+            let pages = memory.pages.get()?;
             taken.extend(memory.vmas.iter().map(Vma::range));
-            let pieces: Vec<Piece> = memory
-                .vmas
-                .iter()
-                .filter(|vma| is_held(&pages, vma))
-                .map(|vma| Piece {
-                    from: 0,
-                    to: vma.range(),
-                })
-                .collect();
-            let conflicts = |piece: &Piece| fixed.iter().any(|f| overlap(f, &piece.to).is_some());
-            if pieces.iter().any(conflicts) {
+            let held = memory.vmas.iter().filter(|vma| is_held(pages, vma));
+            let pieces: Vec<Piece> = held.map(|vma| Piece::unplaced(vma.range())).collect();
+            if pieces.iter().any(|piece| piece.conflicts(fixed)) {
                 return Ok(None);
             }
-            let held = Held {
-                memory,
-                pages,
-                pieces,
-            };
-            processes.insert(*pid, held);
+            processes.insert(*pid, Held::new(pieces, pages.clone()));
         }
         let pieces = processes.values_mut().flat_map(|held| &mut held.pieces);
         let placed = place(pieces.collect(), taken);
@@ -161,23 +182,39 @@ impl Holding {
         vm::write_pages(template, pages)
     }
 
-    fn of(&self, pid: InnerPid, memory: &Arc<AddressSpace>) -> Option<&[Piece]> {
-        let held = self.processes.get(&pid)?;
-        Arc::ptr_eq(&held.memory, memory).then_some(&held.pieces)
+    /// How many pages of an image are not held as they are in it.
+    ///
+    /// # Errors
+    /// Memory of the image is lost.
+    pub fn missing(&self, image: &TreeImage) -> Result<u64> {
+        let nothing = PageMap::new();
+        let mut missing = 0;
+        for (pid, process) in &image.processes {
+            let held = self.processes.get(pid).map_or(&nothing, |held| &held.pages);
+            let wanted = process.memory.pages.get()?;
+            held.diff(wanted, 0..u64::MAX / PAGE, |run| {
+                missing += run.end - run.start
+            });
+        }
+        Ok(missing)
     }
 
-    /// Whether this is the memory that a process of an image is to have.
-    pub(crate) fn covers(&self, pid: InnerPid, memory: &Arc<AddressSpace>) -> bool {
-        self.of(pid, memory).is_some()
+    /// Whether it holds memory for a process of this number.
+    pub(crate) fn has(&self, pid: InnerPid) -> bool {
+        let held = self.processes.get(&pid);
+        held.is_some_and(|held| !held.pieces.is_empty())
     }
 
-    /// Makes a process that is a copy of the template keep nothing but its own memory, at its final addresses.
-    pub(crate) fn settle(&self, remote: &mut Remote, memory: &Arc<AddressSpace>) -> Result<()> {
+    /// Makes a process that is a copy of the template keep nothing but its own memory, at its final addresses. It is to be
+    /// given `memory`.
+    pub(crate) fn settle(&self, remote: &mut Remote, memory: &AddressSpace) -> Result<()> {
         let pid = remote.pid();
-        let pieces = self.of(pid, memory).unwrap_or_default();
+        let held = self.processes.get(&pid);
+        let pieces = held.map_or(&[][..], |held| &held.pieces);
         let wanted = |area: &Range<u64>| {
-            let mut vmas = memory.vmas.iter();
-            vmas.any(|v| overlap(&v.range(), area).is_some())
+            let vmas = memory.vmas.iter().map(Vma::range);
+            let mut all = vmas.chain(pieces.iter().map(|piece| piece.to.clone()));
+            all.any(|range| overlap(&range, area).is_some())
         };
         let doing = "taking over the memory of a template";
         remote.clear_of(wanted).during(pid, doing)?;
@@ -210,22 +247,14 @@ impl Holding {
     }
 
     /// Corrects what was found in a process that has [settled](Self::settle): nothing is known of it, so all counts as
-    /// written; but what it took over is as the target has it.
+    /// written; but what it took over is known.
     pub(crate) fn know(&self, scan: &mut Scan) {
-        let Some(Held { pages, pieces, .. }) = self.processes.get(&scan.pid) else {
+        let Some(Held { pages, pieces }) = self.processes.get(&scan.pid) else {
             return;
         };
         let kept = |range: &Range<u64>| pieces.iter().any(|p| overlap(&p.to, range).is_some());
         scan.changes.retain(|(range, _)| !kept(range));
-        let mut pages = pages.clone();
-        let mut from = 0;
-        for piece in pieces {
-            let held = pages_of(&piece.to);
-            pages.remove(from..held.start);
-            from = held.end;
-        }
-        pages.remove(from..u64::MAX);
-        scan.known = pages;
+        scan.known = pages.clone();
     }
 }
 
@@ -234,129 +263,4 @@ impl Holding {
 fn is_held(pages: &PageMap, vma: &Vma) -> bool {
     let kind = vma.is_private() && vma.is_anonymous() && !vma.grows_down;
     kind && pages.runs(pages_of(&vma.range())).next().is_some()
-}
-
-/// Chooses the holding addresses of all pieces where nothing is `taken`. Returns whether there is room.
-fn place(pieces: Vec<&mut Piece>, taken: Ranges) -> bool {
-    let room = |piece: &&mut Piece| piece.to.end - piece.to.start + 2 * LARGE;
-    let Some(mut at) = largest_gap(taken, pieces.iter().map(room).sum()) else {
-        return false;
-    };
-    for piece in pieces {
-        at = at.next_multiple_of(LARGE) + piece.to.start % LARGE;
-        piece.from = at;
-        // At least a page apart, so that no two become one mapping.
-        at = piece.held().end + PAGE;
-    }
-    true
-}
-
-/// Where at least so much room begins: in the middle of what is free.
-fn largest_gap(taken: Vec<Range<u64>>, room: u64) -> Option<u64> {
-    let mut ends = vec![0..ADDRESSES.start, ADDRESSES.end..u64::MAX];
-    ends.extend(taken);
-    let taken = merged(ends, 0);
-    let gaps = taken.windows(2).map(|pair| pair[0].end..pair[1].start);
-    let largest = gaps.max_by_key(|gap| gap.end - gap.start)?;
-    let free = largest.end - largest.start;
-    (free >= room + 2 * MARGIN).then_some(largest.start + MARGIN)
-}
-
-type Ranges = Vec<Range<u64>>;
-
-/// What a process has mapped, and which of that the kernel made for itself.
-fn occupied(process: HostPid) -> io::Result<(Ranges, Ranges)> {
-    let (mut all, mut kernels) = (Vec::new(), Vec::new());
-    let maps = File::open(format!("/proc/{process}/maps"))?;
-    for found in mappings(&maps)? {
-        if is_kernels(&maps, &found)? {
-            kernels.push(found.start..found.end);
-        }
-        all.push(found.start..found.end);
-    }
-    Ok((all, kernels))
-}
-
-fn mappings(maps: &File) -> io::Result<Vec<Mapping>> {
-    let mut all = Vec::new();
-    let mut address = 0;
-    while let Some(found) = pagemap::mapping(maps, address)? {
-        all.push(found);
-        address = found.end;
-    }
-    Ok(all)
-}
-
-/// Whether the kernel made a mapping for itself, such as the vDSO.
-fn is_kernels(maps: &File, found: &Mapping) -> io::Result<bool> {
-    let fileless = found.inode == 0 && found.device == 0;
-    Ok(fileless && pagemap::mapping_name(maps, found.start)?.starts_with(b"[v"))
-}
-
-/// What a copy of a template has mapped and is not to keep.
-fn surplus(remote: &Remote, pieces: &[Piece]) -> io::Result<Vec<Range<u64>>> {
-    let maps = File::open(format!("/proc/{}/maps", remote.host()))?;
-    let area = remote.area();
-    let mut kept: Vec<Range<u64>> = pieces.iter().map(Piece::held).collect();
-    kept.push(area);
-    let mut surplus = Vec::new();
-    for found in mappings(&maps)? {
-        let range = found.start..found.end;
-        if range.start < ADDRESSES.end && !is_kernels(&maps, &found)? {
-            surplus.push(range);
-        }
-    }
-    Ok(crate::mem::pages::outside(
-        &merged(surplus, 0),
-        &merged(kept, 0),
-    ))
-}
-
-#[cfg(test)]
-mod tests {
-    use proptest::prelude::*;
-
-    use super::*;
-
-    fn ranges() -> impl Strategy<Value = Ranges> {
-        let range = (1_u64..1 << 35, 1_u64..1 << 18, 0_u32..10);
-        let range = range.prop_map(|(page, pages, shift)| {
-            let start = (page * PAGE).min((1 << 47) - PAGE);
-            start..(start + ((pages * PAGE) << shift)).min(1 << 47)
-        });
-        prop::collection::vec(range, 0..40)
-    }
-
-    proptest! {
-        #[test]
-        fn holding_addresses_are_free_apart_and_congruent(finals in ranges(), taken in ranges()) {
-            let mut pieces: Vec<Piece> = finals.iter().cloned().map(|to| Piece { from: 0, to }).collect();
-            let all: Ranges = finals.iter().chain(&taken).cloned().collect();
-            if !place(pieces.iter_mut().collect(), all.clone()) {
-                return Ok(());
-            }
-            for (index, piece) in pieces.iter().enumerate() {
-                prop_assert_eq!(piece.from % LARGE, piece.to.start % LARGE);
-                prop_assert!(piece.held().end <= ADDRESSES.end);
-                prop_assert!(all.iter().all(|r| overlap(r, &piece.held()).is_none()));
-                let near = piece.from - PAGE..piece.held().end + PAGE;
-                let mut others = pieces.iter().enumerate().filter(|(other, _)| *other != index);
-                prop_assert!(others.all(|(_, o)| overlap(&o.held(), &near).is_none()));
-            }
-        }
-    }
-
-    #[test]
-    fn a_usual_process_finds_room_and_a_full_address_space_does_not() {
-        let program = 0x5555_5555_4000..0x5555_5560_0000;
-        let heap = 0x5555_5570_0000..0x5555_7570_0000;
-        let library = 0x7fff_f000_0000..0x7fff_ffff_f000;
-        let mut piece = Piece {
-            from: 0,
-            to: heap.clone(),
-        };
-        assert!(place(vec![&mut piece], vec![program, heap, library]));
-        let end = (1 << 47) - (2 << 30);
-        assert!(!place(vec![&mut piece], vec![0..1 << 40, 1 << 40..end]));
-    }
 }

@@ -33,7 +33,7 @@ use serde::{Deserialize, Serialize};
 
 pub use gears::Gears;
 pub use harvest::{Kept, Work};
-pub use holding::Holding;
+pub use holding::{Derived, Holding};
 pub use layout::Layout;
 pub use pages_to_come::Pages;
 pub use scan::Scan;
