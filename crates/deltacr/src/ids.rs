@@ -18,6 +18,11 @@ pub struct HostPid(pub i32);
 pub struct InnerPid(pub i32);
 
 impl HostPid {
+    /// The caller's process.
+    pub fn own() -> Self {
+        Self(std::process::id().cast_signed())
+    }
+
     /// The number in the innermost pid namespace that the process or thread is in.
     ///
     /// # Errors

@@ -477,6 +477,39 @@ def locks_held():
 
 
 @case
+def leases():
+    path, other = "/playground/leased", "/playground/broken"
+    for name in (path, other):
+        with open(name, "w") as file:
+            file.write("content")
+    held = os.open(path, os.O_RDONLY)
+    fcntl.fcntl(held, fcntl.F_SETLEASE, fcntl.F_RDLCK)
+    told = []
+    signal.signal(signal.SIGIO, lambda *_: told.append("SIGIO"))
+    signal.signal(signal.SIGUSR1, lambda *_: told.append("SIGUSR1"))
+    fcntl.fcntl(held, 10, signal.SIGUSR1)  # F_SETSIG
+    broken = os.open(other, os.O_RDONLY)
+    fcntl.fcntl(broken, fcntl.F_SETLEASE, fcntl.F_WRLCK)
+    raises(errno.EAGAIN, os.open, other, os.O_RDONLY | os.O_NONBLOCK)
+    eventually(lambda: told == ["SIGIO"], "the signal of the lease that is broken")
+
+    def mutate():
+        fcntl.fcntl(held, fcntl.F_SETLEASE, fcntl.F_UNLCK)
+        os.close(broken)
+
+    def check():
+        equal(told, ["SIGIO"], "signals so far")
+        equal(fcntl.fcntl(held, fcntl.F_GETLEASE), fcntl.F_RDLCK, "lease")
+        equal(fcntl.fcntl(broken, fcntl.F_GETLEASE), fcntl.F_RDLCK, "what is left of the other")
+        raises(errno.EAGAIN, os.open, path, os.O_WRONLY | os.O_NONBLOCK)
+        eventually(lambda: told == ["SIGIO", "SIGUSR1"], "the signal that was asked for")
+        fcntl.fcntl(broken, fcntl.F_SETLEASE, fcntl.F_RDLCK)
+        os.close(os.open(other, os.O_RDONLY))
+
+    return mutate, check
+
+
+@case
 def path_descriptor_and_proc_file():
     path = os.open("/playground", os.O_PATH | os.O_DIRECTORY)
     process = os.open("/proc/self/status", os.O_RDONLY)

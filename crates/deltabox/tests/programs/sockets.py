@@ -418,3 +418,117 @@ def udp_with_queued_datagrams():
         equal(sender.recv(10), b"back", "answered")
 
     return mutate, check
+
+
+@case
+def udp_shut_down():
+    sender = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+    sender.bind(("127.0.0.1", 0))
+    receiver = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+    receiver.bind(("127.0.0.1", 0))
+    sender.connect(receiver.getsockname())
+    receiver.connect(sender.getsockname())
+    sender.send(b"before")
+    receiver.shutdown(socket.SHUT_WR)
+    receiver.settimeout(20)
+
+    def mutate():
+        receiver.recv(100)
+        sender.shutdown(socket.SHUT_RDWR)
+
+    def check():
+        equal(receiver.recv(100), b"before", "queued")
+        sender.send(b"after")
+        equal(receiver.recv(100), b"after", "sent on")
+        raises(errno.EPIPE, receiver.send, b"back")
+
+    return mutate, check
+
+
+# struct sock_filter: take all of a packet, take the first 3 bytes.
+TAKE_ALL = struct.pack("HBBI", 6, 0, 0, 0xFFFF)
+TAKE_THREE = struct.pack("HBBI", 6, 0, 0, 3)
+SO_ATTACH_FILTER, SO_DETACH_FILTER, SO_LOCK_FILTER = 26, 27, 44
+
+
+def attach(end, program):
+    code = ctypes.create_string_buffer(program, len(program))
+    end.setsockopt(
+        socket.SOL_SOCKET,
+        SO_ATTACH_FILTER,
+        struct.pack("HxxxxxxP", len(program) // 8, ctypes.addressof(code)),
+    )
+
+
+def filtered(locked):
+    one, two = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
+    one.send(b"before the filter")
+    attach(two, TAKE_THREE)
+    two.setsockopt(socket.SOL_SOCKET, SO_LOCK_FILTER, locked)
+    one.send(b"behind it")
+    two.settimeout(20)
+
+    def mutate():
+        two.recv(100)
+        if not locked:
+            attach(two, TAKE_ALL)
+            two.setsockopt(socket.SOL_SOCKET, SO_LOCK_FILTER, 1)
+        one.send(b"late")
+
+    def check():
+        equal(two.recv(100), b"before the filter", "first")
+        equal(two.recv(100), b"beh", "second")
+        one.send(b"more")
+        equal(two.recv(100), b"mor", "through the filter")
+        two.settimeout(0)
+        raises(errno.EAGAIN, two.recv, 1)
+        if locked:
+            raises(errno.EPERM, attach, two, TAKE_ALL)
+        else:
+            two.setsockopt(socket.SOL_SOCKET, SO_DETACH_FILTER, 0)
+
+    return mutate, check
+
+
+@case
+def filter_of_what_is_received():
+    return filtered(0)
+
+
+@case
+def filter_that_is_locked():
+    return filtered(1)
+
+
+@case
+def raw_and_packet_sockets():
+    raw = socket.socket(socket.AF_INET, socket.SOCK_RAW, 253)
+    raw.setsockopt(socket.IPPROTO_IP, socket.IP_TTL, 7)
+    raw.bind(("127.0.0.1", 0))
+    icmp = socket.socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_ICMP)
+    icmp.setsockopt(255, 1, struct.pack("I", ~(1 << 8) & 0xFFFFFFFF))
+    packet = socket.socket(socket.AF_PACKET, socket.SOCK_DGRAM, socket.htons(3))
+    packet.bind(("lo", 0x800))
+    packet.setsockopt(263, 8, 1)
+    name = packet.getsockname()
+    ends = raw, icmp, packet
+    for end in ends:
+        end.settimeout(20)
+
+    def mutate():
+        raw.sendto(b"late", ("127.0.0.1", 0))
+        packet.close()
+        icmp.close()
+
+    def check():
+        equal(raw.getsockopt(socket.IPPROTO_IP, socket.IP_TTL), 7, "IP_TTL")
+        equal(packet.getsockname(), name, "name")
+        equal(packet.getsockopt(263, 8), 1, "PACKET_AUXDATA")
+        raw.sendto(b"hello", ("127.0.0.1", 0))
+        equal(raw.recv(100)[20:], b"hello", "a raw packet")
+        equal(packet.recv(100)[20:], b"hello", "the same by the other socket")
+        echo = struct.pack("BBHHH", 8, 0, 0xF7FD, 1, 1)
+        icmp.sendto(echo, ("127.0.0.1", 0))
+        equal(icmp.recv(100)[20], 8, "the request, for which alone the filter asks")
+
+    return mutate, check

@@ -211,6 +211,7 @@ theme! { files:
     standard_streams_redirected_since
     many_descriptors
     locks_held
+    leases
     path_descriptor_and_proc_file
 }
 
@@ -233,6 +234,23 @@ theme! { sockets:
     options_and_a_foreign_address
     a_queue_larger_than_the_buffer_of_a_new_socket
     udp_with_queued_datagrams
+    udp_shut_down
+    filter_of_what_is_received
+    filter_that_is_locked
+    raw_and_packet_sockets
+}
+
+theme! { flights:
+    in_a_stream
+    in_datagrams
+    in_packets
+    in_datagrams_to_a_name
+    whose_sender_has_closed_its_end
+    sockets_that_carry_others
+    an_epoll_and_what_it_watches
+    received_since
+    kept_in_a_table_and_sent_since
+    between_processes
 }
 
 theme! { events:

@@ -2,7 +2,7 @@
 
 use std::cmp::Ordering;
 use std::collections::{BTreeMap, HashMap};
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use super::Procs;
 use super::fdinfo::EpollItem;
@@ -16,9 +16,21 @@ use crate::mem::SharedObjects;
 use crate::remote::Remote;
 use crate::sys;
 
+/// Whose the descriptor is by which an object is looked at.
+#[derive(Clone, Copy)]
+pub(crate) enum Source<'a> {
+    /// A process'.
+    Process(&'a Remote),
+    /// Ours: a duplicate of what waits in the socket which is at this slot.
+    Flight {
+        duplicate: BorrowedFd<'a>,
+        socket: (InnerPid, i32),
+    },
+}
+
 /// The descriptor by which an object is looked at.
 pub(crate) struct Holder<'a> {
-    pub(crate) remote: &'a Remote,
+    pub(crate) source: Source<'a>,
     pub(crate) fds: &'a ProcFds,
     pub(crate) raw: &'a RawSlot,
 }
@@ -27,15 +39,41 @@ impl Holder<'_> {
     /// A duplicate, to be closed before the tree runs again.
     pub(crate) fn take(&self) -> Result<OwnedFd> {
         let doing = || format!("duplicating descriptor {}", self.raw.fd);
-        self.remote
-            .take_fd(self.raw.fd)
-            .during(self.remote.pid(), &doing())
+        match self.source {
+            Source::Process(remote) => remote.take_fd(self.raw.fd),
+            Source::Flight { duplicate, .. } => duplicate.try_clone_to_owned(),
+        }
+        .during(self.pid(), &doing())
+    }
+
+    fn pid(&self) -> InnerPid {
+        self.home().0
+    }
+
+    /// Where it is found: the slot itself, or the socket that it waits in.
+    fn home(&self) -> (InnerPid, i32) {
+        match self.source {
+            Source::Process(remote) => (remote.pid(), self.raw.fd),
+            Source::Flight { socket, .. } => socket,
+        }
+    }
+
+    pub(crate) fn in_flight(&self) -> bool {
+        matches!(self.source, Source::Flight { .. })
+    }
+
+    /// Where the kernel finds it, for `kcmp(2)`.
+    fn here(&self) -> (HostPid, i32) {
+        match self.source {
+            Source::Process(remote) => (remote.host(), self.raw.fd),
+            Source::Flight { .. } => (HostPid::own(), self.raw.fd),
+        }
     }
 
     /// The refusal of what the descriptor is: "an io_uring".
     pub(crate) fn refuse(&self, what: impl std::fmt::Display) -> Error {
         Error::Unsupported {
-            pid: self.remote.pid(),
+            pid: self.pid(),
             name: String::new(),
             what: what.to_string(),
         }
@@ -48,9 +86,7 @@ impl Holder<'_> {
         doing: &str,
     ) -> Result<T> {
         let doing = || format!("{doing} behind descriptor {}", self.raw.fd);
-        result
-            .map_err(Into::into)
-            .during(self.remote.pid(), &doing())
+        result.map_err(Into::into).during(self.pid(), &doing())
     }
 
     pub(crate) fn link(&self) -> Result<Vec<u8>> {
@@ -85,11 +121,15 @@ pub fn capture(
     let image = read(procs, env, shared, true)?;
     for object in &image.objects {
         if let Kind::Refused { what } = &object.kind {
-            let (pid, fd) = object.slots[0];
+            let (pid, fd) = object.home;
+            let waits = match object.is_in_flight() {
+                true => "a socket in whose queue waits ",
+                false => "",
+            };
             return Err(Error::Unsupported {
                 pid,
                 name: table::name_of(procs[&pid].host()),
-                what: format!("descriptor {fd} is {what}"),
+                what: format!("descriptor {fd} is {waits}{what}"),
             });
         }
     }
@@ -127,6 +167,7 @@ fn read(
         pipes: HashMap::new(),
         epolls: Vec::new(),
         sockets: Vec::new(),
+        flights: HashMap::new(),
         likely: HashMap::new(),
         firsts: Vec::new(),
         inodes: Vec::new(),
@@ -134,11 +175,11 @@ fn read(
     for remote in procs.values() {
         capture.process(remote)?;
     }
-    epoll::resolve(&mut capture, procs)?;
-    socket::relate(&mut capture, procs)?;
-    let mut image = capture.image;
-    pipe::read_all(&mut image, procs)?;
-    Ok(image)
+    socket::open_queues(&mut capture)?;
+    epoll::resolve(&mut capture)?;
+    socket::relate(&mut capture)?;
+    pipe::read_all(&mut capture, procs)?;
+    Ok(capture.image)
 }
 
 /// A capture under way.
@@ -151,8 +192,10 @@ pub(crate) struct Capture<'a> {
     hosts: HashMap<HostPid, InnerPid>,
     /// The epolls, by object, with what they watch.
     pub(crate) epolls: Vec<(usize, Vec<EpollItem>)>,
-    /// The sockets, by object.
-    pub(crate) sockets: Vec<usize>,
+    /// The sockets, by object, with duplicates.
+    pub(crate) sockets: Vec<(usize, OwnedFd)>,
+    /// Duplicates of what is in flight, by object.
+    flights: HashMap<usize, OwnedFd>,
     /// Indices of the pipes by inode.
     pub(crate) pipes: HashMap<u64, usize>,
     /// Objects of the same likeness, in the order of `kcmp`.
@@ -171,11 +214,12 @@ impl Capture<'_> {
         let mut slots = BTreeMap::new();
         for raw in &raws {
             let holder = Holder {
-                remote,
+                source: Source::Process(remote),
                 fds: &fds,
                 raw,
             };
             let object = self.object(&holder)?;
+            self.image.objects[object].slots.push((pid, raw.fd));
             let cloexec = raw.info.flags & libc::O_CLOEXEC != 0;
             slots.insert(raw.fd, Slot { object, cloexec });
         }
@@ -183,15 +227,41 @@ impl Capture<'_> {
         Ok(())
     }
 
-    /// The object behind a slot: one that is known already, or a new one.
+    /// The object of which this is a duplicate that was in flight in a socket.
+    pub(crate) fn flight(&mut self, duplicate: OwnedFd, socket: (InnerPid, i32)) -> Result<usize> {
+        let doing = "looking at a descriptor in flight";
+        let fds = ProcFds::open(HostPid::own()).during(socket.0, doing)?;
+        let raw = fds.slot_of(duplicate.as_fd()).during(socket.0, doing)?;
+        let source = Source::Flight {
+            duplicate: duplicate.as_fd(),
+            socket,
+        };
+        let holder = Holder {
+            source,
+            fds: &fds,
+            raw: &raw,
+        };
+        let object = self.object(&holder)?;
+        self.flights.entry(object).or_insert(duplicate);
+        Ok(object)
+    }
+
+    /// A duplicate of an object, to be closed before the tree runs again.
+    pub(crate) fn duplicate(&self, object: usize, procs: &Procs<'_>) -> Result<OwnedFd> {
+        let (pid, fd) = self.image.objects[object].home;
+        let taken = match self.flights.get(&object) {
+            Some(flight) => flight.try_clone(),
+            None => procs[&pid].take_fd(fd),
+        };
+        taken.during(pid, &format!("duplicating descriptor {fd}"))
+    }
+
+    /// The object behind a descriptor: one that is known already, or a new one.
     fn object(&mut self, holder: &Holder<'_>) -> Result<usize> {
         let FileId { dev, ino, .. } = holder.raw.file;
         let likeness = ((dev, ino), holder.flags(), holder.raw.info.pos);
-        let here = (holder.remote.host(), holder.raw.fd);
-        let slot = (holder.remote.pid(), holder.raw.fd);
         let place = match self.place(holder, &likeness)? {
             Ok(known) => {
-                self.image.objects[known].slots.push(slot);
                 self.locks(holder, known);
                 return Ok(known);
             }
@@ -208,9 +278,11 @@ impl Capture<'_> {
             pos: holder.raw.info.pos,
             owner,
             locks: Vec::new(),
-            slots: vec![slot],
+            lease: None,
+            slots: Vec::new(),
+            home: holder.home(),
         });
-        self.firsts.push(here);
+        self.firsts.push(holder.here());
         self.inodes.push(ino);
         self.likely
             .entry(likeness)
@@ -223,7 +295,7 @@ impl Capture<'_> {
     /// The object of a slot, or where among its likes it is to be sorted in.
     fn place(&self, holder: &Holder<'_>, likeness: &Likeness) -> Result<Result<usize, usize>> {
         let likes = self.likely.get(likeness).map_or(&[][..], Vec::as_slice);
-        let here = (holder.remote.host(), holder.raw.fd);
+        let here = holder.here();
         let (mut low, mut high) = (0, likes.len());
         while low < high {
             let middle = usize::midpoint(low, high);
@@ -309,17 +381,22 @@ impl Capture<'_> {
     fn locks(&mut self, holder: &Holder<'_>, object: usize) {
         let info = &holder.raw.info;
         let object = &mut self.image.objects[object];
-        let mut odd = info.odd_locks > 0;
+        object.lease = object.lease.or(info.lease);
         for line in &info.locks {
-            match lock::of(line, holder.remote.pid()) {
-                Some(lock) if !object.locks.contains(&lock) => object.locks.push(lock),
-                Some(_) => {}
-                None => odd = true,
+            let lock = lock::of(line, holder.pid());
+            if object.locks.contains(&lock) {
+                continue;
+            }
+            object.locks.push(lock);
+            if holder.in_flight() {
+                object.kind = Kind::Refused {
+                    what: "a file with a lock, which no process has open".to_owned(),
+                };
             }
         }
-        if odd {
+        if info.odd_locks > 0 {
             object.kind = Kind::Refused {
-                what: "a file with a lease; end it with fcntl(F_SETLEASE)".to_owned(),
+                what: "a file with a lock of an unknown kind".to_owned(),
             };
         }
     }

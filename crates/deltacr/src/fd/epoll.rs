@@ -2,13 +2,14 @@
 //! it, so registrations are made inside a process that has both.
 
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 
 use super::Procs;
 use super::capture::{Capture, Holder};
 use super::fdinfo::EpollItem;
-use super::model::{Descriptors, Interest, Kind, Slot};
+use super::model::{Descriptors, Interest, Kind, Object, Slot};
 use super::plan::Plan;
+use super::restore::{Restore, duplicate};
 use crate::error::{During, Result};
 use crate::ids::InnerPid;
 use crate::remote::{Arg, Batch, CallId};
@@ -24,15 +25,15 @@ pub(crate) fn capture(capture: &mut Capture<'_>, holder: &Holder<'_>) -> Kind {
 }
 
 /// Finds the files that the epolls watch.
-pub(crate) fn resolve(capture: &mut Capture<'_>, procs: &Procs<'_>) -> Result<()> {
+pub(crate) fn resolve(capture: &mut Capture<'_>) -> Result<()> {
     for (epoll, lines) in std::mem::take(&mut capture.epolls) {
         let mut found = Vec::with_capacity(lines.len());
         for (index, line) in lines.iter().enumerate() {
             let same_number = lines[..index].iter().filter(|l| l.fd == line.fd).count();
-            let Some(object) = watched(capture, procs, epoll, line, same_number)? else {
+            let Some(object) = watched(capture, epoll, line, same_number)? else {
                 capture.image.objects[epoll].kind = Kind::Refused {
                     what: format!(
-                        "an epoll that watches a file which was descriptor {} and which no process has that has the epoll",
+                        "an epoll that watches a file which was descriptor {} and which no process has open",
                         line.fd
                     ),
                 };
@@ -56,39 +57,31 @@ pub(crate) fn resolve(capture: &mut Capture<'_>, procs: &Procs<'_>) -> Result<()
 /// The object that an epoll watches by this line. Most are still at the number that they were registered by.
 fn watched(
     capture: &Capture<'_>,
-    procs: &Procs<'_>,
     epoll: usize,
     line: &EpollItem,
     same_number: usize,
 ) -> Result<Option<usize>> {
     let image = &capture.image;
-    for &(pid, epfd) in &image.objects[epoll].slots {
-        let owner = (procs[&pid].host(), epfd);
-        let is_watched = |file| {
-            let same = sys::fd::epoll_watches(file, owner, line.fd, same_number);
-            match same {
-                Err(e) if e.raw_os_error() == Some(libc::ENOENT) => Ok(false),
-                other => other.during(pid, "asking what an epoll watches"),
-            }
-        };
+    let owner = capture.firsts[epoll];
+    let is_watched = |object: usize| {
+        let file = capture.firsts[object];
+        let same = sys::fd::epoll_watches(file, owner, line.fd, same_number);
+        match same {
+            Err(e) if e.raw_os_error() == Some(libc::ENOENT) => Ok(false),
+            other => other.during(image.objects[epoll].home.0, "asking what an epoll watches"),
+        }
+    };
+    for &(pid, _) in &image.objects[epoll].slots {
         if let Some(slot) = image.slot(pid, line.fd)
-            && is_watched((owner.0, line.fd))?
+            && is_watched(slot.object)?
         {
             return Ok(Some(slot.object));
         }
-        // The file may be at another number since.
-        let here = |object: &usize| {
-            image.objects[*object]
-                .slots
-                .iter()
-                .any(|slot| slot.0 == pid)
-        };
-        let inodes = capture.inodes.iter().enumerate();
-        let alike = inodes.filter(|(_, inode)| **inode == line.ino);
-        for object in alike.map(|(object, _)| object).filter(here) {
-            if is_watched(capture.firsts[object])? {
-                return Ok(Some(object));
-            }
+    }
+    // The file may be at another number since, or elsewhere.
+    for (object, inode) in capture.inodes.iter().enumerate() {
+        if *inode == line.ino && is_watched(object)? {
+            return Ok(Some(object));
         }
     }
     Ok(None)
@@ -114,8 +107,20 @@ pub(crate) fn forget(
             && let Kind::Epoll { interests } = &now.kind
         {
             for interest in interests {
-                if !wanted.iter().any(|goal| same(plan, interest, goal)) {
-                    control(procs, current, &now.slots, libc::EPOLL_CTL_DEL, interest)?;
+                // What is only in flight is closed, and forgotten by that.
+                if !wanted.iter().any(|goal| same(plan, interest, goal))
+                    && !current.objects[interest.object].is_in_flight()
+                {
+                    let taken = |procs: &Procs<'_>, object: usize| {
+                        let (pid, fd) = current.objects[object].home;
+                        let remote = procs.get(&pid).ok_or(io::ErrorKind::NotFound);
+                        let taken = remote.map_err(io::Error::from);
+                        taken
+                            .and_then(|r| r.take_fd(fd))
+                            .during(pid, "duplicating it")
+                    };
+                    let change = (libc::EPOLL_CTL_DEL, interest);
+                    control(procs, current, now, change, &taken)?;
                 }
             }
         }
@@ -123,24 +128,26 @@ pub(crate) fn forget(
     Ok(())
 }
 
-/// Registers what the epolls should watch and do not. Must run when the tables are as `target` says.
-pub(crate) fn register(
-    current: &Descriptors,
-    target: &Descriptors,
-    plan: &Plan,
-    procs: &mut Procs<'_>,
-) -> Result<()> {
+/// Registers what the epolls should watch and do not. Must run when the tables are as the target says.
+pub(crate) fn register(restore: &mut Restore<'_, '_>) -> Result<()> {
+    let (current, target) = (restore.current, restore.target);
     for (index, object) in target.objects.iter().enumerate() {
         let Kind::Epoll { interests: wanted } = &object.kind else {
             continue;
         };
-        let now = match plan.reuse[index].map(|now| &current.objects[now].kind) {
+        let now = match restore.plan.reuse[index].map(|now| &current.objects[now].kind) {
             Some(Kind::Epoll { interests }) => interests.as_slice(),
             _ => &[],
         };
         for goal in wanted {
-            if !now.iter().any(|interest| same(plan, interest, goal)) {
-                control(procs, target, &object.slots, libc::EPOLL_CTL_ADD, goal)?;
+            if !now
+                .iter()
+                .any(|interest| same(&restore.plan, interest, goal))
+            {
+                let handles = &restore.handles;
+                let taken = |procs: &Procs<'_>, index| duplicate(target, handles, procs, index);
+                let change = (libc::EPOLL_CTL_ADD, goal);
+                control(restore.procs, target, object, change, &taken)?;
             }
         }
     }
@@ -152,50 +159,79 @@ fn same(plan: &Plan, now: &Interest, goal: &Interest) -> bool {
         && plan.reuse[goal.object] == Some(now.object)
 }
 
-/// Runs `epoll_ctl(2)` in a process that has both the epoll and the watched file.
+/// Finds a duplicate of an object.
+type Taken<'a> = &'a dyn Fn(&Procs<'_>, usize) -> Result<OwnedFd>;
+
+/// Runs `epoll_ctl(2)` in a process that has both the epoll and the watched file; for want of one, in a process that is lent
+/// them.
 fn control(
     procs: &mut Procs<'_>,
     image: &Descriptors,
-    epolls: &[(InnerPid, i32)],
-    operation: i32,
-    interest: &Interest,
+    epoll: &Object,
+    (operation, interest): (i32, &Interest),
+    taken: Taken<'_>,
 ) -> Result<()> {
-    let at_number = |&&(pid, _): &&(InnerPid, i32)| {
+    let mut slots = epoll.slots.iter();
+    let at_number = slots.find(|&&(pid, _)| {
         image.slot(pid, interest.fd).map(|slot| slot.object) == Some(interest.object)
-    };
-    if let Some((pid, epfd)) = epolls.iter().find(at_number).copied() {
+    });
+    if let Some(&(pid, epfd)) = at_number {
         let mut batch = Batch::new();
-        let call = call(&mut batch, epfd, operation, interest);
+        let call = call(&mut batch, epfd.into(), operation, interest);
         return run(procs, pid, &batch, &[call]);
     }
-    let elsewhere = epolls.iter().find_map(|&(pid, epfd)| {
+    let elsewhere = epoll.slots.iter().find_map(|&(pid, epfd)| {
         let mut slots = image.objects[interest.object].slots.iter();
         let &(_, from) = slots.find(|slot| slot.0 == pid)?;
         Some((pid, epfd, from))
     });
-    let Some((pid, epfd, from)) = elsewhere else {
+    let mut batch = Batch::new();
+    if let Some((pid, epfd, from)) = elsewhere {
+        let occupant = image.slot(pid, interest.fd);
+        let calls = lend(&mut batch, occupant, (from.into(), interest.fd), |b| {
+            call(b, epfd.into(), operation, interest)
+        });
+        return run(procs, pid, &batch, &calls);
+    }
+    let (pid, doing) = (epoll.home.0, "lending descriptors");
+    let of_epoll = image.objects.iter().position(|o| std::ptr::eq(o, epoll));
+    let handles = [
+        taken(procs, of_epoll.unwrap_or_default())?,
+        taken(procs, interest.object)?,
+    ];
+    let Some(remote) = procs.get_mut(&pid) else {
         return Ok(());
     };
-    let mut batch = Batch::new();
-    let calls = lend(
+    let given = remote.give_fds(&handles.each_ref().map(OwnedFd::as_fd));
+    // Out of the way of the number that the file is to have for a moment.
+    let mut calls = Vec::new();
+    for from in given.during(pid, doing)? {
+        let above = [
+            from.into(),
+            libc::F_DUPFD_CLOEXEC.into(),
+            (interest.fd + 1).into(),
+        ];
+        calls.push(batch.must(libc::SYS_fcntl, &above));
+        calls.push(batch.call(libc::SYS_close, &[from.into()]));
+    }
+    let (epfd, from) = (calls[0], calls[2]);
+    let occupant = image.slot(pid, interest.fd);
+    calls.extend(lend(
         &mut batch,
-        image.slot(pid, interest.fd),
-        (from, interest.fd),
-        |b| call(b, epfd, operation, interest),
-    );
+        occupant,
+        (from.into(), interest.fd),
+        |b| call(b, epfd.into(), operation, interest),
+    ));
+    calls.push(batch.call(libc::SYS_close, &[epfd.into()]));
+    calls.push(batch.call(libc::SYS_close, &[from.into()]));
     run(procs, pid, &batch, &calls)
 }
 
-fn call(batch: &mut Batch, epfd: i32, operation: i32, interest: &Interest) -> CallId {
+fn call(batch: &mut Batch, epfd: Arg, operation: i32, interest: &Interest) -> CallId {
     let mut event = interest.events.to_le_bytes().to_vec();
     event.extend_from_slice(&interest.data.to_le_bytes());
     let event = batch.input(&event);
-    let args = [
-        epfd.into(),
-        operation.into(),
-        interest.fd.into(),
-        event.into(),
-    ];
+    let args = [epfd, operation.into(), interest.fd.into(), event.into()];
     batch.call(libc::SYS_epoll_ctl, &args)
 }
 
@@ -203,7 +239,7 @@ fn call(batch: &mut Batch, epfd: i32, operation: i32, interest: &Interest) -> Ca
 fn lend(
     batch: &mut Batch,
     occupant: Option<Slot>,
-    (from, to): (i32, i32),
+    (from, to): (Arg, i32),
     meanwhile: impl FnOnce(&mut Batch) -> CallId,
 ) -> Vec<CallId> {
     let place = |b: &mut Batch, from: Arg, cloexec: bool| {
@@ -211,13 +247,13 @@ fn lend(
         b.must(libc::SYS_dup3, &[from, to.into(), flags.into()])
     };
     let Some(occupant) = occupant else {
-        let placed = place(batch, from.into(), true);
+        let placed = place(batch, from, true);
         let done = meanwhile(batch);
         return vec![placed, done, batch.call(libc::SYS_close, &[to.into()])];
     };
     let aside = [to.into(), libc::F_DUPFD_CLOEXEC.into(), 0.into()];
     let aside = batch.must(libc::SYS_fcntl, &aside);
-    let placed = place(batch, from.into(), true);
+    let placed = place(batch, from, true);
     let done = meanwhile(batch);
     let back = place(batch, aside.into(), occupant.cloexec);
     let closed = batch.call(libc::SYS_close, &[aside.into()]);

@@ -1,5 +1,7 @@
 //! Reader of `/proc/PID/fdinfo/N`. What it does not know it skips; nothing makes it panic.
 
+use super::model::Lease;
+
 /// One registration of an epoll, as `fdinfo` tells it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct EpollItem {
@@ -37,7 +39,6 @@ pub(crate) enum LockClass {
     Flock,
     Posix,
     OpenFile,
-    Lease,
 }
 
 /// A file lock that is held through the descriptor.
@@ -66,6 +67,7 @@ pub(crate) struct FdInfo {
     /// A pidfd's process, in the reader's pid namespace; -1 when it is gone.
     pub(crate) pid: Option<i32>,
     pub(crate) locks: Vec<LockLine>,
+    pub(crate) lease: Option<Lease>,
     /// Lines that tell of a lock in words this reader does not know.
     pub(crate) odd_locks: usize,
 }
@@ -102,9 +104,10 @@ impl FdInfo {
             "Pid" => self.pid = value.parse().ok(),
             "tfd" => self.epoll.extend(epoll_item(line)),
             "inotify wd" => self.watches.extend(watch(line)),
-            "lock" => match lock(value) {
-                Some(lock) => self.locks.push(lock),
-                None => self.odd_locks += 1,
+            "lock" => match (lock(value), lease(value)) {
+                (Some(lock), _) => self.locks.push(lock),
+                (None, Some(lease)) => self.lease = Some(lease),
+                (None, None) => self.odd_locks += 1,
             },
             "clockid" => self.timer.get_or_insert_default().clock = value.parse().unwrap_or(-1),
             _ => self.timer_line(key, value),
@@ -171,13 +174,11 @@ fn lock(text: &str) -> Option<LockLine> {
         "FLOCK" => LockClass::Flock,
         "POSIX" => LockClass::Posix,
         "OFDLCK" => LockClass::OpenFile,
-        "LEASE" | "DELEG" => LockClass::Lease,
         _ => return None,
     };
     let write = match words.nth(1)? {
         "WRITE" => true,
         "READ" => false,
-        _ if class == LockClass::Lease => false,
         _ => return None,
     };
     let (start, end) = (words.nth(2)?, words.next()?);
@@ -190,6 +191,22 @@ fn lock(text: &str) -> Option<LockLine> {
             number => Some(number.parse().ok()?),
         },
     })
+}
+
+/// `1: LEASE  BREAKING  UNLCK 3567 fe:00:23 0 EOF`
+fn lease(text: &str) -> Option<Lease> {
+    let mut words = text.split_whitespace().skip(1);
+    if words.next()? != "LEASE" {
+        return None;
+    }
+    match (words.next()?, words.next()?) {
+        ("ACTIVE", "READ") => Some(Lease::Read),
+        ("ACTIVE", "WRITE") => Some(Lease::Write),
+        ("BREAKING", kind) => Some(Lease::Broken {
+            to_read: kind == "READ",
+        }),
+        _ => None,
+    }
 }
 
 #[cfg(test)]
@@ -230,12 +247,14 @@ mod tests {
     fn locks_and_timers_are_read() {
         let text = b"pos:\t7\nflags:\t02\nlock:\t1: POSIX  ADVISORY  WRITE 35 fe:00:23 5 9\n\
             lock:\t2: FLOCK  ADVISORY  READ 35 fe:00:23 0 EOF\nlock:\t3: X\n\
+            lock:\t4: LEASE  BREAKING  UNLCK 35 fe:00:23 0 EOF\n\
             clockid: 1\nticks: 3\nsettime flags: 01\nit_value: (0, 49406829)\nit_interval: (1, 0)\n";
         let info = FdInfo::parse(text).unwrap();
         assert_eq!(info.locks.len(), 2);
         assert_eq!(info.odd_locks, 1);
         assert_eq!((info.locks[0].start, info.locks[0].end), (5, Some(9)));
         assert!(!info.locks[1].write);
+        assert_eq!(info.lease, Some(Lease::Broken { to_read: false }));
         let timer = info.timer.unwrap();
         assert_eq!((timer.clock, timer.ticks), (1, 3));
         assert_eq!((timer.value, timer.interval), ((0, 49_406_829), (1, 0)));

@@ -16,26 +16,31 @@ use crate::ids::{HostPid, InnerPid};
 use crate::remote::Batch;
 use crate::sys;
 
-/// The lock that a line of `fdinfo` tells of; `None` for a lease.
-pub(crate) fn of(line: &LockLine, pid: InnerPid) -> Option<Lock> {
+/// The class of owners that are process groups.
+const F_OWNER_PGRP: i32 = 2;
+
+/// The lock that a line of `fdinfo` tells of.
+pub(crate) fn of(line: &LockLine, pid: InnerPid) -> Lock {
     let class = match line.class {
         LockClass::Posix => LockKind::Process(pid),
         LockClass::OpenFile => LockKind::OpenFile,
         LockClass::Flock => LockKind::Flock,
-        LockClass::Lease => return None,
     };
-    Some(Lock {
+    Lock {
         class,
         write: line.write,
         start: line.start,
         end: line.end,
-    })
+    }
 }
 
 /// Whom the file signals. Asked only where signals are on, for it takes a duplicate.
 pub(crate) fn owner(holder: &Holder<'_>) -> Result<Option<Owner>> {
-    if holder.flags() & libc::O_ASYNC == 0 {
+    if holder.flags() & libc::O_ASYNC == 0 && holder.raw.info.lease.is_none() {
         return Ok(None);
+    }
+    if holder.in_flight() {
+        return Err(holder.refuse("a file that signals, which no process has open"));
     }
     let handle = holder.take()?;
     let (class, host) = holder.during(sys::fd::owner(handle.as_fd()), "asking for the owner")?;
@@ -43,10 +48,13 @@ pub(crate) fn owner(holder: &Holder<'_>) -> Result<Option<Owner>> {
         sys::fd::owner_signal(handle.as_fd()),
         "asking for the signal",
     )?;
-    let id = match host {
-        0 => 0,
-        _ => inner_number(host)
-            .ok_or_else(|| holder.refuse("a file that signals a process which has ended"))?,
+    let id = match inner_number(host) {
+        Some(id) => id,
+        None if class == F_OWNER_PGRP && host != 0 => {
+            return Err(holder.refuse("a file that signals a group whose leader has ended"));
+        }
+        // One that has ended hears nothing, like nobody.
+        None => 0,
     };
     Ok(Some(Owner { class, id, signal }))
 }

@@ -10,6 +10,7 @@ mod epoll;
 mod event;
 mod fdinfo;
 mod install;
+mod lease;
 mod lock;
 mod model;
 mod path;

@@ -1,6 +1,7 @@
 //! The image of a tree's descriptors: open file objects, and the tables that point at them.
 
 use std::collections::BTreeMap;
+use std::collections::btree_map::Entry;
 
 use serde::{Deserialize, Serialize};
 
@@ -43,11 +44,19 @@ pub(crate) struct Object {
     pub(crate) pos: u64,
     pub(crate) owner: Option<Owner>,
     pub(crate) locks: Vec<Lock>,
-    /// The slots that share it; never empty.
+    pub(crate) lease: Option<Lease>,
+    /// The slots that share it; none if it is only in flight.
     pub(crate) slots: Vec<(InnerPid, i32)>,
+    /// Where it was found: one of its slots, or that of the socket which it waits in.
+    pub(crate) home: (InnerPid, i32),
 }
 
 impl Object {
+    /// Whether nobody has it open: it waits in a socket to be received.
+    pub(crate) fn is_in_flight(&self) -> bool {
+        self.slots.is_empty()
+    }
+
     /// `O_RDONLY`, `O_WRONLY` or `O_RDWR`.
     pub(crate) fn access(&self) -> i32 {
         self.flags & libc::O_ACCMODE
@@ -163,6 +172,17 @@ pub(crate) struct Owner {
     pub(crate) signal: i32,
 }
 
+/// A lease on the file, held through an object.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) enum Lease {
+    Read,
+    Write,
+    /// Somebody waits for it to be given up, or to become one for reading.
+    Broken {
+        to_read: bool,
+    },
+}
+
 /// A file lock held through an object.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Lock {
@@ -223,11 +243,15 @@ impl Descriptors {
     /// The image restricted to the processes that `keep` names: what is left of it when the others have ended.
     pub fn retain(&mut self, keep: impl Fn(InnerPid) -> bool) {
         self.tables.retain(|&pid, _| keep(pid));
+        for object in &mut self.objects {
+            object.slots.retain(|&(pid, _)| keep(pid));
+        }
+        let homes = self.homes();
         let mut renumbered = vec![None; self.objects.len()];
         let mut kept = Vec::new();
         for (old, mut object) in std::mem::take(&mut self.objects).into_iter().enumerate() {
-            object.slots.retain(|&(pid, _)| keep(pid));
-            if !object.slots.is_empty() {
+            if let Some(&home) = homes.get(&old) {
+                object.home = home;
                 renumbered[old] = Some(kept.len());
                 kept.push(object);
             }
@@ -247,6 +271,24 @@ impl Descriptors {
         }
     }
 
+    /// Where the objects are that can be reached: by a slot, or by receiving them from a socket that can be.
+    fn homes(&self) -> BTreeMap<usize, (InnerPid, i32)> {
+        let mut homes = BTreeMap::new();
+        let placed = |(index, object): (usize, &Object)| Some((index, *object.slots.first()?));
+        let mut found: Vec<_> = self.objects.iter().enumerate().filter_map(placed).collect();
+        while let Some((index, home)) = found.pop() {
+            let Entry::Vacant(vacant) = homes.entry(index) else {
+                continue;
+            };
+            let object = &self.objects[index];
+            let home = *vacant.insert(object.slots.first().copied().unwrap_or(home));
+            if let Kind::Socket(socket) = &object.kind {
+                found.extend(socket.in_flight().map(|other| (other, home)));
+            }
+        }
+        homes
+    }
+
     /// Whether the image is sound: what it points at is there.
     ///
     /// # Errors
@@ -261,24 +303,26 @@ impl Descriptors {
                 }
             }
         }
+        let lost = |pid, what| -> Result<()> { Err(Error::Corrupt { pid, what }) };
         for object in &self.objects {
-            let Some(&(pid, fd)) = object.slots.first() else {
-                let what = "the image has an open file without a descriptor".to_owned();
-                return Err(Error::Corrupt {
-                    pid: InnerPid(0),
-                    what,
-                });
-            };
+            let (pid, fd) = object.home;
             let placed = object
                 .slots
                 .iter()
                 .all(|&(pid, fd)| self.slot(pid, fd).is_some());
             if !placed || !self.points_right(&object.kind) {
-                let what = format!(
-                    "the image of descriptor {fd} ({}) points at what is not there",
-                    object.kind.describe()
-                );
-                return Err(Error::Corrupt { pid, what });
+                let kind = object.kind.describe();
+                let what =
+                    format!("the image of descriptor {fd} ({kind}) points at what is not there");
+                return lost(pid, what);
+            }
+        }
+        // Only now is it known that all indices are good.
+        let homes = self.homes();
+        for (index, object) in self.objects.iter().enumerate() {
+            if !homes.contains_key(&index) {
+                let what = "the image has an open file that nobody can reach".to_owned();
+                return lost(object.home.0, what);
             }
         }
         Ok(())
@@ -295,7 +339,11 @@ impl Descriptors {
                 .iter()
                 .all(|interest| interest.object < self.objects.len()),
             Kind::Process { pid } => self.tables.contains_key(pid),
-            Kind::Socket(socket) => socket.related().iter().all(is_socket),
+            Kind::Socket(socket) => {
+                let mut rights = socket.in_flight();
+                rights.all(|right| right < self.objects.len())
+                    && socket.related().iter().all(is_socket)
+            }
             Kind::Refused { .. } => false,
             _ => true,
         }

@@ -9,7 +9,7 @@ use rustix::pipe::{PipeFlags, SpliceFlags};
 
 use super::Procs;
 use super::capture::{Capture, Holder};
-use super::model::{Descriptors, Kind, Pipe};
+use super::model::{Kind, Pipe};
 use crate::error::{During, Result};
 use crate::sys;
 
@@ -38,19 +38,22 @@ pub(crate) fn capture(capture: &mut Capture<'_>, holder: &Holder<'_>, fifo: bool
 }
 
 /// Reads what waits in the pipes, once all their ends are known.
-pub(crate) fn read_all(image: &mut Descriptors, procs: &Procs<'_>) -> Result<()> {
+pub(crate) fn read_all(capture: &mut Capture<'_>, procs: &Procs<'_>) -> Result<()> {
     // Only a reading end shows the content: those come last and win.
     let mut ends = BTreeMap::new();
     for reads in [false, true] {
-        for object in image.objects.iter().filter(|o| o.reads() == reads) {
-            if let Kind::Pipe { pipe } = object.kind {
-                ends.insert(pipe, (object.slots[0], reads));
+        for (object, end) in capture.image.objects.iter().enumerate() {
+            if let Kind::Pipe { pipe } = end.kind
+                && end.reads() == reads
+            {
+                ends.insert(pipe, (object, reads));
             }
         }
     }
-    for (index, ((pid, fd), reads)) in ends {
-        let (pipe, remote) = (&mut image.pipes[index], &procs[&pid]);
-        let end = remote.take_fd(fd).during(pid, "duplicating a pipe end")?;
+    for (index, (object, reads)) in ends {
+        let pid = capture.image.objects[object].home.0;
+        let end = capture.duplicate(object, procs)?;
+        let pipe = &mut capture.image.pipes[index];
         pipe.capacity =
             rustix::pipe::fcntl_getpipe_size(&end).during(pid, "asking for a pipe's size")?;
         if reads && sys::fd::readable(end.as_fd()).during(pid, "looking into a pipe")? > 0 {

@@ -58,6 +58,7 @@ impl Plan {
             if plan.reuse[index].is_none() && unique(&wanted.kind) {
                 plan.reuse[index] = (0..current.objects.len())
                     .filter(|object| !taken.contains(object))
+                    .filter(|&object| !current.objects[object].is_in_flight())
                     .find(|&object| plan.alike(current, object, wanted));
                 taken.extend(plan.reuse[index]);
             }
@@ -157,7 +158,9 @@ fn pair_pipes(current: &Descriptors, target: &Descriptors) -> BTreeMap<usize, us
     }
     let mut held = BTreeMap::new();
     for object in &current.objects {
-        if let Kind::Pipe { pipe } = object.kind {
+        if let Kind::Pipe { pipe } = object.kind
+            && !object.is_in_flight()
+        {
             held.insert(current.pipes[pipe].inode, pipe);
         }
     }

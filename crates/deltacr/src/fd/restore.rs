@@ -7,7 +7,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use super::install::{self, Wanted};
 use super::model::{Descriptors, Kind, Object, Pipe};
 use super::plan::{Plan, TableChange};
-use super::{Procs, epoll, event, lock, path, pipe, tty, watch};
+use super::{Procs, epoll, event, lease, lock, path, pipe, tty, watch};
 use crate::env::Environment;
 use crate::error::{During, Error, Result};
 use crate::ids::{HostPid, InnerPid};
@@ -69,10 +69,12 @@ pub fn restore(
         env,
         shared,
         handles: BTreeMap::new(),
+        feeders: Vec::new(),
         notes: Vec::new(),
     };
     epoll::forget(current, target, &restore.plan, restore.procs)?;
     restore.take_moving()?;
+    restore.drop_flights()?;
     restore.release_addresses()?;
     restore.close()?;
     restore.make(terminals)?;
@@ -80,11 +82,15 @@ pub fn restore(
     restore.listen()?;
     restore.make_connections()?;
     restore.install(true)?;
-    restore.handles.clear();
+    restore
+        .handles
+        .retain(|&index, _| target.objects[index].is_in_flight());
     restore.settle()?;
     restore.settle_sockets()?;
     lock::settle(current, target, &restore.plan, &touched, restore.procs)?;
-    epoll::register(current, target, &restore.plan, restore.procs)?;
+    let lost = lease::settle(current, target, &restore.plan, restore.procs, env)?;
+    restore.notes.extend(lost);
+    epoll::register(&mut restore)?;
     Ok(restore.notes)
 }
 
@@ -97,9 +103,28 @@ pub(super) struct Restore<'a, 'p> {
     pub(super) procs: &'a mut Procs<'p>,
     pub(super) env: &'a dyn Environment,
     shared: &'a SharedObjects,
-    /// Duplicates of target objects, for as long as they are on their way.
+    /// Duplicates of target objects, for as long as they are on their way: to their slots, or into queues.
     pub(super) handles: BTreeMap<usize, OwnedFd>,
+    /// The other ends of connections that nobody has the other end of: closed when the queues are filled.
+    pub(super) feeders: Vec<(usize, OwnedFd)>,
     pub(super) notes: Vec<String>,
+}
+
+/// A duplicate of a target object that is in its place, or in flight and so among `handles`.
+pub(super) fn duplicate(
+    target: &Descriptors,
+    handles: &BTreeMap<usize, OwnedFd>,
+    procs: &Procs<'_>,
+    index: usize,
+) -> Result<OwnedFd> {
+    let object = &target.objects[index];
+    let (pid, fd) = object.home;
+    let duplicate = match (object.is_in_flight(), handles.get(&index), procs.get(&pid)) {
+        (true, Some(handle), _) => handle.try_clone(),
+        (false, _, Some(remote)) => remote.take_fd(fd),
+        _ => Err(io::ErrorKind::NotFound.into()),
+    };
+    duplicate.during(pid, &format!("duplicating descriptor {fd}"))
 }
 
 impl Restore<'_, '_> {
@@ -116,15 +141,22 @@ impl Restore<'_, '_> {
         remote.take_fd(fd).during(pid, &doing())
     }
 
+    /// A duplicate of a target object that is in its place, or in flight.
+    pub(super) fn duplicate(&self, index: usize) -> Result<OwnedFd> {
+        duplicate(self.target, &self.handles, self.procs, index)
+    }
+
     /// Takes hold of what stays but is needed in more slots, or as the model of another end.
     fn take_moving(&mut self) -> Result<()> {
         let installs = self.changes.values().flat_map(|c| &c.install);
-        let needed: Vec<usize> = installs.map(|&(_, object)| object).collect();
+        let flying = (0..self.target.objects.len())
+            .filter(|&object| self.target.objects[object].is_in_flight());
+        let needed: Vec<usize> = installs.map(|&(_, object)| object).chain(flying).collect();
         for object in needed {
             if let Some(now) = self.plan.reuse[object]
                 && !self.handles.contains_key(&object)
             {
-                let handle = self.take(self.current.objects[now].slots[0])?;
+                let handle = self.take(self.current.objects[now].home)?;
                 self.handles.insert(object, handle);
             }
         }
@@ -165,7 +197,7 @@ impl Restore<'_, '_> {
 
     fn make_object(&mut self, index: usize, object: &Object) -> Result<OwnedFd> {
         let flags = path::reopen_flags(object.flags);
-        let (pid, _) = object.slots[0];
+        let (pid, _) = object.home;
         let made = match &object.kind {
             Kind::File { ino } => self.open_file(*ino, object.flags),
             Kind::Memory { key } => self.shared.open(*key, flags),
@@ -205,7 +237,7 @@ impl Restore<'_, '_> {
 
     /// Opens what is another thing for every process in the process itself.
     fn open_inside(&mut self, object: &Object, path: &[u8]) -> Result<OwnedFd> {
-        let (pid, _) = object.slots[0];
+        let (pid, _) = object.home;
         let mut batch = crate::remote::Batch::new();
         let path = batch.input(path);
         let flags = path::reopen_flags(object.flags) | libc::O_NOCTTY;
@@ -223,7 +255,7 @@ impl Restore<'_, '_> {
 
     /// Another end of a pipe that is there, or the first of a new one.
     fn make_pipe_end(&mut self, index: usize, object: &Object) -> Result<OwnedFd> {
-        let (pid, _) = object.slots[0];
+        let (pid, _) = object.home;
         let host = self.remote(pid)?.host();
         let model = match self.pipe_handle(index)? {
             Some(handle) => handle,
@@ -248,12 +280,12 @@ impl Restore<'_, '_> {
             if let Some(handle) = self.handles.get(&index) {
                 let copy = handle.try_clone();
                 return copy
-                    .during(object.slots[0].0, "duplicating a pipe end")
+                    .during(object.home.0, "duplicating a pipe end")
                     .map(Some);
             }
             if self.plan.reuse[index].is_some() {
                 // Not on its way, so every slot of it stays as it is.
-                return self.take(object.slots[0]).map(Some);
+                return self.take(object.home).map(Some);
             }
         }
         Ok(None)
@@ -288,11 +320,11 @@ impl Restore<'_, '_> {
         for (index, object) in self.target.objects.iter().enumerate() {
             let now = self.plan.reuse[index].map(|now| &self.current.objects[now]);
             if now.is_none_or(|now| differs(now, object)) {
-                let handle = self.take(object.slots[0])?;
+                let handle = self.duplicate(index)?;
                 let note = settle_object(handle.as_fd(), self.env, now, object)
-                    .during(object.slots[0].0, "setting it up")
+                    .during(object.home.0, "setting it up")
                     .map_err(named(object))?;
-                let (pid, fd) = object.slots[0];
+                let (pid, fd) = object.home;
                 let note = note.map(|note| format!("process {pid}, descriptor {fd}: {note}"));
                 self.notes.extend(note);
             }
@@ -300,7 +332,7 @@ impl Restore<'_, '_> {
                 && now.is_none_or(|now| (now.owner, now.flags) != (object.owner, object.flags))
             {
                 lock::set_owner(self.procs, object, owner)
-                    .during(object.slots[0].0, "setting its owner")
+                    .during(object.home.0, "setting its owner")
                     .map_err(named(object))?;
             }
         }
@@ -310,7 +342,7 @@ impl Restore<'_, '_> {
 
     fn settle_pipes(&mut self) -> Result<()> {
         let mut done = std::collections::BTreeSet::new();
-        for object in &self.target.objects {
+        for (at, object) in self.target.objects.iter().enumerate() {
             let Kind::Pipe { pipe: index } = object.kind else {
                 continue;
             };
@@ -323,7 +355,7 @@ impl Restore<'_, '_> {
             if !done.insert(index) || now.is_some_and(|now| pipe::same(now, wanted)) {
                 continue;
             }
-            let handle = self.take(object.slots[0])?;
+            let handle = self.duplicate(at)?;
             let fresh = || {
                 Ok(Pipe {
                     capacity: rustix::pipe::fcntl_getpipe_size(&handle)?,
@@ -332,7 +364,7 @@ impl Restore<'_, '_> {
             };
             now.map_or_else(fresh, |now| Ok(now.clone()))
                 .and_then(|now| pipe::set(handle.as_fd(), &now, wanted))
-                .during(object.slots[0].0, "filling it")
+                .during(object.home.0, "filling it")
                 .map_err(named(object))?;
         }
         Ok(())
@@ -340,17 +372,17 @@ impl Restore<'_, '_> {
 
     fn settle_terminals(&mut self) -> Result<()> {
         for (number, wanted) in &self.target.terminals {
-            let holds = |object: &&Object| match object.kind {
+            let holds = |object: &Object| match object.kind {
                 Kind::Terminal { number: held } | Kind::Master { number: held } => held == *number,
                 _ => false,
             };
             if self.current.terminals.get(number) == Some(wanted) {
                 continue;
             }
-            if let Some(object) = self.target.objects.iter().find(holds) {
-                let handle = self.take(object.slots[0])?;
+            if let Some(index) = self.target.objects.iter().position(holds) {
+                let handle = self.duplicate(index)?;
                 tty::set(handle.as_fd(), wanted)
-                    .during(object.slots[0].0, "setting the terminal up")?;
+                    .during(self.target.objects[index].home.0, "setting the terminal up")?;
             }
         }
         Ok(())
@@ -423,7 +455,7 @@ fn gone(pid: InnerPid) -> Error {
 
 /// Says which descriptor an error is about.
 pub(super) fn named(object: &Object) -> impl Fn(Error) -> Error {
-    let (fd, kind) = (object.slots[0].1, object.kind.describe());
+    let (fd, kind) = (object.home.1, object.kind.describe());
     move |error| match error {
         Error::Process { doing, pid, source } => Error::Process {
             doing: format!("restoring descriptor {fd} ({kind}), {doing},"),

@@ -1,9 +1,9 @@
 //! Reading the descriptor table of a process from `/proc/PID/fd` and `/proc/PID/fdinfo`.
 
-use std::ffi::CStr;
+use std::ffi::{CStr, CString};
 use std::io;
 use std::mem::MaybeUninit;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 
 use rustix::fs::{AtFlags, CWD, Mode, OFlags, RawDir, Statx, StatxFlags};
 
@@ -63,6 +63,12 @@ impl ProcFds {
         }
         slots.sort_unstable_by_key(|slot| slot.fd);
         Ok(slots)
+    }
+
+    /// One of our own, if this is our table.
+    pub(crate) fn slot_of(&self, fd: BorrowedFd<'_>) -> io::Result<RawSlot> {
+        let fd = fd.as_raw_fd();
+        self.slot(fd, &CString::new(fd.to_string())?)
     }
 
     fn slot(&self, fd: i32, name: &CStr) -> io::Result<RawSlot> {

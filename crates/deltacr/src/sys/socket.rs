@@ -9,6 +9,8 @@ use std::path::Path;
 const ADDRESS: usize = 128;
 /// Room for the control data of a message: the most descriptors there can be, and some.
 const CONTROL: usize = 2048;
+/// Bytes of `struct sock_filter`.
+const FILTER_BLOCK: usize = 8;
 /// Bytes of `struct cmsghdr`.
 const CMSG_HEADER: usize = 16;
 
@@ -166,8 +168,10 @@ pub(crate) struct Received {
     pub(crate) len: usize,
     /// The sender's address; empty if it has none or the socket is connected.
     pub(crate) from: Vec<u8>,
-    /// Descriptors came with it. They are closed again.
-    pub(crate) rights: bool,
+    /// The descriptors that came with it.
+    pub(crate) rights: Vec<OwnedFd>,
+    /// Not all descriptors found room, in the message or among ours.
+    pub(crate) cut: bool,
 }
 
 /// Receives without waiting, with `flags` such as `MSG_PEEK`.
@@ -194,48 +198,156 @@ pub(crate) fn receive(fd: BorrowedFd<'_>, buffer: &mut [u8], flags: i32) -> io::
     Ok(Received {
         len: len.min(buffer.len()),
         from: address[..(message.msg_namelen as usize).min(ADDRESS)].to_vec(),
-        rights: rights || message.msg_flags & libc::MSG_CTRUNC != 0,
+        rights,
+        cut: message.msg_flags & libc::MSG_CTRUNC != 0,
     })
 }
 
-/// Closes the descriptors that control messages brought; tells whether there were any.
-fn take_rights(mut control: &[u8]) -> bool {
-    let mut any = false;
+/// Peeks at a unix stream, but only at pieces, as they were sent, that fit into the buffer whole. Tells how many bytes those
+/// have.
+///
+/// The kernel copies each piece at one go, and one that would reach into memory which is not there not at all.
+pub(crate) fn peek_pieces(fd: BorrowedFd<'_>, buffer: &mut [u8]) -> io::Result<usize> {
+    let mut pieces = [
+        libc::iovec {
+            iov_base: buffer.as_mut_ptr().cast(),
+            iov_len: buffer.len(),
+        },
+        libc::iovec {
+            iov_base: std::ptr::without_provenance_mut(1),
+            iov_len: 1,
+        },
+    ];
+    // SAFETY: all zeros is a valid msghdr: no address, no data, no control data.
+    let mut message: libc::msghdr = unsafe { MaybeUninit::zeroed().assume_init() };
+    message.msg_iov = pieces.as_mut_ptr();
+    message.msg_iovlen = pieces.len();
+    let flags = libc::MSG_PEEK | libc::MSG_DONTWAIT;
+    // SAFETY: `message` points at `pieces`, of which the first is `buffer` with its true length. Nothing is ever mapped at the
+    // address of the second, so that the kernel writes nothing there.
+    match size(unsafe { libc::recvmsg(fd.as_raw_fd(), &raw mut message, flags) }) {
+        Err(e) if e.raw_os_error() == Some(libc::EFAULT) => Ok(0),
+        result => result,
+    }
+}
+
+/// The descriptors that control messages brought.
+fn take_rights(mut control: &[u8]) -> Vec<OwnedFd> {
+    let mut rights = Vec::new();
     while control.len() >= CMSG_HEADER {
         let word =
             |at: usize| i32::from_ne_bytes(control[at..at + 4].try_into().expect("four bytes"));
         let len = usize::try_from(word(0)).unwrap_or(0);
         let len = len.clamp(CMSG_HEADER, control.len());
         if (word(8), word(12)) == (libc::SOL_SOCKET, libc::SCM_RIGHTS) {
-            any = true;
             for at in (CMSG_HEADER..len.saturating_sub(3)).step_by(4) {
                 // SAFETY: the kernel put this descriptor into our table for this message; nobody else owns it.
-                drop(unsafe { OwnedFd::from_raw_fd(word(at)) });
+                rights.push(unsafe { OwnedFd::from_raw_fd(word(at)) });
             }
         }
         control = &control[len.next_multiple_of(8).min(control.len())..];
     }
-    any
+    rights
+}
+
+/// How many blocks of eight bytes a classic filter has, and the filter (`SO_GET_FILTER`); empty if there is none.
+pub(crate) fn filter(fd: BorrowedFd<'_>) -> io::Result<Vec<u8>> {
+    let read = |program: &mut [u8]| {
+        let mut len = (program.len() / FILTER_BLOCK) as libc::socklen_t;
+        // SAFETY: getsockopt writes at most `len` blocks of eight bytes to `program`, and their number to `len`.
+        check(unsafe {
+            libc::getsockopt(
+                fd.as_raw_fd(),
+                libc::SOL_SOCKET,
+                libc::SO_GET_FILTER,
+                program.as_mut_ptr().cast(),
+                &raw mut len,
+            )
+        })
+        .map(|_| len as usize)
+    };
+    let mut program = vec![0; read(&mut [])? * FILTER_BLOCK];
+    if !program.is_empty() {
+        read(&mut program)?;
+    }
+    Ok(program)
+}
+
+/// Attaches a classic filter, as [`filter`] gives it.
+pub(crate) fn attach_filter(fd: BorrowedFd<'_>, program: &[u8]) -> io::Result<()> {
+    let mut blocks: Vec<u64> = program
+        .chunks_exact(FILTER_BLOCK)
+        .map(|block| u64::from_ne_bytes(block.try_into().expect("eight bytes")))
+        .collect();
+    let program = libc::sock_fprog {
+        len: blocks.len().try_into().map_err(io::Error::other)?,
+        filter: blocks.as_mut_ptr().cast(),
+    };
+    // SAFETY: the kernel reads one sock_fprog, and through it `blocks`, whose number it has. A block is a sock_filter of eight bytes.
+    check(unsafe {
+        libc::setsockopt(
+            fd.as_raw_fd(),
+            libc::SOL_SOCKET,
+            libc::SO_ATTACH_FILTER,
+            (&raw const program).cast(),
+            size_of::<libc::sock_fprog>() as libc::socklen_t,
+        )
+    })
+    .map(drop)
 }
 
 /// Sends without waiting, to `to` if it is not empty.
 pub(crate) fn send(fd: BorrowedFd<'_>, bytes: &[u8], to: &[u8]) -> io::Result<usize> {
-    let address = if to.is_empty() {
-        std::ptr::null()
-    } else {
-        to.as_ptr().cast()
+    send_with(fd, bytes, to, &[])
+}
+
+/// Sends without waiting, with descriptors (`SCM_RIGHTS`), of which a message holds 253 at most.
+pub(crate) fn send_with(
+    fd: BorrowedFd<'_>,
+    bytes: &[u8],
+    to: &[u8],
+    rights: &[OwnedFd],
+) -> io::Result<usize> {
+    let control = control_of(rights);
+    let mut piece = libc::iovec {
+        iov_base: bytes.as_ptr().cast_mut().cast(),
+        iov_len: bytes.len(),
     };
-    // SAFETY: sendto reads the bytes of `bytes` and of `to`.
-    size(unsafe {
-        libc::sendto(
-            fd.as_raw_fd(),
-            bytes.as_ptr().cast(),
-            bytes.len(),
-            libc::MSG_DONTWAIT | libc::MSG_NOSIGNAL,
-            address,
-            to.len() as libc::socklen_t,
-        )
-    })
+    // SAFETY: all zeros is a valid msghdr: no address, no data, no control data.
+    let mut message: libc::msghdr = unsafe { MaybeUninit::zeroed().assume_init() };
+    if !to.is_empty() {
+        message.msg_name = to.as_ptr().cast_mut().cast();
+        message.msg_namelen = to.len() as u32;
+    }
+    message.msg_iov = &raw mut piece;
+    message.msg_iovlen = 1;
+    if !control.is_empty() {
+        message.msg_control = control.as_ptr().cast_mut().cast();
+        message.msg_controllen = control.len() * size_of::<u64>();
+    }
+    let flags = libc::MSG_DONTWAIT | libc::MSG_NOSIGNAL;
+    // SAFETY: `message` points at `to`, `bytes` and `control` with their true lengths; sendmsg only reads them.
+    size(unsafe { libc::sendmsg(fd.as_raw_fd(), &raw const message, flags) })
+}
+
+/// One control message with these descriptors, aligned as the kernel wants it; nothing if there are none.
+fn control_of(rights: &[OwnedFd]) -> Vec<u64> {
+    if rights.is_empty() {
+        return Vec::new();
+    }
+    let len = CMSG_HEADER + size_of::<i32>() * rights.len();
+    let mut bytes = Vec::with_capacity(len.next_multiple_of(8));
+    bytes.extend_from_slice(&len.to_ne_bytes());
+    bytes.extend_from_slice(&libc::SOL_SOCKET.to_ne_bytes());
+    bytes.extend_from_slice(&libc::SCM_RIGHTS.to_ne_bytes());
+    for right in rights {
+        bytes.extend_from_slice(&right.as_raw_fd().to_ne_bytes());
+    }
+    bytes.resize(len.next_multiple_of(8), 0);
+    let words = bytes.chunks_exact(8);
+    words
+        .map(|word| u64::from_ne_bytes(word.try_into().expect("eight bytes")))
+        .collect()
 }
 
 /// Makes a socket in another network namespace.

@@ -302,16 +302,19 @@ fn a_connection_to_the_outside_is_kept_if_nothing_moved_and_cut_otherwise() {
 }
 
 #[test]
-fn a_unix_connection_to_the_outside_and_descriptors_under_way_are_refused() {
+fn a_unix_connection_to_the_outside_and_a_lock_in_flight_are_refused() {
     let world = World::new();
     let mut python = python(&world);
     let _outside = UnixListener::bind(world.path("outside")).unwrap();
     python.run("c = socket.socket(UNIX); c.connect('outside')");
     let refusal = python.refusal(&world);
     assert!(refusal.contains("outside the tree"), "{refusal}");
-    python.run("c.close(); a, b = socket.socketpair(); socket.send_fds(a, [b'x'], [0])");
+    python.run(
+        "c.close(); a, b = socket.socketpair(); f = os.open('f', os.O_CREAT)\n\
+         fcntl.flock(f, fcntl.LOCK_EX); socket.send_fds(a, [b'x'], [f]); os.close(f)",
+    );
     let refusal = python.refusal(&world);
-    assert!(refusal.contains("descriptors in its queue"), "{refusal}");
+    assert!(refusal.contains("waits a file with a lock"), "{refusal}");
     python.expect("len(socket.recv_fds(b, 9, 9)[1])", "1");
 }
 

@@ -5,13 +5,11 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use super::diag::{self, UnixLine};
-use super::model::{Socket, State};
+use super::model::{Message, Socket, State};
 use super::plan::socket;
-use super::queue::{self, Peeked};
-use super::{inet, options};
+use super::{inet, options, queue};
 use crate::env::{Environment, Namespace};
-use crate::error::{During, Error, Result};
-use crate::fd::Procs;
+use crate::error::{During, Result};
 use crate::fd::capture::{Capture, Holder};
 use crate::fd::model::{Descriptors, Kind};
 use crate::sys::socket as sys;
@@ -28,7 +26,8 @@ pub(crate) fn capture(capture: &mut Capture<'_>, holder: &Holder<'_>) -> Result<
     match (domain, kind, protocol) {
         (libc::AF_UNIX, _, _)
         | (libc::AF_INET | libc::AF_INET6, libc::SOCK_STREAM, libc::IPPROTO_TCP)
-        | (libc::AF_INET | libc::AF_INET6, libc::SOCK_DGRAM, libc::IPPROTO_UDP)
+        | (libc::AF_INET | libc::AF_INET6, libc::SOCK_DGRAM | libc::SOCK_RAW, _)
+        | (libc::AF_PACKET, _, _)
         | (
             libc::AF_NETLINK,
             _,
@@ -49,6 +48,7 @@ pub(crate) fn capture(capture: &mut Capture<'_>, holder: &Holder<'_>) -> Result<
         kind,
         protocol,
         options: Vec::new(),
+        filter: Vec::new(),
         local: Vec::new(),
         remote: Vec::new(),
         file: None,
@@ -58,12 +58,13 @@ pub(crate) fn capture(capture: &mut Capture<'_>, holder: &Holder<'_>) -> Result<
         queue: Vec::new(),
     };
     holder.during(read(handle.as_fd(), &mut image), "reading the socket")?;
-    capture.sockets.push(capture.image.objects.len());
+    capture.sockets.push((capture.image.objects.len(), handle));
     Ok(Kind::Socket(Box::new(image)))
 }
 
 fn read(handle: BorrowedFd<'_>, socket: &mut Socket) -> io::Result<()> {
-    socket.options = options::read(handle, socket.domain, socket.kind)?;
+    socket.options = options::read(handle, socket)?;
+    socket.filter = sys::filter(handle)?;
     socket.local = sys::local_address(handle)?;
     match socket.domain {
         libc::AF_UNIX if socket.local.len() <= 2 => socket.local.clear(),
@@ -85,12 +86,46 @@ fn read(handle: BorrowedFd<'_>, socket: &mut Socket) -> io::Result<()> {
     Ok(())
 }
 
-/// Finds the peers, and reads the queues.
-pub(crate) fn relate(capture: &mut Capture<'_>, procs: &Procs<'_>) -> Result<()> {
-    let found = std::mem::take(&mut capture.sockets);
-    if found.is_empty() {
+/// Reads the queues of unix sockets, for files may be in flight in them, of which some may be sockets, in whose queues …
+pub(crate) fn open_queues(capture: &mut Capture<'_>) -> Result<()> {
+    let mut next = 0;
+    while let Some((index, handle)) = capture.sockets.get(next) {
+        let (index, object) = (*index, &capture.image.objects[*index]);
+        let peeked = match &object.kind {
+            Kind::Socket(socket) if socket.is_unix() && !socket.listens() => {
+                queue::peek(handle.as_fd(), socket)
+            }
+            _ => Ok(Vec::new()),
+        };
+        let home = object.home;
+        let doing = || format!("reading the socket behind descriptor {}", home.1);
+        let mut messages = Vec::new();
+        for waiting in peeked.during(home.0, &doing())? {
+            let flights = waiting.rights.into_iter();
+            messages.push(Message {
+                bytes: waiting.bytes,
+                from: waiting.from,
+                rights: flights
+                    .map(|file| capture.flight(file, home))
+                    .collect::<Result<_>>()?,
+            });
+        }
+        if let Kind::Socket(socket) = &mut capture.image.objects[index].kind {
+            socket.queue = messages;
+        }
+        next += 1;
+    }
+    Ok(())
+}
+
+/// Finds the peers, and reads the queues of the others.
+pub(crate) fn relate(capture: &mut Capture<'_>) -> Result<()> {
+    let handles: HashMap<_, _> = std::mem::take(&mut capture.sockets).into_iter().collect();
+    if handles.is_empty() {
         return Ok(());
     }
+    let mut found: Vec<_> = handles.keys().copied().collect();
+    found.sort_unstable();
     let sockets = Sockets {
         by_inode: found
             .iter()
@@ -101,11 +136,9 @@ pub(crate) fn relate(capture: &mut Capture<'_>, procs: &Procs<'_>) -> Result<()>
             .filter_map(|&i| Some((inet::ends(socket(&capture.image, i)?)?, i)))
             .collect(),
         unix: unix_lines(&capture.image, &found, capture.env)?,
-        handles: found
-            .iter()
-            .map(|&i| Ok((i, take(&capture.image, procs, i)?)))
-            .collect::<Result<_>>()?,
+        handles,
     };
+    tell_shutdowns(capture, &found)?;
     for &index in &found {
         let related = match sockets.socket(&capture.image, index).domain {
             libc::AF_UNIX => sockets.relate_unix(&mut capture.image, index),
@@ -123,6 +156,27 @@ pub(crate) fn relate(capture: &mut Capture<'_>, procs: &Procs<'_>) -> Result<()>
     Ok(())
 }
 
+/// Finds out which directions of UDP sockets are shut down.
+fn tell_shutdowns(capture: &mut Capture<'_>, found: &[usize]) -> Result<()> {
+    let objects = &mut capture.image.objects;
+    let bound = |kind: &Kind| matches!(kind, Kind::Socket(s) if s.is_udp() && !inet::is_free(s));
+    if !found.iter().any(|&index| bound(&objects[index].kind)) {
+        return Ok(());
+    }
+    let doing = "asking about the UDP sockets of the sandbox";
+    let net = capture.env.namespace(Namespace::Net).during_tree(doing)?;
+    let asking = diag::diag_socket(&net).during_tree(doing)?;
+    for &index in found {
+        if bound(&objects[index].kind)
+            && let Kind::Socket(socket) = &mut objects[index].kind
+        {
+            let told = diag::udp_shutdown(asking.as_fd(), socket);
+            socket.shutdown = told.during_tree(doing)?;
+        }
+    }
+    Ok(())
+}
+
 /// Takes a refusal down as what the object is.
 fn settle(image: &mut Descriptors, index: usize, result: Result<(), Relation>) -> Result<()> {
     match result {
@@ -132,7 +186,7 @@ fn settle(image: &mut Descriptors, index: usize, result: Result<(), Relation>) -
             Ok(())
         }
         Err(Relation::Failed(e)) => {
-            let (pid, fd) = image.objects[index].slots[0];
+            let (pid, fd) = image.objects[index].home;
             let doing = format!("reading the socket behind descriptor {fd}");
             Err(e).during(pid, &doing)
         }
@@ -258,18 +312,17 @@ impl Sockets {
         let Kind::Socket(socket) = &mut image.objects[index].kind else {
             return Ok(());
         };
-        // What a netlink socket has to tell is not part of the image: it can be asked again.
-        if matches!(socket.state, State::Listening { .. }) || socket.domain == libc::AF_NETLINK {
+        if socket.listens() || socket.is_unix() || !socket.keeps_queue() {
             return Ok(());
         }
-        match queue::peek(handle, socket)? {
-            Peeked::Messages(messages) => socket.queue = messages,
-            Peeked::Rights => {
-                return Err(Relation::Refused(
-                    "a socket with descriptors in its queue; receive them first".into(),
-                ));
-            }
-        }
+        let waiting = queue::peek(handle, socket)?.into_iter();
+        socket.queue = waiting
+            .map(|message| Message {
+                bytes: message.bytes,
+                from: message.from,
+                rights: Vec::new(),
+            })
+            .collect();
         if socket.is_tcp()
             && let Some(peer) = other_end
         {
@@ -277,9 +330,9 @@ impl Sockets {
             if !more.is_empty() {
                 match socket.queue.last_mut() {
                     Some(last) => last.bytes.extend(more),
-                    None => socket.queue.push(super::model::Message {
+                    None => socket.queue.push(Message {
                         bytes: more,
-                        from: Vec::new(),
+                        ..Message::default()
                     }),
                 }
             }
@@ -294,6 +347,7 @@ static REFUSED: Socket = Socket {
     kind: 0,
     protocol: 0,
     options: Vec::new(),
+    filter: Vec::new(),
     local: Vec::new(),
     remote: Vec::new(),
     file: None,
@@ -308,15 +362,6 @@ fn inode(image: &Descriptors, index: usize) -> u64 {
         Kind::Socket(socket) => socket.inode,
         _ => 0,
     }
-}
-
-fn take(image: &Descriptors, procs: &Procs<'_>, index: usize) -> Result<OwnedFd> {
-    let (pid, fd) = image.objects[index].slots[0];
-    let remote = procs.get(&pid).ok_or_else(|| Error::Corrupt {
-        pid,
-        what: "it is not among the processes that are stopped".to_owned(),
-    })?;
-    remote.take_fd(fd).during(pid, "duplicating a socket")
 }
 
 fn unix_lines(

@@ -2,17 +2,20 @@
 
 use std::collections::HashMap;
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
+use super::model::Socket;
 use crate::sys;
 
 const NETLINK_SOCK_DIAG: i32 = 4;
 const SOCK_DIAG_BY_FAMILY: u16 = 20;
 const SOCK_DESTROY: u16 = 21;
 const NLM_F_ACK: u16 = 4;
-/// Bytes of `struct inet_diag_sockid`, and where `struct inet_diag_msg` has the inode number.
+/// Bytes of `struct inet_diag_sockid`, and of `struct inet_diag_msg`, and where that has the inode number.
 const TCP_ID: usize = 48;
-const TCP_INODE: usize = 68;
+const INET_MESSAGE: usize = 72;
+const INET_INODE: usize = 68;
+const INET_DIAG_SHUTDOWN: u16 = 8;
 const NLMSG_ERROR: u16 = 2;
 const NLMSG_DONE: u16 = 3;
 const NLM_F_REQUEST: u16 = 1;
@@ -90,7 +93,7 @@ pub(crate) fn forget_closed(net: &OwnedFd, port: u16) -> io::Result<()> {
 /// The identity of a connection (`struct inet_diag_sockid`) that has no descriptor and this port.
 fn closed_on(body: &[u8], port: u16) -> Option<[u8; TCP_ID]> {
     let id: [u8; TCP_ID] = body.get(4..4 + TCP_ID)?.try_into().ok()?;
-    let inode = body.get(TCP_INODE..TCP_INODE + 4)?;
+    let inode = body.get(INET_INODE..INET_INODE + 4)?;
     let ports = [u16_at(&id, 0), u16_at(&id, 2)].map(u16::from_be);
     (inode == [0; 4] && ports.contains(&port)).then_some(id)
 }
@@ -114,7 +117,61 @@ fn tcp_request(family: i32, destroy: Option<[u8; TCP_ID]>) -> Vec<u8> {
     request
 }
 
-fn diag_socket(net: &OwnedFd) -> io::Result<OwnedFd> {
+/// The directions of a UDP socket with a port that are shut down: 1 for receiving, 2 for sending.
+pub(crate) fn udp_shutdown(asking: BorrowedFd<'_>, socket: &Socket) -> io::Result<u8> {
+    sys::socket::send(asking, &udp_request(socket), &[])?;
+    let mut buffer = vec![0; 16 * 1024];
+    let received = sys::socket::receive(asking, &mut buffer, 0)?;
+    let mut shutdown = 0;
+    let answered = messages(&buffer[..received.len], |body| {
+        // Of several that share the port another one may be shown.
+        let inode = body.get(INET_INODE..INET_INODE + 4);
+        if inode == Some(&(socket.inode as u32).to_ne_bytes()) {
+            each_attribute(&body[INET_MESSAGE.min(body.len())..], |kind, value| {
+                if let (INET_DIAG_SHUTDOWN, Some(&bits)) = (kind, value.first()) {
+                    shutdown = bits & 3;
+                }
+            });
+        }
+    });
+    match answered {
+        // Not found, where another network device or address stands in the way.
+        Err(e) if e.raw_os_error() == Some(libc::ENOENT) => Ok(0),
+        answered => answered.map(|_| shutdown),
+    }
+}
+
+/// Asks for one UDP socket. The kernel looks for it as for the receiver of a datagram: source is the peer.
+fn udp_request(socket: &Socket) -> Vec<u8> {
+    let port = |address: &[u8]| address.get(2..4).unwrap_or(&[0; 2]).to_vec();
+    let host = |address: &[u8]| {
+        let range = if socket.domain == libc::AF_INET {
+            4..8
+        } else {
+            8..24
+        };
+        let mut host = address.get(range).unwrap_or_default().to_vec();
+        host.resize(16, 0);
+        host
+    };
+    let (local, remote) = (&socket.local, &socket.remote);
+    let mut request = Vec::with_capacity(72);
+    request.extend_from_slice(&72_u32.to_ne_bytes());
+    request.extend_from_slice(&SOCK_DIAG_BY_FAMILY.to_ne_bytes());
+    request.extend_from_slice(&NLM_F_REQUEST.to_ne_bytes());
+    request.extend_from_slice(&[0; 8]);
+    request.extend_from_slice(&[socket.domain as u8, socket.protocol as u8, 0, 0]);
+    request.extend_from_slice(&u32::MAX.to_ne_bytes());
+    for part in [port(remote), port(local), host(remote), host(local)] {
+        request.extend_from_slice(&part);
+    }
+    // No device, and no cookie.
+    request.extend_from_slice(&[0; 4]);
+    request.extend_from_slice(&[0xff; 8]);
+    request
+}
+
+pub(crate) fn diag_socket(net: &OwnedFd) -> io::Result<OwnedFd> {
     sys::socket::socket_in(net, libc::AF_NETLINK, libc::SOCK_DGRAM, NETLINK_SOCK_DIAG)
 }
 
@@ -162,25 +219,29 @@ fn messages(mut bytes: &[u8], mut each: impl FnMut(&[u8])) -> io::Result<bool> {
     Ok(false)
 }
 
-fn attributes(mut bytes: &[u8]) -> UnixLine {
+fn attributes(bytes: &[u8]) -> UnixLine {
     let mut line = UnixLine::default();
+    each_attribute(bytes, |kind, value| match kind {
+        UNIX_DIAG_VFS if value.len() >= 8 => line.file = Some(u32_at(value, 0).into()),
+        UNIX_DIAG_PEER if value.len() >= 4 => line.peer = Some(u32_at(value, 0).into()),
+        UNIX_DIAG_ICONS => {
+            let inodes = value.chunks_exact(4);
+            line.pending = inodes.map(|ino| u32_at(ino, 0).into()).collect();
+        }
+        UNIX_DIAG_RQLEN if value.len() >= 8 => line.backlog = u32_at(value, 4),
+        UNIX_DIAG_SHUTDOWN => line.shutdown = value.first().copied().unwrap_or(0) & 3,
+        _ => {}
+    });
+    line
+}
+
+/// Hands on the attributes of a message, each with what kind it is.
+fn each_attribute(mut bytes: &[u8], mut each: impl FnMut(u16, &[u8])) {
     while bytes.len() >= 4 {
         let len = usize::from(u16_at(bytes, 0)).clamp(4, bytes.len());
-        let value = &bytes[4..len];
-        match u16_at(bytes, 2) {
-            UNIX_DIAG_VFS if value.len() >= 8 => line.file = Some(u32_at(value, 0).into()),
-            UNIX_DIAG_PEER if value.len() >= 4 => line.peer = Some(u32_at(value, 0).into()),
-            UNIX_DIAG_ICONS => {
-                let inodes = value.chunks_exact(4);
-                line.pending = inodes.map(|ino| u32_at(ino, 0).into()).collect();
-            }
-            UNIX_DIAG_RQLEN if value.len() >= 8 => line.backlog = u32_at(value, 4),
-            UNIX_DIAG_SHUTDOWN => line.shutdown = value.first().copied().unwrap_or(0) & 3,
-            _ => {}
-        }
+        each(u16_at(bytes, 2), &bytes[4..len]);
         bytes = &bytes[len.next_multiple_of(4).min(bytes.len())..];
     }
-    line
 }
 
 /// The caller has checked that the bytes are there.

@@ -104,6 +104,11 @@ fn is_any(ip: &[u8; 16]) -> bool {
     *ip == [0; 16] || ip[10..] == [0xff, 0xff, 0, 0, 0, 0]
 }
 
+/// Whether a socket has no port.
+pub(super) fn is_free(socket: &Socket) -> bool {
+    endpoint(&socket.local).is_none_or(|(port, _)| port == 0)
+}
+
 /// Finds out how an internet socket stands to the others.
 pub(super) fn relate(
     sockets: &Sockets,
@@ -453,11 +458,16 @@ pub(super) fn close_hard(end: BorrowedFd<'_>) -> io::Result<()> {
 pub(super) fn place(net: &OwnedFd, end: BorrowedFd<'_>, image: &Socket) -> io::Result<()> {
     options::set(end, image)?;
     let bound = match image.domain {
-        libc::AF_NETLINK => image.local.iter().skip(2).any(|&byte| byte != 0),
+        libc::AF_NETLINK | libc::AF_PACKET => image.local.iter().skip(2).any(|&byte| byte != 0),
         _ => endpoint(&image.local).is_some_and(|(port, _)| port != 0),
     };
     if bound {
-        bind_over(net, end, &image.local)?;
+        let mut local = image.local.clone();
+        if image.domain == libc::AF_PACKET {
+            // It is told without room for the hardware address, but must be given with it.
+            local.resize(local.len().max(size_of::<libc::sockaddr_ll>()), 0);
+        }
+        bind_over(net, end, &local)?;
     }
     if !image.is_tcp() && !image.remote.is_empty() {
         sys::connect(end, &image.remote)?;

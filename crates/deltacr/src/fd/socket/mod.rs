@@ -13,6 +13,6 @@ mod queue;
 mod restore;
 mod unix;
 
-pub(crate) use capture::{capture, relate};
+pub(crate) use capture::{capture, open_queues, relate};
 pub(crate) use model::Socket;
 pub(crate) use plan::{alike, verify};

@@ -2,17 +2,19 @@
 
 use serde::{Deserialize, Serialize};
 
-/// A socket of the unix or an internet family.
+/// A socket of the unix, an internet, the packet or the netlink family.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub(crate) struct Socket {
     /// Inode number at capture.
     pub(crate) inode: u64,
-    /// `AF_UNIX`, `AF_INET`, `AF_INET6` or `AF_NETLINK`.
+    /// `AF_UNIX`, `AF_INET`, `AF_INET6`, `AF_PACKET` or `AF_NETLINK`.
     pub(crate) domain: i32,
     /// `SOCK_STREAM`, `SOCK_DGRAM`, `SOCK_SEQPACKET` or `SOCK_RAW`.
     pub(crate) kind: i32,
     pub(crate) protocol: i32,
     pub(crate) options: Vec<Setting>,
+    /// The classic filter of what it receives; empty if it has none.
+    pub(crate) filter: Vec<u8>,
     /// The address bound to, as the kernel's bytes; empty when there is none.
     pub(crate) local: Vec<u8>,
     /// The peer's address of an internet socket that is connected; empty when it is not.
@@ -56,11 +58,13 @@ pub(crate) enum State {
 }
 
 /// A datagram, or a part of a stream.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Message {
     pub(crate) bytes: Vec<u8>,
     /// The sender's address; empty if it has none.
     pub(crate) from: Vec<u8>,
+    /// The files in flight with it (`SCM_RIGHTS`), by index into the image's objects.
+    pub(crate) rights: Vec<usize>,
 }
 
 impl Socket {
@@ -69,8 +73,36 @@ impl Socket {
         self.kind == libc::SOCK_STREAM
     }
 
+    pub(crate) fn is_unix(&self) -> bool {
+        self.domain == libc::AF_UNIX
+    }
+
     pub(crate) fn is_tcp(&self) -> bool {
-        self.domain != libc::AF_UNIX && self.is_stream()
+        !self.is_unix() && self.is_stream()
+    }
+
+    /// Whether what waits in it is part of the image. What the kernel tells by netlink can be asked again, and packets that
+    /// nobody expects may be lost as on any network.
+    pub(crate) fn keeps_queue(&self) -> bool {
+        self.is_unix() || self.is_tcp() || self.is_udp()
+    }
+
+    pub(crate) fn is_udp(&self) -> bool {
+        let datagrams = matches!(self.protocol, libc::IPPROTO_UDP | libc::IPPROTO_UDPLITE);
+        let inet = matches!(self.domain, libc::AF_INET | libc::AF_INET6);
+        inet && datagrams && self.kind == libc::SOCK_DGRAM
+    }
+
+    /// Whether its filter cannot be changed.
+    pub(crate) fn is_locked(&self) -> bool {
+        let mut settings = self.options.iter();
+        settings.any(|s| {
+            (s.level, s.name) == (libc::SOL_SOCKET, libc::SO_LOCK_FILTER) && s.value != [0; 4]
+        })
+    }
+
+    pub(crate) fn listens(&self) -> bool {
+        matches!(self.state, State::Listening { .. })
     }
 
     pub(crate) fn peer(&self) -> Option<usize> {
@@ -80,7 +112,17 @@ impl Socket {
         }
     }
 
-    /// The objects that this one names.
+    /// The objects in flight that wait in it.
+    pub(crate) fn in_flight(&self) -> impl Iterator<Item = usize> + '_ {
+        self.queue.iter().flat_map(|m| m.rights.iter().copied())
+    }
+
+    /// Whether what waits in two sockets, of two images, is the same. Of files in flight that cannot be told.
+    pub(crate) fn has_same_queue(&self, other: &Self) -> bool {
+        self.queue == other.queue && self.in_flight().next().is_none()
+    }
+
+    /// The sockets that this one names.
     pub(crate) fn related(&self) -> Vec<usize> {
         match &self.state {
             State::Connected { peer } => vec![*peer],
@@ -91,6 +133,9 @@ impl Socket {
 
     /// Gives the objects that it names new numbers; `number` says false of those that are gone.
     pub(crate) fn renumber(&mut self, number: impl Fn(&mut usize) -> bool) {
+        for message in &mut self.queue {
+            message.rights.retain_mut(&number);
+        }
         let orphaned = match &mut self.state {
             State::Connected { peer } => !number(peer),
             State::Listening { pending, .. } => {

@@ -10,6 +10,11 @@ const SOL_SOCKET: i32 = libc::SOL_SOCKET;
 const SO_BUF_LOCK: i32 = 72;
 const SO_PEEK_OFF: i32 = 42;
 const SO_BINDTOIFINDEX: i32 = 62;
+const SOL_RAW: i32 = 255;
+const ICMP_FILTER: i32 = 1;
+const UDPLITE_SEND_CSCOV: i32 = 10;
+const UDPLITE_RECV_CSCOV: i32 = 11;
+const PACKET_ORIGDEV: i32 = 9;
 /// Bits of `SO_BUF_LOCK`.
 const SEND_LOCKED: i32 = 1;
 const RECEIVE_LOCKED: i32 = 2;
@@ -31,6 +36,7 @@ const COMMON: &[(i32, i32)] = &[
     (SOL_SOCKET, libc::SO_NO_CHECK),
     (SOL_SOCKET, libc::SO_MARK),
     (SOL_SOCKET, SO_BINDTOIFINDEX),
+    (SOL_SOCKET, libc::SO_LOCK_FILTER),
 ];
 const UNIX: &[(i32, i32)] = &[
     (SOL_SOCKET, libc::SO_PASSCRED),
@@ -54,6 +60,30 @@ const INET6: &[(i32, i32)] = &[
     (libc::IPPROTO_IPV6, libc::IPV6_UNICAST_HOPS),
     (libc::IPPROTO_IPV6, libc::IPV6_TCLASS),
 ];
+/// Not of streams, of which an accepted one has what the first packet had.
+const DATAGRAMS: &[(i32, i32)] = &[
+    (libc::IPPROTO_IP, libc::IP_MULTICAST_TTL),
+    (libc::IPPROTO_IP, libc::IP_MULTICAST_LOOP),
+    (libc::IPPROTO_IPV6, libc::IPV6_MULTICAST_HOPS),
+    (libc::IPPROTO_IPV6, libc::IPV6_MULTICAST_LOOP),
+];
+const RAW: &[(i32, i32)] = &[
+    (libc::IPPROTO_IP, libc::IP_HDRINCL),
+    (SOL_RAW, ICMP_FILTER),
+    (libc::IPPROTO_ICMPV6, ICMP_FILTER),
+];
+const UDP_LITE: &[(i32, i32)] = &[
+    (libc::IPPROTO_UDPLITE, UDPLITE_SEND_CSCOV),
+    (libc::IPPROTO_UDPLITE, UDPLITE_RECV_CSCOV),
+];
+const PACKET: &[(i32, i32)] = &[
+    (libc::SOL_PACKET, libc::PACKET_AUXDATA),
+    (libc::SOL_PACKET, PACKET_ORIGDEV),
+    (libc::SOL_PACKET, libc::PACKET_VERSION),
+    (libc::SOL_PACKET, libc::PACKET_RESERVE),
+    (libc::SOL_PACKET, libc::PACKET_LOSS),
+    (libc::SOL_PACKET, libc::PACKET_TIMESTAMP),
+];
 const TCP: &[(i32, i32)] = &[
     (libc::IPPROTO_TCP, libc::TCP_NODELAY),
     (libc::IPPROTO_TCP, libc::TCP_CORK),
@@ -74,7 +104,8 @@ impl Setting {
 }
 
 /// Reads the options of a socket.
-pub(crate) fn read(socket: BorrowedFd<'_>, domain: i32, kind: i32) -> io::Result<Vec<Setting>> {
+pub(crate) fn read(socket: BorrowedFd<'_>, image: &Socket) -> io::Result<Vec<Setting>> {
+    let (domain, kind) = (image.domain, image.kind);
     let inet = domain == libc::AF_INET || domain == libc::AF_INET6;
     let tables = [
         (true, COMMON),
@@ -82,6 +113,10 @@ pub(crate) fn read(socket: BorrowedFd<'_>, domain: i32, kind: i32) -> io::Result
         (inet, INET),
         (domain == libc::AF_INET6, INET6),
         (inet && kind == libc::SOCK_STREAM, TCP),
+        (inet && kind != libc::SOCK_STREAM, DATAGRAMS),
+        (inet && kind == libc::SOCK_RAW, RAW),
+        (inet && image.protocol == libc::IPPROTO_UDPLITE, UDP_LITE),
+        (domain == libc::AF_PACKET, PACKET),
     ];
     let mut settings = Vec::new();
     for &(level, name) in tables.iter().filter(|t| t.0).flat_map(|t| t.1) {
@@ -109,15 +144,36 @@ pub(crate) fn read(socket: BorrowedFd<'_>, domain: i32, kind: i32) -> io::Result
 
 /// Makes the options of a socket be those of the image. Only what differs is set.
 pub(crate) fn set(socket: BorrowedFd<'_>, wanted: &Socket) -> io::Result<()> {
-    let now = read(socket, wanted.domain, wanted.kind)?;
+    let now = read(socket, wanted)?;
     for setting in wanted.options.iter().filter(|s| !now.contains(s)) {
         match (setting.level, setting.name) {
+            // Only when the filter is there; see `set_filter`.
+            (SOL_SOCKET, libc::SO_LOCK_FILTER) => {}
             (SOL_SOCKET, libc::SO_SNDBUF) => buffer(socket, libc::SO_SNDBUFFORCE, setting)?,
             (SOL_SOCKET, libc::SO_RCVBUF) => buffer(socket, libc::SO_RCVBUFFORCE, setting)?,
             (level, name) => sys::set_option(socket, level, name, &setting.value)?,
         }
     }
     Ok(())
+}
+
+/// Makes a socket receive whatever comes, so that what it had received can be put into it again.
+pub(crate) fn open_filter(socket: BorrowedFd<'_>, now: &Socket) -> io::Result<()> {
+    if now.filter.is_empty() {
+        return Ok(());
+    }
+    sys::set_int_option(socket, SOL_SOCKET, libc::SO_DETACH_FILTER, 0)
+}
+
+/// Gives a socket that has none the filter of the image.
+pub(crate) fn set_filter(socket: BorrowedFd<'_>, wanted: &Socket) -> io::Result<()> {
+    if !wanted.filter.is_empty() {
+        sys::attach_filter(socket, &wanted.filter)?;
+    }
+    match wanted.is_locked() {
+        true => sys::set_int_option(socket, SOL_SOCKET, libc::SO_LOCK_FILTER, 1),
+        false => Ok(()),
+    }
 }
 
 /// The kernel doubles what is set, and tells the double.

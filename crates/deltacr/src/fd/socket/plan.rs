@@ -10,15 +10,23 @@ pub(crate) fn alike(now: &Socket, wanted: &Socket) -> bool {
         && (&now.local, &now.remote, now.file) == (&wanted.local, &wanted.remote, wanted.file);
     // A direction that is shut down stays so, and nothing can be sent through it.
     let open_enough =
-        now.shutdown & !wanted.shutdown == 0 && (now.queue == wanted.queue || now.shutdown == 0);
+        now.shutdown & !wanted.shutdown == 0 && (now.has_same_queue(wanted) || now.shutdown == 0);
+    // What has a filter must lose it before its queue is filled again.
+    let same_filter = now.filter == wanted.filter && now.has_same_queue(wanted);
+    let free_enough = if now.is_locked() {
+        same_filter && wanted.is_locked()
+    } else {
+        true
+    };
     same_kind
         && open_enough
+        && free_enough
         && match (&now.state, &wanted.state) {
             (State::Idle, State::Idle)
             | (State::Ended, State::Ended)
             | (State::Listening { .. }, State::Listening { .. })
             | (State::Connected { .. }, State::Connected { .. }) => true,
-            (State::Orphaned, State::Orphaned) => now.queue == wanted.queue,
+            (State::Orphaned, State::Orphaned) => now.has_same_queue(wanted),
             (State::Outside, State::Outside) => now.inode == wanted.inode,
             _ => false,
         }
@@ -37,7 +45,7 @@ pub(crate) fn verify(current: &Descriptors, target: &Descriptors, reuse: &mut [O
             };
             match (&now.state, &wanted.state) {
                 (State::Connected { peer: now_peer }, State::Connected { peer }) => {
-                    let blocked = now.queue != wanted.queue
+                    let blocked = !now.has_same_queue(wanted)
                         && socket(current, *now_peer).is_some_and(|peer| peer.shutdown != 0);
                     if reuse[*peer] != Some(*now_peer) || blocked {
                         given_up.push(index);

@@ -1,7 +1,7 @@
 //! What waits in a socket's queues: looked at, taken out, put in.
 
 use std::io;
-use std::os::fd::BorrowedFd;
+use std::os::fd::{BorrowedFd, OwnedFd};
 use std::time::Duration;
 
 use super::model::{Message, Socket};
@@ -20,40 +20,53 @@ const DATAGRAM: usize = 256 * 1024;
 pub(super) const ROUNDS: u32 = 2000;
 pub(super) const ROUND: Duration = Duration::from_micros(500);
 
-/// A queue's content, or the sign that it holds what cannot be copied (descriptors).
-pub(crate) enum Peeked {
-    Messages(Vec<Message>),
-    Rights,
+/// A datagram, or a part of a stream, that waits.
+#[derive(Debug, Default)]
+pub(crate) struct Waiting {
+    pub(crate) bytes: Vec<u8>,
+    /// The sender's address.
+    pub(crate) from: Vec<u8>,
+    /// Duplicates of the descriptors that are in flight with it.
+    pub(crate) rights: Vec<OwnedFd>,
 }
 
 /// Copies what waits in a receive queue, and leaves it there.
-pub(crate) fn peek(socket: BorrowedFd<'_>, image: &Socket) -> io::Result<Peeked> {
+pub(crate) fn peek(socket: BorrowedFd<'_>, image: &Socket) -> io::Result<Vec<Waiting>> {
     let stream = image.is_stream();
     let waiting = sysfd::readable(socket)?;
     if waiting == 0 && !more_than_bytes(socket, stream) {
-        return Ok(Peeked::Messages(Vec::new()));
+        return Ok(Vec::new());
     }
     if image.is_tcp() {
         return peek_bytes(socket, waiting);
     }
     let before = sys::int_option(socket, libc::SOL_SOCKET, SO_PEEK_OFF)?;
-    sys::set_int_option(socket, libc::SOL_SOCKET, SO_PEEK_OFF, 0)?;
+    peek_from(socket, 0)?;
     let peeked = take(socket, image.kind, libc::MSG_PEEK);
     sys::set_int_option(socket, libc::SOL_SOCKET, SO_PEEK_OFF, before)?;
     peeked
 }
 
+/// Which byte of the queue is peeked at next.
+fn peek_from(socket: BorrowedFd<'_>, offset: usize) -> io::Result<()> {
+    let offset = i32::try_from(offset).map_err(|_| io::ErrorKind::FileTooLarge)?;
+    sys::set_int_option(socket, libc::SOL_SOCKET, SO_PEEK_OFF, offset)
+}
+
 /// TCP shows its whole queue at once, and knows `SO_PEEK_OFF` only since Linux 6.9.
-fn peek_bytes(socket: BorrowedFd<'_>, waiting: usize) -> io::Result<Peeked> {
+fn peek_bytes(socket: BorrowedFd<'_>, waiting: usize) -> io::Result<Vec<Waiting>> {
     let mut bytes = vec![0; waiting];
     let received = match sys::receive(socket, &mut bytes, libc::MSG_PEEK) {
-        Ok(nothing) if nothing.len == 0 => return Ok(Peeked::Messages(Vec::new())),
-        Err(e) if ended(&e) => return Ok(Peeked::Messages(Vec::new())),
+        Ok(nothing) if nothing.len == 0 => return Ok(Vec::new()),
+        Err(e) if ended(&e) => return Ok(Vec::new()),
         received => received?,
     };
     bytes.truncate(received.len);
-    let from = received.from;
-    Ok(Peeked::Messages(vec![Message { bytes, from }]))
+    Ok(vec![Waiting {
+        bytes,
+        from: received.from,
+        rights: Vec::new(),
+    }])
 }
 
 /// An empty datagram waits although there are no bytes.
@@ -67,34 +80,68 @@ pub(crate) fn drain(socket: BorrowedFd<'_>, kind: i32) -> io::Result<()> {
 }
 
 /// `kind` is one of `SOCK_STREAM` and so on.
-fn take(socket: BorrowedFd<'_>, kind: i32, flags: i32) -> io::Result<Peeked> {
+fn take(socket: BorrowedFd<'_>, kind: i32, flags: i32) -> io::Result<Vec<Waiting>> {
     let stream = kind == libc::SOCK_STREAM;
-    let mut left = sysfd::readable(socket)?;
-    let mut buffer = vec![0; DATAGRAM];
-    let mut messages: Vec<Message> = Vec::new();
+    let peeks = flags & libc::MSG_PEEK != 0;
+    // Not every kind of socket tells, but those can where it matters.
+    let mut left = match kind {
+        libc::SOCK_STREAM | libc::SOCK_SEQPACKET => sysfd::readable(socket)?,
+        _ => 0,
+    };
+    let mut seen = 0;
+    // Descriptors are shown again with every part of their message, so that each must be read whole.
+    let mut buffer = vec![0; left.max(DATAGRAM)];
+    let mut messages: Vec<Waiting> = Vec::new();
     for _ in 0..MOST {
         let received = match sys::receive(socket, &mut buffer, flags) {
             Err(e) if ended(&e) => break,
             received => received?,
         };
-        if received.rights && flags & libc::MSG_PEEK != 0 {
-            return Ok(Peeked::Rights);
+        if peeks && received.cut {
+            let what = "the service has no room for the descriptors in flight";
+            return Err(io::Error::other(what));
         }
         let bytes = &buffer[..received.len];
         left = left.saturating_sub(bytes.len());
-        match messages.last_mut() {
-            // The end of a stream. A datagram may be empty; of packets on a connection the end cannot be told from one
-            // that is, so what comes empty after all bytes is taken for the end.
-            _ if stream && bytes.is_empty() => break,
-            _ if kind == libc::SOCK_SEQPACKET && bytes.is_empty() && left == 0 => break,
-            Some(last) if stream => last.bytes.extend_from_slice(bytes),
-            _ => messages.push(Message {
-                bytes: bytes.to_vec(),
-                from: received.from,
-            }),
+        // The end of a stream. A datagram may be empty; of packets on a connection the end cannot be told from one
+        // that is, so what comes empty after all bytes is taken for the end.
+        let ends =
+            stream || kind == libc::SOCK_SEQPACKET && left == 0 && received.rights.is_empty();
+        if bytes.is_empty() && ends {
+            break;
         }
+        let plain = match (stream, peeks && !received.rights.is_empty()) {
+            (true, true) => plain_bytes(socket, seen, bytes.len())?,
+            (true, false) => bytes.len(),
+            (false, _) => 0,
+        };
+        match messages.last_mut() {
+            Some(last) if stream && last.rights.is_empty() => last.bytes.extend(&bytes[..plain]),
+            _ if plain > 0 => messages.push(Waiting {
+                bytes: bytes[..plain].to_vec(),
+                ..Waiting::default()
+            }),
+            _ => {}
+        }
+        if !stream || plain < bytes.len() {
+            messages.push(Waiting {
+                bytes: bytes[plain..].to_vec(),
+                from: received.from,
+                rights: received.rights,
+            });
+        }
+        seen += bytes.len();
     }
-    Ok(Peeked::Messages(messages))
+    Ok(messages)
+}
+
+/// How many of `len` bytes of a stream, which were peeked at in one go, come before those that descriptors came with. The
+/// kernel goes no further than the piece that has descriptors, but may begin with others.
+fn plain_bytes(socket: BorrowedFd<'_>, seen: usize, len: usize) -> io::Result<usize> {
+    peek_from(socket, seen)?;
+    let plain = sys::peek_pieces(socket, &mut vec![0; len.saturating_sub(1)])?;
+    peek_from(socket, seen + len)?;
+    Ok(plain)
 }
 
 /// Whether an error of recvmsg(2) says that there is nothing (more).
@@ -127,16 +174,21 @@ pub(crate) fn drain_connection(from: BorrowedFd<'_>, to: BorrowedFd<'_>) -> io::
     Err(io::ErrorKind::TimedOut.into())
 }
 
+/// Finds the files that go with a message.
+pub(crate) type Lender<'a> = &'a dyn Fn(&Message) -> io::Result<Vec<OwnedFd>>;
+
 /// Sends messages from a connected socket, whatever the limit of its own buffer is: they have been in one before, but not as
 /// the same pieces.
-pub(crate) fn fill(from: BorrowedFd<'_>, messages: &[Message]) -> io::Result<()> {
+pub(crate) fn fill(from: BorrowedFd<'_>, messages: &[Message], lend: Lender<'_>) -> io::Result<()> {
     let Some(_room) = Room::make(from, messages)? else {
         return Ok(());
     };
     for message in messages {
+        let mut rights = lend(message)?;
         let mut rest = message.bytes.as_slice();
         loop {
-            let n = sys::send(from, rest, &[])?;
+            let n = sys::send_with(from, rest, &[], &rights)?;
+            rights.clear();
             rest = &rest[n..];
             if rest.is_empty() {
                 break;

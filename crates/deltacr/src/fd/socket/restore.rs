@@ -13,6 +13,22 @@ use crate::fd::restore::Restore;
 use crate::sys::socket as sys;
 
 impl Restore<'_, '_> {
+    /// Takes files that are in flight out of queues which stay: what of them is wanted is sent anew. What nobody else has open ends
+    /// with that, before it is made again.
+    pub(in crate::fd) fn drop_flights(&mut self) -> Result<()> {
+        for now in self.plan.reuse.iter().flatten() {
+            let object = &self.current.objects[*now];
+            if let Kind::Socket(socket) = &object.kind
+                && socket.in_flight().next().is_some()
+            {
+                let handle = self.take(object.home)?;
+                queue::drain(handle.as_fd(), socket.kind)
+                    .during(object.home.0, "taking descriptors in flight out of a queue")?;
+            }
+        }
+        Ok(())
+    }
+
     /// Makes sure that TCP sockets which are about to be closed leave no address behind that waits.
     pub(in crate::fd) fn release_addresses(&mut self) -> Result<()> {
         let staying: Vec<_> = self.plan.reuse.iter().flatten().collect();
@@ -20,11 +36,12 @@ impl Restore<'_, '_> {
             if let Kind::Socket(socket) = &object.kind
                 && socket.is_tcp()
                 && !staying.contains(&&index)
-                && self.procs.contains_key(&object.slots[0].0)
+                && !object.is_in_flight()
+                && self.procs.contains_key(&object.home.0)
             {
-                let handle = self.take(object.slots[0])?;
+                let handle = self.take(object.home)?;
                 inet::close_hard(handle.as_fd())
-                    .during(object.slots[0].0, "preparing to close a socket")?;
+                    .during(object.home.0, "preparing to close a socket")?;
             }
         }
         Ok(())
@@ -64,7 +81,7 @@ impl Restore<'_, '_> {
     }
 
     fn host_of(&self, index: usize) -> io::Result<crate::ids::HostPid> {
-        let (pid, _) = self.target.objects[index].slots[0];
+        let (pid, _) = self.target.objects[index].home;
         let remote = self.procs.get(&pid).ok_or(io::ErrorKind::NotFound)?;
         Ok(remote.host())
     }
@@ -83,18 +100,23 @@ impl Restore<'_, '_> {
                 Some(State::Listening { backlog, pending }) => (Some(*backlog), pending.as_slice()),
                 _ => (None, &[][..]),
             };
-            let (pid, fd) = object.slots[0];
+            let (pid, fd) = object.home;
             let kept = pending.len() == now_pending.len()
                 && pending.iter().all(|&p| self.plan.reuse[p].is_some());
             if !kept && !now_pending.is_empty() {
-                let listener = self.take((pid, fd))?;
+                let listener = self.duplicate(index)?;
                 refuse_waiting(&listener).during(pid, "refusing connections")?;
                 crate::sys::fd::set_status_flags(&listener, object.flags)
                     .during(pid, "setting the flags of a socket")?;
             }
             if now_backlog != Some(*backlog) {
-                let remote = self.remote(pid)?;
-                unix::listen(remote, fd, *backlog).during(pid, "making a socket listen")?;
+                let listening = match object.is_in_flight() {
+                    true => self.handle(index).and_then(|handle| {
+                        rustix::net::listen(&handle, *backlog).map_err(io::Error::from)
+                    }),
+                    false => unix::listen(self.remote(pid)?, fd, *backlog),
+                };
+                listening.during(pid, "making a socket listen")?;
             }
         }
         Ok(())
@@ -116,7 +138,7 @@ impl Restore<'_, '_> {
                     .is_some_and(|peer| matches!(peer.state, State::Listening { .. }));
                 if missing && self.is_connection(index) && waits == waiting {
                     self.make_connection(index, image)
-                        .during(object.slots[0].0, "making a connection")
+                        .during(object.home.0, "making a connection")
                         .map_err(crate::fd::restore::named(object))?;
                 }
             }
@@ -149,7 +171,7 @@ impl Restore<'_, '_> {
             (State::Orphaned, _) => self.make_orphan(index, image)?,
             (State::Ended, _) => inet::make_ended(image, [self.fresh(image)?, self.fresh(image)?])?,
             _ => {
-                let (pid, fd) = target.objects[index].slots[0];
+                let (pid, fd) = target.objects[index].home;
                 self.notes.push(format!(
                     "process {pid}, descriptor {fd}: the connection to the outside is cut"
                 ));
@@ -170,7 +192,7 @@ impl Restore<'_, '_> {
         listener: &Socket,
     ) -> io::Result<OwnedFd> {
         if image.domain == libc::AF_UNIX {
-            let (pid, _) = self.target.objects[index].slots[0];
+            let (pid, _) = self.target.objects[index].home;
             let remote = self.procs.get_mut(&pid).ok_or(io::ErrorKind::NotFound)?;
             let end = unix::connected(remote, image.kind, &listener.local)?;
             options::set(end.as_fd(), image)?;
@@ -214,7 +236,7 @@ impl Restore<'_, '_> {
         let (a, b) = match accepted {
             Some(pair) => pair,
             None => {
-                let (pid, _) = self.target.objects[index].slots[0];
+                let (pid, _) = self.target.objects[index].home;
                 let remote = self.procs.get_mut(&pid).ok_or(io::ErrorKind::NotFound)?;
                 unix::pair(remote, image.kind)?
             }
@@ -251,17 +273,12 @@ impl Restore<'_, '_> {
         listener: usize,
         accepted: &Socket,
     ) -> io::Result<Option<(OwnedFd, OwnedFd)>> {
-        let (pid, _) = self.target.objects[connecting].slots[0];
-        let (listener_pid, listener_fd) = self.target.objects[listener].slots[0];
+        let (pid, _) = self.target.objects[connecting].home;
         let remote = self.procs.get_mut(&pid).ok_or(io::ErrorKind::NotFound)?;
         let Ok(end) = unix::connected(remote, accepted.kind, &accepted.local) else {
             return Ok(None);
         };
-        let remote = self
-            .procs
-            .get(&listener_pid)
-            .ok_or(io::ErrorKind::NotFound)?;
-        let listener_end = remote.take_fd(listener_fd)?;
+        let listener_end = self.handle(listener)?;
         let other = unix::accept(&listener_end);
         crate::sys::fd::set_status_flags(&listener_end, self.target.objects[listener].flags)?;
         Ok(other.ok().map(|other| (end, other)))
@@ -291,7 +308,7 @@ impl Restore<'_, '_> {
     /// One end of a connection whose other end is closed.
     fn make_orphan(&mut self, index: usize, image: &Socket) -> io::Result<OwnedFd> {
         let (end, other) = if image.domain == libc::AF_UNIX {
-            let (pid, _) = self.target.objects[index].slots[0];
+            let (pid, _) = self.target.objects[index].home;
             let remote = self.procs.get_mut(&pid).ok_or(io::ErrorKind::NotFound)?;
             let pair = unix::pair(remote, image.kind)?;
             options::set(pair.0.as_fd(), image)?;
@@ -301,7 +318,7 @@ impl Restore<'_, '_> {
             inet::connect_pair(&self.net()?, (a.as_fd(), image), (b.as_fd(), None))?;
             (a, b)
         };
-        queue::fill(other.as_fd(), &image.queue)?;
+        self.feeders.push((index, other));
         Ok(end)
     }
 
@@ -312,23 +329,48 @@ impl Restore<'_, '_> {
                 continue;
             };
             let now = self.plan.reuse[index].and_then(|now| socket(self.current, now));
-            let (pid, fd) = self.target.objects[index].slots[0];
+            let (pid, fd) = self.target.objects[index].home;
             let doing = || format!("putting the socket at descriptor {fd} right");
             self.settle_socket(index, now, wanted)
                 .during(pid, &doing())?;
         }
-        // Only now, for nothing can be sent through a direction that is shut down.
+        for (index, other) in std::mem::take(&mut self.feeders) {
+            if let Some(image) = socket(self.target, index) {
+                let lend = |message: &Message| self.lend(message);
+                queue::fill(other.as_fd(), &image.queue, &lend).during(
+                    self.target.objects[index].home.0,
+                    "filling a socket's queue",
+                )?;
+            }
+        }
+        // Only now, for nothing can be sent through a direction that is shut down, or past a filter.
         for index in 0..self.target.objects.len() {
             let Some(wanted) = socket(self.target, index) else {
                 continue;
             };
             let now = self.plan.reuse[index].and_then(|now| socket(self.current, now));
-            let missing = wanted.shutdown & !now.map_or(0, |now| now.shutdown);
-            if missing != 0 && wanted.state != State::Orphaned {
-                let slot = self.target.objects[index].slots[0];
-                let handle = self.take(slot)?;
-                sys::shutdown(handle.as_fd(), missing).during(slot.0, "shutting a socket down")?;
+            self.close_up(index, now, wanted)
+                .during(self.target.objects[index].home.0, "closing a socket's ways")?;
+        }
+        Ok(())
+    }
+
+    /// Lets through a socket only what it should.
+    fn close_up(&self, index: usize, now: Option<&Socket>, wanted: &Socket) -> io::Result<()> {
+        let missing = wanted.shutdown & !now.map_or(0, |now| now.shutdown);
+        if missing != 0 && wanted.state != State::Orphaned {
+            match sys::shutdown(self.handle(index)?.as_fd(), missing) {
+                // Of datagrams without a connection the kernel says so, and shuts it all the same.
+                Err(e) if wanted.is_udp() && e.raw_os_error() == Some(libc::ENOTCONN) => {}
+                done => done?,
             }
+        }
+        let same = now.is_some_and(|now| {
+            now.has_same_queue(wanted)
+                && (&now.filter, now.is_locked()) == (&wanted.filter, wanted.is_locked())
+        });
+        if !same && (!wanted.filter.is_empty() || wanted.is_locked()) {
+            options::set_filter(self.handle(index)?.as_fd(), wanted)?;
         }
         Ok(())
     }
@@ -339,19 +381,31 @@ impl Restore<'_, '_> {
         now: Option<&Socket>,
         wanted: &Socket,
     ) -> io::Result<()> {
-        let slot = self.target.objects[index].slots[0];
+        let slot = self.target.objects[index].home;
         if let Some(now) = now
             && now.options != wanted.options
         {
-            options::set(self.duplicate(index)?.as_fd(), wanted)?;
+            options::set(self.handle(index)?.as_fd(), wanted)?;
         }
-        let same = now.map_or(&[][..], |now| &now.queue) == wanted.queue;
+        let same = match now {
+            Some(now) => now.has_same_queue(wanted),
+            None => wanted.queue.is_empty(),
+        };
+        if let Some(now) = now
+            && (!same || now.filter != wanted.filter)
+        {
+            options::open_filter(self.handle(index)?.as_fd(), now)?;
+        }
+        if now.is_some() && !wanted.keeps_queue() && wanted.domain != libc::AF_NETLINK {
+            // Packets of a future that was given up.
+            queue::drain(self.handle(index)?.as_fd(), wanted.kind)?;
+        }
         match &wanted.state {
             State::Outside => {
                 if let Some(now) = now
                     && (!same || now.moved != wanted.moved)
                 {
-                    inet::cut(self.duplicate(index)?.as_fd())?;
+                    inet::cut(self.handle(index)?.as_fd())?;
                     self.notes.push(format!(
                         "process {}, descriptor {}: the connection to the outside is cut",
                         slot.0, slot.1
@@ -360,17 +414,17 @@ impl Restore<'_, '_> {
                 Ok(())
             }
             State::Connected { peer } if !same => {
-                let (to, from) = (self.duplicate(index)?, self.duplicate(*peer)?);
+                let to = self.handle(index)?;
                 let mutual = socket(self.target, *peer).and_then(Socket::peer) == Some(index);
-                self.refill(
-                    to.as_fd(),
-                    now.is_some(),
-                    mutual.then(|| from.as_fd()),
-                    wanted,
-                )
+                if !mutual {
+                    self.refill(to.as_fd(), now.is_some(), None, wanted)?;
+                    return self.resend(index, wanted);
+                }
+                let from = self.handle(*peer)?;
+                self.refill(to.as_fd(), now.is_some(), Some(from.as_fd()), wanted)
             }
             State::Idle if !same => {
-                let to = self.duplicate(index)?;
+                let to = self.handle(index)?;
                 self.refill(to.as_fd(), now.is_some(), None, wanted)?;
                 self.resend(index, wanted)
             }
@@ -390,7 +444,17 @@ impl Restore<'_, '_> {
             _ if drain => queue::drain(to, wanted.kind)?,
             _ => {}
         }
-        from.map_or(Ok(()), |from| queue::fill(from, &wanted.queue))
+        let lend = |message: &Message| self.lend(message);
+        from.map_or(Ok(()), |from| queue::fill(from, &wanted.queue, &lend))
+    }
+
+    /// The files that are to be in flight with a message.
+    fn lend(&self, message: &Message) -> io::Result<Vec<OwnedFd>> {
+        message
+            .rights
+            .iter()
+            .map(|&file| self.handle(file))
+            .collect()
     }
 
     /// Sends datagrams to a socket again, each from the address it came from.
@@ -403,23 +467,17 @@ impl Restore<'_, '_> {
                 Some(other) => {
                     let connected = socket(self.target, other)
                         .is_some_and(|s| s.peer().is_some() || !s.remote.is_empty());
-                    (self.duplicate(other)?, connected)
+                    (self.handle(other)?, connected)
                 }
                 None => (self.stranger(wanted, message)?, false),
             };
             let to = destination(wanted);
             let to = if connected { &[][..] } else { &to };
+            let rights = self.lend(message)?;
+            let send = || sys::send_with(end.as_fd(), &message.bytes, to, &rights).map(drop);
             match wanted.domain {
-                libc::AF_UNIX => {
-                    unix::send(
-                        self.env,
-                        self.host_of(index)?,
-                        end.as_fd(),
-                        &message.bytes,
-                        to,
-                    )?;
-                }
-                _ => sys::send(end.as_fd(), &message.bytes, to).map(drop)?,
+                libc::AF_UNIX => unix::at(self.env, self.host_of(index)?, to, send)?,
+                _ => send()?,
             }
         }
         Ok(())
@@ -436,10 +494,8 @@ impl Restore<'_, '_> {
         Ok(end)
     }
 
-    fn duplicate(&self, index: usize) -> io::Result<OwnedFd> {
-        let (pid, fd) = self.target.objects[index].slots[0];
-        let remote = self.procs.get(&pid).ok_or(io::ErrorKind::NotFound)?;
-        remote.take_fd(fd)
+    fn handle(&self, index: usize) -> io::Result<OwnedFd> {
+        self.duplicate(index).map_err(io::Error::other)
     }
 }
 

@@ -103,23 +103,19 @@ pub(super) fn connect(
     end: BorrowedFd<'_>,
     name: &[u8],
 ) -> io::Result<()> {
-    match path_of(name) {
-        None => sys::connect(end, name),
-        Some(_) => inside(env, of, || sys::connect(end, name)),
-    }
+    at(env, of, name, || sys::connect(end, name))
 }
 
-/// Sends a datagram to a name, as the supervisor.
-pub(super) fn send(
+/// Does something with a name, as the supervisor but where the name means what it means to a process.
+pub(super) fn at<T: Send>(
     env: &dyn Environment,
     of: HostPid,
-    end: BorrowedFd<'_>,
-    bytes: &[u8],
     name: &[u8],
-) -> io::Result<()> {
+    act: impl FnOnce() -> io::Result<T> + Send,
+) -> io::Result<T> {
     match path_of(name) {
-        None => sys::send(end, bytes, name).map(drop),
-        Some(_) => inside(env, of, || sys::send(end, bytes, name).map(drop)),
+        None => act(),
+        Some(_) => inside(env, of, act),
     }
 }
 
