@@ -30,8 +30,10 @@ use crate::sysv;
 /// as long as what it waits for.
 const FREEZE_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// How often a checkpoint is begun anew because a process was killed under it.
-const TRIES: usize = 5;
+/// How often a checkpoint is begun, if it fails for what may be over a moment later.
+const TRIES: u32 = 5;
+/// How long the processes run before the second try; twice as long each time.
+const FIRST_PAUSE: Duration = Duration::from_millis(1);
 
 /// A checkpoint of the processes, with what the caller captured at the same moment.
 pub struct Checkpoint<T> {
@@ -169,6 +171,11 @@ impl Engine {
                     // One that was killed while it stood still is not what the others fail for.
                     Err(e) if tries < TRIES && (e.is_death() || held.has_casualties()) => {
                         held.release()?;
+                    }
+                    // A connection that is being made, say, is made or refused soon.
+                    Err(Error::Unsupported { .. }) if tries < TRIES => {
+                        held.release()?;
+                        std::thread::sleep(FIRST_PAUSE * (1 << (tries - 1)));
                     }
                     Err(e) => return Err(e),
                 }

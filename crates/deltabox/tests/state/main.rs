@@ -7,3 +7,4 @@ mod lab;
 mod servers;
 mod sessions;
 mod walk;
+mod work;

@@ -302,8 +302,12 @@ impl Sockets {
     /// The peer, unless the connection waits to be accepted.
     fn other_end(&self, image: &Descriptors, index: usize) -> Option<usize> {
         let peer = self.socket(image, index).peer()?;
-        let waits = matches!(self.socket(image, peer).state, State::Listening { .. });
-        (!waits).then_some(peer)
+        match &image.objects[peer].kind {
+            Kind::Socket(socket) if matches!(socket.state, State::Listening { .. }) => None,
+            Kind::Socket(_) => Some(peer),
+            // A listener that is refused is the peer of who waits at it, too.
+            _ => None,
+        }
     }
 
     fn read_queue(&self, image: &mut Descriptors, index: usize) -> Result<(), Relation> {
@@ -315,6 +319,19 @@ impl Sockets {
         if socket.listens() || socket.is_unix() || !socket.keeps_queue() {
             return Ok(());
         }
+        if socket.is_tcp() {
+            let bytes = match other_end {
+                Some(peer) => inet::between(self.handles[&peer].as_fd(), handle)?,
+                None => queue::peek_bytes(handle)?,
+            };
+            if !bytes.is_empty() {
+                socket.queue.push(Message {
+                    bytes,
+                    ..Message::default()
+                });
+            }
+            return Ok(());
+        }
         let waiting = queue::peek(handle, socket)?.into_iter();
         socket.queue = waiting
             .map(|message| Message {
@@ -323,20 +340,6 @@ impl Sockets {
                 rights: Vec::new(),
             })
             .collect();
-        if socket.is_tcp()
-            && let Some(peer) = other_end
-        {
-            let more = inet::on_the_way(self.handles[&peer].as_fd(), handle)?;
-            if !more.is_empty() {
-                match socket.queue.last_mut() {
-                    Some(last) => last.bytes.extend(more),
-                    None => socket.queue.push(Message {
-                        bytes: more,
-                        ..Message::default()
-                    }),
-                }
-            }
-        }
         Ok(())
     }
 }

@@ -8,9 +8,10 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use super::capture::{Relation, Sockets};
 use super::model::{Socket, State};
-use super::queue::{ROUND, ROUNDS};
+use super::queue::{self, ROUND, ROUNDS};
 use super::{diag, options};
 use crate::fd::model::{Descriptors, Kind};
+use crate::sys::fd as sysfd;
 use crate::sys::socket as sys;
 
 const TCP: i32 = libc::IPPROTO_TCP;
@@ -256,30 +257,49 @@ fn repairing<T>(
     result
 }
 
-/// What `from` has sent and `to` has not got yet.
-pub(super) fn on_the_way(from: BorrowedFd<'_>, to: BorrowedFd<'_>) -> io::Result<Vec<u8>> {
-    if sys::unsent(from)? == 0 {
-        return Ok(Vec::new());
+/// What `from` has sent and `to` has not read: what waits at `to`, and what is not there yet.
+///
+/// The network does not stand still with the processes, so bytes may move from one queue to the other meanwhile.
+pub(super) fn between(from: BorrowedFd<'_>, to: BorrowedFd<'_>) -> io::Result<Vec<u8>> {
+    for _ in 0..ROUNDS {
+        let mut bytes = queue::peek_bytes(to)?;
+        let there = bytes.len();
+        if sys::unsent(from)? > 0 {
+            bytes.extend(on_the_way(from, to)?);
+        }
+        if sysfd::readable(to)? == there {
+            return Ok(bytes);
+        }
     }
-    let (bytes, end) = repairing(from, send_queue)?;
+    Err(io::ErrorKind::TimedOut.into())
+}
+
+/// What `from` has sent and `to` has not got.
+fn on_the_way(from: BorrowedFd<'_>, to: BorrowedFd<'_>) -> io::Result<Vec<u8>> {
+    let (mut bytes, end) = repairing(from, send_queue)?;
     let got = repairing(to, |to| sequence(to, RECEIVE_QUEUE))?;
-    // The queue keeps what was received but not acknowledged; its last byte has the number before `end`.
-    let missing = (end.wrapping_sub(got) as usize).min(bytes.len());
-    Ok(bytes[bytes.len() - missing..].to_vec())
+    // The queue keeps what was received but not acknowledged; its last byte has the number before `end`. Behind that may
+    // only be the end of the stream.
+    let missing = usize::try_from(end.wrapping_sub(got) as i32).unwrap_or(0);
+    bytes.drain(..bytes.len().saturating_sub(missing));
+    Ok(bytes)
 }
 
 /// The bytes of the send queue, and the number of the byte after them.
 fn send_queue(socket: BorrowedFd<'_>) -> io::Result<(Vec<u8>, u32)> {
-    let mut end = sequence(socket, SEND_QUEUE)?;
-    let len = sys::unsent(socket)?;
-    let mut bytes = vec![0; len];
-    let received = sys::receive(socket, &mut bytes, libc::MSG_PEEK)?;
-    if received.len < len {
-        // The end of the stream has a number of its own.
-        end = end.wrapping_sub((len - received.len) as u32);
+    let end = sequence(socket, SEND_QUEUE)?;
+    for _ in 0..ROUNDS {
+        let len = sys::unsent(socket)?;
+        let mut bytes = vec![0; len];
+        let received = sys::receive(socket, &mut bytes, libc::MSG_PEEK)?;
+        // Bytes leave the queue when they are acknowledged.
+        if sys::unsent(socket)? == len {
+            bytes.truncate(received.len);
+            // The end of the stream has a number of its own.
+            return Ok((bytes, end.wrapping_sub((len - received.len) as u32)));
+        }
     }
-    bytes.truncate(received.len);
-    Ok((bytes, end))
+    Err(io::ErrorKind::TimedOut.into())
 }
 
 fn sequence(socket: BorrowedFd<'_>, queue: i32) -> io::Result<u32> {

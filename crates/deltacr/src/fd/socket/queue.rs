@@ -37,9 +37,6 @@ pub(crate) fn peek(socket: BorrowedFd<'_>, image: &Socket) -> io::Result<Vec<Wai
     if waiting == 0 && !more_than_bytes(socket, stream) {
         return Ok(Vec::new());
     }
-    if image.is_tcp() {
-        return peek_bytes(socket, waiting);
-    }
     let before = sys::int_option(socket, libc::SOL_SOCKET, SO_PEEK_OFF)?;
     peek_from(socket, 0)?;
     let peeked = take(socket, image.kind, libc::MSG_PEEK);
@@ -53,20 +50,18 @@ fn peek_from(socket: BorrowedFd<'_>, offset: usize) -> io::Result<()> {
     sys::set_int_option(socket, libc::SOL_SOCKET, SO_PEEK_OFF, offset)
 }
 
-/// TCP shows its whole queue at once, and knows `SO_PEEK_OFF` only since Linux 6.9.
-fn peek_bytes(socket: BorrowedFd<'_>, waiting: usize) -> io::Result<Vec<Waiting>> {
-    let mut bytes = vec![0; waiting];
-    let received = match sys::receive(socket, &mut bytes, libc::MSG_PEEK) {
-        Ok(nothing) if nothing.len == 0 => return Ok(Vec::new()),
-        Err(e) if ended(&e) => return Ok(Vec::new()),
-        received => received?,
+/// The bytes that wait in a TCP socket, which shows its whole queue at once, and knows `SO_PEEK_OFF` only since Linux 6.9.
+pub(super) fn peek_bytes(socket: BorrowedFd<'_>) -> io::Result<Vec<u8>> {
+    let mut bytes = vec![0; sysfd::readable(socket)?];
+    if bytes.is_empty() {
+        return Ok(bytes);
+    }
+    let len = match sys::receive(socket, &mut bytes, libc::MSG_PEEK) {
+        Err(e) if ended(&e) => 0,
+        received => received?.len,
     };
-    bytes.truncate(received.len);
-    Ok(vec![Waiting {
-        bytes,
-        from: received.from,
-        rights: Vec::new(),
-    }])
+    bytes.truncate(len);
+    Ok(bytes)
 }
 
 /// An empty datagram waits although there are no bytes.
