@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::sync::Arc;
 
 use crate::env::Environment;
-use crate::error::{During, Error, Result};
+use crate::error::{During, Result};
 use crate::files::Place;
 use crate::hold::HeldProcess;
 use crate::ids::HostPid;
@@ -48,12 +48,6 @@ pub(crate) fn describe(
         )?);
     }
     pending.extend(remote.strays());
-    let root = procfs.link(pid, "root");
-    if root.during(pid, "reading its root directory")? != b"/" {
-        let name = String::from_utf8_lossy(&process.stat.name).into_owned();
-        let what = "it has a root directory of its own (chroot)".to_owned();
-        return Err(Error::Unsupported { pid, name, what });
-    }
     let cwd = Place::of(env, procfs, pid, "cwd").during(pid, "reading its directory")?;
     let image = ProcessImage {
         stat: process.stat.clone(),
@@ -62,6 +56,7 @@ pub(crate) fn describe(
         user_stop: process.user_stop,
         exe: Place::of(env, procfs, pid, "exe").during(pid, "reading its program")?,
         cwd,
+        root: Place::root(env, procfs, pid).during(pid, "reading its root directory")?,
         attributes,
         timers: timers::capture(procfs, remote)?,
         pending,

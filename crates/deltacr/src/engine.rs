@@ -413,12 +413,14 @@ impl Engine {
             let scan = memory.scan(remote, tracker.as_ref(), layout)?;
             let exe = Place::of(env, &held.procfs, pid, "exe");
             let cwd = Place::of(env, &held.procfs, pid, "cwd");
+            let root = Place::root(env, &held.procfs, pid);
             let now = Now {
                 attributes,
                 threads: answers.threads,
                 scan: Some(scan),
                 exe: exe.during(pid, "reading its program")?,
                 cwd: cwd.during(pid, "reading its directory")?,
+                root: root.during(pid, "reading its root directory")?,
             };
             processes.insert(pid, now);
         }
@@ -566,6 +568,9 @@ impl Survey {
         self.descriptors.forget(stale);
         for now in self.processes.values_mut() {
             now.cwd.forget(stale);
+            if let Some(root) = &mut now.root {
+                root.forget(stale);
+            }
         }
     }
 }

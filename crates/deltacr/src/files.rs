@@ -35,6 +35,18 @@ impl Place {
         })
     }
 
+    /// The root directory of a process; `None` for the sandbox's own.
+    pub(crate) fn root(
+        env: &dyn Environment,
+        procfs: &Procfs,
+        pid: InnerPid,
+    ) -> io::Result<Option<Self>> {
+        match procfs.link(pid, "root")?.as_slice() {
+            b"/" => Ok(None),
+            _ => Self::of(env, procfs, pid, "root").map(Some),
+        }
+    }
+
     /// Opens the file again; see [`open`].
     pub(crate) fn open(&self, env: &dyn Environment, flags: OFlags) -> io::Result<OwnedFd> {
         open(env, &self.path, self.inode, flags)

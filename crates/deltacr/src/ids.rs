@@ -23,6 +23,13 @@ impl HostPid {
         Self(std::process::id().cast_signed())
     }
 
+    /// Whether it has ended and was not waited for yet.
+    pub fn is_zombie(self) -> bool {
+        let status = fs::read(format!("/proc/{self}/status")).unwrap_or_default();
+        let mut lines = status.split(|&b| b == b'\n');
+        lines.any(|line| line.starts_with(b"State:\tZ"))
+    }
+
     /// The number in the innermost pid namespace that the process or thread is in.
     ///
     /// # Errors

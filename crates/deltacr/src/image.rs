@@ -39,6 +39,8 @@ pub(crate) struct ProcessImage {
     pub(crate) user_stop: Option<i32>,
     pub(crate) exe: Place,
     pub(crate) cwd: Place,
+    /// Its root directory, if it is not the sandbox's (chroot(2)).
+    pub(crate) root: Option<Place>,
     pub(crate) attributes: Attributes,
     pub(crate) timers: Vec<Timer>,
     pub(crate) pending: Queue,

@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -37,6 +37,7 @@ pub(crate) struct Now {
     pub(crate) scan: Option<Scan>,
     pub(crate) exe: Place,
     pub(crate) cwd: Place,
+    pub(crate) root: Option<Place>,
 }
 
 /// The processes that can be undone in place: those of the image that are still there, at their place in the family,
@@ -142,7 +143,10 @@ impl Reconcile<'_> {
             .exe
             .open(self.env, OFlags::RDONLY)
             .during(pid, "opening the program")?;
-        spawn::execute(remote, exe.as_fd()).during(pid, "starting the program again")?;
+        let root = Place::root(self.env, self.procfs, pid);
+        let root = root.during(pid, "reading its root directory")?;
+        let whole = root.map(|_| self.env.root());
+        spawn::execute(remote, exe.as_fd(), whole).during(pid, "starting the program again")?;
         *self.tracker = None;
         Ok(())
     }
@@ -161,20 +165,32 @@ impl Reconcile<'_> {
         Ok(())
     }
 
-    /// The working directory, by which descriptors are then made that are named relative to it.
+    /// The root and working directory, by which descriptors are then made that are named relative to it.
     pub(crate) fn directory(&mut self, now: Option<&Now>) -> Result<()> {
         let pid = self.process.stopped.remote.pid();
-        let there = match now {
-            Some(now) => now.cwd.is(&self.image.cwd),
-            None => Place::of(self.env, self.procfs, pid, "cwd")
-                .during(pid, "reading its directory")?
-                .is(&self.image.cwd),
+        let found;
+        let (cwd, root) = match now {
+            Some(now) => (&now.cwd, &now.root),
+            None => {
+                found = (
+                    Place::of(self.env, self.procfs, pid, "cwd")
+                        .during(pid, "reading its directory")?,
+                    Place::root(self.env, self.procfs, pid)
+                        .during(pid, "reading its root directory")?,
+                );
+                (&found.0, &found.1)
+            }
         };
-        if there {
-            Ok(())
-        } else {
-            self.change_directory()
+        let same_root = match (root, &self.image.root) {
+            (Some(root), Some(wanted)) => root.is(wanted),
+            (root, wanted) => root.is_none() && wanted.is_none(),
+        };
+        if !same_root {
+            self.change_root()?;
+        } else if cwd.is(&self.image.cwd) {
+            return Ok(());
         }
+        self.change_directory()
     }
 
     /// Everything else but credentials; the descriptors are in place. Returns the attributes that the process had.
@@ -207,31 +223,49 @@ impl Reconcile<'_> {
         Ok(attributes)
     }
 
+    fn change_root(&mut self) -> Result<()> {
+        let doing = "changing its root directory";
+        let root = match &self.image.root {
+            Some(root) => self.open_directory(root)?,
+            None => self.env.root().try_clone_to_owned().during_tree(doing)?,
+        };
+        self.enter(root.as_fd(), true, doing)
+    }
+
     fn change_directory(&mut self) -> Result<()> {
-        let remote = &mut self.process.stopped.remote;
-        let pid = remote.pid();
+        let cwd = self.open_directory(&self.image.cwd)?;
+        self.enter(cwd.as_fd(), false, "changing its directory")
+    }
+
+    fn open_directory(&self, place: &Place) -> Result<OwnedFd> {
+        let pid = self.process.stopped.remote.pid();
         let flags = OFlags::PATH | OFlags::DIRECTORY;
-        let cwd = &self.image.cwd;
-        let directory = match (cwd.open(self.env, flags), cwd.removed()) {
-            (Ok(directory), _) => directory,
+        match (place.open(self.env, flags), place.removed()) {
             (Err(_), Some(path)) => {
                 let flags = libc::O_PATH | libc::O_DIRECTORY;
                 fd::removed_directory(self.env, Some(path), flags)
-                    .during(pid, "making its removed directory")?
+                    .during(pid, "making its removed directory")
             }
-            (Err(e), None) => return Err(e).during(pid, "opening its directory"),
-        };
-        let fd = remote
-            .give_fds(&[directory.as_fd()])
-            .during(pid, "handing it its directory")?[0];
+            (opened, _) => opened.during(pid, "opening its directory"),
+        }
+    }
+
+    /// Makes a directory the process' working directory, and its root if it is to be that.
+    fn enter(&mut self, directory: BorrowedFd<'_>, as_root: bool, doing: &str) -> Result<()> {
+        let remote = &mut self.process.stopped.remote;
+        let pid = remote.pid();
+        let given = remote.give_fds(&[directory]).during(pid, doing)?;
         let mut batch = Batch::new();
-        let change = batch.call(libc::SYS_fchdir, &[fd.into()]);
-        batch.call(libc::SYS_close, &[fd.into()]);
-        let outcome = remote.run(&batch).during(pid, "changing its directory")?;
-        outcome
-            .result(change)
-            .during(pid, "changing its directory")
-            .map(drop)
+        let mut calls = vec![batch.call(libc::SYS_fchdir, &[given[0].into()])];
+        if as_root {
+            let here = batch.input(b".\0");
+            calls.push(batch.call(libc::SYS_chroot, &[here.into()]));
+        }
+        batch.call(libc::SYS_close, &[given[0].into()]);
+        let outcome = remote.run(&batch).during(pid, doing)?;
+        calls
+            .iter()
+            .try_for_each(|call| outcome.result(*call).during(pid, doing).map(drop))
     }
 
     fn threads(&mut self, mut answers: BTreeMap<InnerPid, threads::Answers>) -> Result<()> {

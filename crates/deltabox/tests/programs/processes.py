@@ -546,3 +546,74 @@ def slow_pid(_):
 
 def square(number):
     return number * number
+
+
+@case
+def descriptors_of_processes_that_ended():
+    def ended(waited):
+        pid = os.fork()
+        if pid == 0:
+            os._exit(7)
+        handles = [os.pidfd_open(pid) for _ in range(2)]
+        os.waitid(os.P_PID, pid, os.WEXITED | (0 if waited else os.WNOWAIT))
+        return handles
+
+    gone, other, zombie = ended(True), ended(True), ended(False)
+
+    def mutate():
+        os.waitid(os.P_PIDFD, zombie[0], os.WEXITED)
+        for handle in gone:
+            os.close(handle)
+
+    def inode(handle):
+        return os.fstat(handle).st_ino
+
+    def check():
+        for handle in gone + other:
+            raises(errno.ESRCH, signal.pidfd_send_signal, handle, 0)
+            raises(errno.ECHILD, os.waitid, os.P_PIDFD, handle, os.WEXITED)
+        equal(inode(gone[0]), inode(gone[1]), "two handles of one process")
+        equal(inode(gone[0]) == inode(other[0]), False, "handles of two are of one")
+        equal(os.waitid(os.P_PIDFD, zombie[0], os.WEXITED).si_status, 7, "status of the zombie")
+        raises(errno.ECHILD, os.waitid, os.P_PIDFD, zombie[1], os.WEXITED)
+
+    return mutate, check
+
+
+@case
+def root_directories_of_their_own():
+    os.mkdir("/playground/jail")
+    os.mkdir("/playground/jail/inside")
+    with open("/playground/jail/file", "w") as file:
+        file.write("in the jail")
+
+    def enter():
+        os.chroot("/playground/jail")
+        os.chdir("/inside")
+        server = socket.socket(socket.AF_UNIX)
+        server.bind("socket")
+        server.listen()
+        put("server", server)
+        put("grandchild", Child())
+
+    free, jailed = Child(), Child(enter)
+    equal(jailed.ask("open('/file').read()"), "in the jail")
+
+    def mutate():
+        jailed.ask("grandchild.kill()")
+        jailed.ask("os.unlink('/inside/socket')")
+        free.ask("os.chroot('/playground')")
+        free.ask("os.chdir('/')")
+
+    def check():
+        for ask in (jailed.ask, lambda question: jailed.ask(f"grandchild.ask({question!r})")):
+            equal(ask("open('/file').read()"), "in the jail", "a file there")
+            equal(ask("os.getcwd()"), "/inside", "working directory")
+            equal(ask("os.path.exists('/playground')"), False, "the way out is open")
+        equal(free.ask("os.path.exists('/playground/jail/file')"), True, "another is shut in")
+        client = socket.socket(socket.AF_UNIX)
+        client.connect("/playground/jail/inside/socket")
+        jailed.ask("server.accept()[0].send(b'hello')")
+        equal(client.recv(10), b"hello", "through a socket in there")
+
+    return mutate, check

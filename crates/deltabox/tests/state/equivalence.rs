@@ -425,6 +425,8 @@ theme! { processes:
     tree_killed_whole_since
     process_descriptor
     multiprocessing_pool
+    descriptors_of_processes_that_ended
+    root_directories_of_their_own
 }
 
 #[test]

@@ -61,27 +61,12 @@ fn a_connection_with_data_that_waits_to_be_accepted_is_named() {
 }
 
 #[test]
-fn a_process_with_a_root_of_its_own_is_named() {
-    let make = "pid = os.fork()\nif pid == 0:\n  os.chroot('/tmp')\n  signal.pause()\n\
-                while os.readlink(f'/proc/{pid}/root') == '/': pass";
-    let mend = "os.kill(pid, signal.SIGKILL)\nos.waitpid(pid, 0)";
-    refused_and_unharmed(&script(make, mend), &["chroot"]);
-}
-
-#[test]
 fn a_netlink_socket_of_a_rare_family_is_named() {
     let make = "s = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, 12)";
     refused_and_unharmed(
         &script(make, "s.close()"),
         &["descriptor", "socket of family"],
     );
-}
-
-#[test]
-fn a_handle_of_a_dead_process_is_named() {
-    let make =
-        "pid = os.fork()\nif pid == 0: os._exit(0)\nfd = os.pidfd_open(pid)\nos.waitpid(pid, 0)";
-    refused_and_unharmed(&script(make, "os.close(fd)"), &["pidfd"]);
 }
 
 #[test]

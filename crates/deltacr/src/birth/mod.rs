@@ -16,6 +16,7 @@ use rustix::fs::OFlags;
 
 use crate::env::Environment;
 use crate::error::{During, Error, Result};
+use crate::files::Place;
 use crate::hold::{Held, HeldProcess};
 use crate::ids::InnerPid;
 use crate::image::{ProcessImage, TreeImage};
@@ -182,12 +183,16 @@ impl<'a> Delivery<'a> {
         self.env
             .set_next_pid(pid)
             .during(pid, "choosing the number")?;
+        // One that stays may be in a root directory of its own already.
+        let root = Place::root(self.env, &self.held.procfs, parent);
+        let root = root.during(parent, "reading its root directory")?;
+        let whole = root.map(|_| self.env.root());
         let mother = self
             .held
             .remote(parent)
             .ok_or(io::ErrorKind::NotFound)
             .during(parent, "finding it")?;
-        let remote = spawn::child(mother, pid, image.stat.exit_signal, exe.as_fd())
+        let remote = spawn::child(mother, pid, image.stat.exit_signal, exe.as_fd(), whole)
             .during(pid, "making the process again")?;
         let session = self.sessions[&parent];
         self.admit(pid, remote, session)
@@ -288,7 +293,13 @@ impl<'a> Delivery<'a> {
         let image = self.image(pid);
         let born = image.exe.open(self.env, OFlags::RDONLY).and_then(|exe| {
             self.env.set_next_pid(pid)?;
-            spawn::child(&mut stand_in, pid, image.stat.exit_signal, exe.as_fd())
+            spawn::child(
+                &mut stand_in,
+                pid,
+                image.stat.exit_signal,
+                exe.as_fd(),
+                None,
+            )
         });
         let ended = spawn::kill(&stand_in, &[stand_in.host()]);
         let remote = born.during(pid, "making the process again")?;

@@ -20,18 +20,19 @@ const THREAD_FLAGS: i32 = libc::CLONE_VM
     | libc::CLONE_SYSVSEM;
 
 /// Makes a child of `parent`, which will have the number `pid` (the caller has seen to it), running
-/// a fresh image of `exe`. It stands still before its first instruction and has no descriptors.
+/// a fresh image of `exe`. It stands still before its first instruction and has no descriptors. For `root` see [`execute`].
 pub(crate) fn child(
     parent: &mut Remote,
     pid: InnerPid,
     exit_signal: i32,
     exe: BorrowedFd<'_>,
+    root: Option<BorrowedFd<'_>>,
 ) -> io::Result<Remote> {
     let flags = libc::CLONE_VM | libc::CLONE_VFORK | (exit_signal & 0xff);
     let host = clone(parent, flags)?;
     // From here on the parent waits in the kernel until its child has a program of its own.
     ptrace::resume(parent.host())?;
-    let made = become_program(pid, host, parent.area_address(), exe);
+    let made = become_program(pid, host, parent.area_address(), exe, root);
     if made.is_err() {
         let _ =
             process::pidfd_open(host).and_then(|p| process::pidfd_signal(p.as_fd(), libc::SIGKILL));
@@ -46,6 +47,7 @@ fn become_program(
     host: HostPid,
     area: Option<u64>,
     exe: BorrowedFd<'_>,
+    root: Option<BorrowedFd<'_>>,
 ) -> io::Result<Remote> {
     await_interruption(host)?;
     block_signals(host)?;
@@ -57,7 +59,7 @@ fn become_program(
         ));
     }
     let mut child = Remote::new(pid, host, area)?;
-    execute(&mut child, exe)?;
+    execute(&mut child, exe, root)?;
     Ok(child)
 }
 
@@ -73,7 +75,7 @@ pub(crate) fn adopt(
     block_signals(host)?;
     let mut child = Remote::new(pid, host, None)?;
     if let Some(exe) = exe {
-        execute(&mut child, exe)?;
+        execute(&mut child, exe, None)?;
     }
     Ok(child)
 }
@@ -109,10 +111,22 @@ fn close_all(remote: &mut Remote) -> io::Result<()> {
     remote.run(&close).map(drop)
 }
 
-/// Makes a process, whose only thread is stopped, run a fresh image of `exe`.
-pub(crate) fn execute(remote: &mut Remote, exe: BorrowedFd<'_>) -> io::Result<()> {
-    let fd = remote.give_fds(&[exe])?[0];
+/// Makes a process, whose only thread is stopped, run a fresh image of `exe`. `root` becomes its root directory, if it is
+/// in one of its own, where the kernel would look for the program's loader.
+pub(crate) fn execute(
+    remote: &mut Remote,
+    exe: BorrowedFd<'_>,
+    root: Option<BorrowedFd<'_>>,
+) -> io::Result<()> {
+    let files: Vec<_> = [exe].into_iter().chain(root).collect();
+    let given = remote.give_fds(&files)?;
+    let fd = given[0];
     let mut exec = Batch::new();
+    if let Some(root) = given.get(1) {
+        let here = exec.input(b".\0");
+        exec.call(libc::SYS_fchdir, &[(*root).into()]);
+        exec.call(libc::SYS_chroot, &[here.into()]);
+    }
     let empty = exec.input(&[0]);
     // One argument, for programs exist that do not bear none; it is overwritten with the rest.
     let argv = exec.input(&longs(&[0, 0]));

@@ -8,7 +8,7 @@ use super::Procs;
 use super::fdinfo::EpollItem;
 use super::model::{Descriptors, Kind, Object, Owner, Slot};
 use super::table::{self, FileId, ProcFds, RawSlot};
-use super::{epoll, event, lock, pipe, socket, tty};
+use super::{epoll, event, lock, pipe, process, socket, tty};
 use crate::env::Environment;
 use crate::error::{During, Error, Result};
 use crate::ids::{HostPid, InnerPid};
@@ -310,11 +310,13 @@ impl Capture<'_> {
     }
 
     fn kind(&mut self, holder: &Holder<'_>) -> Result<Kind> {
+        if let Some(host) = holder.raw.info.pid {
+            return process::capture(self, holder, HostPid(host));
+        }
         let file = &holder.raw.file;
         let on_fs = file.dev == self.env.fs_device();
         let by_path = holder.flags() & libc::O_PATH != 0;
         match file.format() {
-            _ if holder.raw.info.pid.is_some() => self.process_handle(holder),
             _ if on_fs && by_path => Ok(Kind::File { ino: file.ino }),
             libc::S_IFREG | libc::S_IFDIR | libc::S_IFLNK if on_fs => {
                 Ok(Kind::File { ino: file.ino })
@@ -344,16 +346,9 @@ impl Capture<'_> {
         }
     }
 
-    fn process_handle(&self, holder: &Holder<'_>) -> Result<Kind> {
-        let of = holder
-            .raw
-            .info
-            .pid
-            .and_then(|pid| self.hosts.get(&HostPid(pid)));
-        match of {
-            Some(&pid) => Ok(Kind::Process { pid }),
-            None => Err(holder.refuse("a pidfd of a process that has ended or is not in the tree")),
-        }
+    /// The process of the tree that has this number outside.
+    pub(crate) fn member(&self, host: HostPid) -> Option<InnerPid> {
+        self.hosts.get(&host).copied()
     }
 
     /// A file outside the versioned filesystem: carried by its path if that says it all.

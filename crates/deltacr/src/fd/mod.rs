@@ -16,6 +16,7 @@ mod model;
 mod path;
 mod pipe;
 mod plan;
+mod process;
 mod restore;
 mod socket;
 mod table;

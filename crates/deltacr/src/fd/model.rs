@@ -102,6 +102,10 @@ pub(crate) enum Kind {
     Epoll { interests: Vec<Interest> },
     /// A pidfd of a process of the tree.
     Process { pid: InnerPid },
+    /// A pidfd of a process that has ended and was not waited for yet.
+    Zombie { pid: InnerPid },
+    /// A pidfd of a process that is gone; the inode number tells one from another.
+    Ended { inode: u64 },
     /// A socket.
     Socket(Box<Socket>),
     /// What cannot be carried: "an io_uring".
@@ -124,7 +128,8 @@ impl Kind {
             Self::Signals { .. } => "signalfd".to_owned(),
             Self::Inotify { .. } => "inotify".to_owned(),
             Self::Epoll { .. } => "epoll".to_owned(),
-            Self::Process { pid } => format!("pidfd of process {pid}"),
+            Self::Process { pid } | Self::Zombie { pid } => format!("pidfd of process {pid}"),
+            Self::Ended { .. } => "pidfd of a process that is gone".to_owned(),
             Self::Socket(_) => "socket".to_owned(),
             Self::Refused { what } => what.clone(),
         }

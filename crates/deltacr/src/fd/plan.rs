@@ -93,7 +93,8 @@ impl Plan {
                 now == pid && current.tables.contains_key(pid)
             }
             (Kind::Socket(now), Kind::Socket(wanted)) => socket::alike(now, wanted),
-            (Kind::Refused { .. }, _) => false,
+            // So is a zombie, and who was one may be gone.
+            (Kind::Refused { .. } | Kind::Zombie { .. }, _) => false,
             (now, wanted) => now == wanted,
         }
     }

@@ -7,6 +7,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use super::install::{self, Wanted};
 use super::model::{Descriptors, Kind, Object, Pipe};
 use super::plan::{Plan, TableChange};
+use super::process::{self, Departed};
 use super::{Procs, epoll, event, lease, lock, path, pipe, tty, watch};
 use crate::env::Environment;
 use crate::error::{During, Error, Result};
@@ -70,6 +71,7 @@ pub fn restore(
         shared,
         handles: BTreeMap::new(),
         feeders: Vec::new(),
+        departed: Departed::default(),
         notes: Vec::new(),
     };
     epoll::forget(current, target, &restore.plan, restore.procs)?;
@@ -107,6 +109,7 @@ pub(super) struct Restore<'a, 'p> {
     pub(super) handles: BTreeMap<usize, OwnedFd>,
     /// The other ends of connections that nobody has the other end of: closed when the queues are filled.
     pub(super) feeders: Vec<(usize, OwnedFd)>,
+    departed: Departed,
     pub(super) notes: Vec<String>,
 }
 
@@ -179,6 +182,7 @@ impl Restore<'_, '_> {
         self.make_those(|kind| matches!(kind, Kind::Master { .. }))?;
         let last = |kind: &Kind| matches!(kind, Kind::ControllingTerminal);
         self.make_those(|kind| !matches!(kind, Kind::Master { .. }) && !last(kind))?;
+        std::mem::take(&mut self.departed).bury(self.procs)?;
         terminals(self.procs)?;
         self.make_those(last)
     }
@@ -212,7 +216,9 @@ impl Restore<'_, '_> {
             Kind::Signals { mask } => sys::fd::new_signalfd(*mask),
             Kind::Inotify { .. } => watch::make(),
             Kind::Epoll { .. } => epoll::make(),
-            Kind::Process { pid } => self.open_process(*pid, object.flags),
+            Kind::Process { pid } => process::open(self.procs, *pid, object.flags),
+            Kind::Zombie { pid } => process::open_zombie(self.procs, *pid, object),
+            Kind::Ended { inode } => self.departed.open(self.procs, *inode, object),
             Kind::Socket(socket) => self.make_socket(index, socket),
             Kind::Refused { what } => Err(io::Error::new(io::ErrorKind::Unsupported, what.clone())),
         };
@@ -228,11 +234,6 @@ impl Restore<'_, '_> {
             }
             other => other,
         }
-    }
-
-    fn open_process(&self, pid: InnerPid, flags: i32) -> io::Result<OwnedFd> {
-        let remote = self.procs.get(&pid).ok_or(io::ErrorKind::NotFound)?;
-        sys::fd::pidfd_open(remote.host(), flags & (libc::O_NONBLOCK | libc::O_EXCL))
     }
 
     /// Opens what is another thing for every process in the process itself.

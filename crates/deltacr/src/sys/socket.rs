@@ -377,7 +377,7 @@ fn enter(net: i32) -> io::Result<()> {
 
 /// Runs `act` on a thread of its own that has another root directory and working directory.
 pub(crate) fn elsewhere<T: Send>(
-    root: BorrowedFd<'_>,
+    root: &Path,
     directory: &Path,
     act: impl FnOnce() -> io::Result<T> + Send,
 ) -> io::Result<T> {
@@ -388,6 +388,7 @@ pub(crate) fn elsewhere<T: Send>(
             check(unsafe { libc::unshare(libc::CLONE_FS) })?;
             // Looked up from here, before the root changes.
             let directory = std::fs::File::open(directory)?;
+            let root = std::fs::File::open(root)?;
             rustix::process::fchdir(root)?;
             rustix::process::chroot(".")?;
             rustix::process::fchdir(directory)?;

@@ -64,7 +64,7 @@ impl Restore<'_, '_> {
         if image.domain == libc::AF_UNIX {
             options::set(end.as_fd(), image)?;
             if !image.local.is_empty() {
-                unix::bind(self.env, of, end.as_fd(), image)?;
+                unix::bind(of, end.as_fd(), image)?;
             }
             return Ok(end);
         }
@@ -165,7 +165,7 @@ impl Restore<'_, '_> {
             // A sender of datagrams that goes one way.
             (State::Connected { .. }, Some((_, peer))) => {
                 let end = self.make_socket(index, image)?;
-                unix::connect(self.env, self.host_of(index)?, end.as_fd(), &peer.local)?;
+                unix::connect(self.host_of(index)?, end.as_fd(), &peer.local)?;
                 end
             }
             (State::Orphaned, _) => self.make_orphan(index, image)?,
@@ -300,8 +300,8 @@ impl Restore<'_, '_> {
             self.make_socket(index, image)?,
             self.make_socket(other, peer)?,
         );
-        unix::connect(self.env, self.host_of(index)?, a.as_fd(), &peer.local)?;
-        unix::connect(self.env, self.host_of(other)?, b.as_fd(), &image.local)?;
+        unix::connect(self.host_of(index)?, a.as_fd(), &peer.local)?;
+        unix::connect(self.host_of(other)?, b.as_fd(), &image.local)?;
         Ok((a, b))
     }
 
@@ -476,7 +476,7 @@ impl Restore<'_, '_> {
             let rights = self.lend(message)?;
             let send = || sys::send_with(end.as_fd(), &message.bytes, to, &rights).map(drop);
             match wanted.domain {
-                libc::AF_UNIX => unix::at(self.env, self.host_of(index)?, to, send)?,
+                libc::AF_UNIX => unix::at(self.host_of(index)?, to, send)?,
                 _ => send()?,
             }
         }

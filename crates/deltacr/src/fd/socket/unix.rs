@@ -9,19 +9,14 @@ use std::path::{Path, PathBuf};
 use rustix::fs::{AtFlags, CWD, Gid, Mode, Uid};
 
 use super::model::Socket;
-use crate::env::Environment;
 use crate::ids::HostPid;
 use crate::remote::{Batch, Remote};
 use crate::sys::socket as sys;
 
-/// Runs something with the root of the sandbox and the working directory of a process.
-fn inside<T: Send>(
-    env: &dyn Environment,
-    of: HostPid,
-    act: impl FnOnce() -> io::Result<T> + Send,
-) -> io::Result<T> {
-    let directory = PathBuf::from(format!("/proc/{of}/cwd"));
-    sys::elsewhere(env.root(), &directory, act)
+/// Runs something with the root and the working directory of a process.
+fn inside<T: Send>(of: HostPid, act: impl FnOnce() -> io::Result<T> + Send) -> io::Result<T> {
+    let place = |link| PathBuf::from(format!("/proc/{of}/{link}"));
+    sys::elsewhere(&place("root"), &place("cwd"), act)
 }
 
 /// The path of an address, unless it is an abstract one.
@@ -33,16 +28,11 @@ fn path_of(address: &[u8]) -> Option<PathBuf> {
 
 /// Binds a fresh socket to the name that the image has. The file of the old socket, which the filesystem
 /// has brought back, leads nowhere: it gives way to a new one with the same owner and mode.
-pub(super) fn bind(
-    env: &dyn Environment,
-    of: HostPid,
-    end: BorrowedFd<'_>,
-    image: &Socket,
-) -> io::Result<()> {
+pub(super) fn bind(of: HostPid, end: BorrowedFd<'_>, image: &Socket) -> io::Result<()> {
     let Some(path) = path_of(&image.local) else {
         return sys::bind(end, &image.local);
     };
-    inside(env, of, || {
+    inside(of, || {
         let old = rustix::fs::statat(CWD, &path, AtFlags::SYMLINK_NOFOLLOW).ok();
         let own = old.is_some_and(|old| image.file == Some(old.st_ino & u64::from(u32::MAX)));
         let mut aside = path.clone().into_os_string();
@@ -97,25 +87,19 @@ fn with_parents(path: &Path, act: impl FnOnce() -> io::Result<()>) -> io::Result
 }
 
 /// Connects a socket to a name, as the supervisor.
-pub(super) fn connect(
-    env: &dyn Environment,
-    of: HostPid,
-    end: BorrowedFd<'_>,
-    name: &[u8],
-) -> io::Result<()> {
-    at(env, of, name, || sys::connect(end, name))
+pub(super) fn connect(of: HostPid, end: BorrowedFd<'_>, name: &[u8]) -> io::Result<()> {
+    at(of, name, || sys::connect(end, name))
 }
 
 /// Does something with a name, as the supervisor but where the name means what it means to a process.
 pub(super) fn at<T: Send>(
-    env: &dyn Environment,
     of: HostPid,
     name: &[u8],
     act: impl FnOnce() -> io::Result<T> + Send,
 ) -> io::Result<T> {
     match path_of(name) {
         None => act(),
-        Some(_) => inside(env, of, act),
+        Some(_) => inside(of, act),
     }
 }
 

@@ -338,7 +338,7 @@ fn a_process_that_ends_or_runs_another_program_needs_no_memory_back() {
     ground.fill(remote, 2);
     bench.begin_restore(remote, &mut tracker, &first);
     let program = File::open("/usr/bin/sleep").unwrap();
-    crate::birth::spawn::execute(remote, program.as_fd()).unwrap();
+    crate::birth::spawn::execute(remote, program.as_fd(), None).unwrap();
     // Its old memory is gone, and with it all that was to be given back to it.
     let mut tracker = tracker.unwrap();
     tracker.finish();
