@@ -64,8 +64,8 @@ pub struct Snapshot(Arc<Frozen>);
 #[derive(Debug)]
 struct Frozen {
     view: View,
-    /// The first inode number that its layer on disk does not know; zero without one.
-    numbered: AtomicU64,
+    /// How many inodes of the base its layer on disk and those before it know; zero without one.
+    looked_up: AtomicU64,
     /// Dropped after the view, when the view's blocks are free.
     _trim: TrimOnDrop,
 }
@@ -439,21 +439,21 @@ impl Drop for Volume {
 }
 
 impl Snapshot {
-    pub(crate) fn new(view: View, numbered: Ino) -> Self {
+    pub(crate) fn new(view: View, looked_up: u64) -> Self {
         Self(Arc::new(Frozen {
             _trim: TrimOnDrop(Arc::clone(view.tree())),
-            numbered: AtomicU64::new(numbered),
+            looked_up: AtomicU64::new(looked_up),
             view,
         }))
     }
 
-    /// The first inode number that its layer on disk does not know; zero without one.
-    pub(crate) fn numbered(&self) -> Ino {
-        self.0.numbered.load(Ordering::Acquire)
+    /// How many inodes of the base its layer on disk and those before it know; zero without one.
+    pub(crate) fn looked_up(&self) -> u64 {
+        self.0.looked_up.load(Ordering::Acquire)
     }
 
-    pub(crate) fn set_numbered(&self, first: Ino) {
-        self.0.numbered.store(first, Ordering::Release);
+    pub(crate) fn set_looked_up(&self, count: u64) {
+        self.0.looked_up.store(count, Ordering::Release);
     }
 
     pub(crate) fn view(&self) -> &View {

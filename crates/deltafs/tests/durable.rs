@@ -105,6 +105,40 @@ fn inode_numbers_and_directory_positions_stay() {
     assert!(!before.contains(&ino(&volume, "later")));
 }
 
+#[test]
+fn a_layer_knows_what_was_looked_up_since_the_one_before_whatever_its_number() {
+    let fixture = fixture(base);
+    let (volume, layers) = (&fixture.volume, tempfile::tempdir().unwrap());
+    let on_host = |path: &&str| fs::metadata(fixture.base.path().join(path)).unwrap().ino();
+    let mut paths = ["kept", "changed", "dir"];
+    paths.sort_by_key(on_host);
+    let [first, second] = ["a", "b"].map(|name| layers.path().join(name));
+    let mut before = None;
+    for (layer, path) in [(&first, paths[2]), (&second, paths[0])] {
+        let mode = std::os::unix::fs::PermissionsExt::from_mode(0o700);
+        fs::set_permissions(volume.at(path), mode).unwrap();
+        fs::create_dir(layer).unwrap();
+        let snapshot = volume.checkpoint();
+        let info = snapshot.save(layer, before.as_ref()).unwrap();
+        assert_eq!(info.base_inodes, 1);
+        before = Some(snapshot);
+    }
+    let mut loader = loader(&fixture);
+    let snapshot = loader.load(&first, None).unwrap();
+    let snapshot = loader.load(&second, Some(&snapshot)).unwrap();
+    let volume = shown(loader, &snapshot);
+    for path in [paths[0], paths[2]] {
+        let found = fs::metadata(volume.at(path)).unwrap();
+        assert_eq!((found.mode() & 0o777, found.ino()), (0o700, on_host(&path)));
+    }
+    // What is saved after that is what was looked up after that.
+    assert_eq!(volume.read("dir/inner"), "inner");
+    let third = layers.path().join("c");
+    fs::create_dir(&third).unwrap();
+    let info = volume.checkpoint().save(&third, Some(&snapshot)).unwrap();
+    assert_eq!(info.base_inodes, if paths[1] == "dir" { 2 } else { 1 });
+}
+
 fn sample_without_removal(fixture: &Fixture) -> tempfile::TempDir {
     fixture.volume.write("new", "x");
     let layer = tempfile::tempdir().unwrap();

@@ -5,7 +5,9 @@ mod common;
 use std::ffi::OsStr;
 use std::fs::{self, File, OpenOptions};
 use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt, PermissionsExt};
+use std::os::unix::fs::{
+    DirEntryExt, FileExt, FileTypeExt, MetadataExt, OpenOptionsExt, PermissionsExt,
+};
 
 use common::{Mounted, fixture, fixture_with, names};
 use deltafs::{Change, ChangeKind, IdMap, diff};
@@ -48,6 +50,39 @@ fn ids_are_shifted_and_ids_beyond_the_map_are_nobody() {
         [owner(&fork, "user"), owner(&fork, "new")],
         [2_000_005, 2_000_000]
     );
+}
+
+#[test]
+fn files_of_the_base_have_the_numbers_that_they_have_there() {
+    let f = fixture(|base| {
+        fs::create_dir(base.join("dir")).unwrap();
+        fs::write(base.join("dir/file"), "x").unwrap();
+        fs::hard_link(base.join("dir/file"), base.join("link")).unwrap();
+    });
+    let ino = |path: std::path::PathBuf| fs::symlink_metadata(path).unwrap().ino();
+    let same = |path: &str| ino(f.volume.at(path)) == ino(f.base.path().join(path));
+    assert!(same("dir/file") && same("link") && same("dir"));
+    for entry in fs::read_dir(f.volume.at("dir")).unwrap() {
+        assert_eq!(entry.unwrap().ino(), ino(f.base.path().join("dir/file")));
+    }
+    f.volume.write("dir/file", "changed");
+    f.volume.write("new", "x");
+    assert!(same("dir/file"), "a change does not make it another file");
+    fs::write(f.base.path().join("new"), "x").unwrap();
+    assert!(!same("new"));
+    assert!(ino(f.volume.at("new")) > u64::from(u32::MAX));
+}
+
+#[test]
+fn a_label_that_is_not_there_is_unsupported_and_can_be_set() {
+    let f = fixture(|_| {});
+    f.volume.write("file", "x");
+    let file = f.volume.at("file");
+    let get = |name: &str| rustix::fs::getxattr(&file, name, &mut [0; 64][..]);
+    assert_eq!(get("security.selinux"), Err(rustix::io::Errno::NOTSUP));
+    assert_eq!(get("security.other"), Err(rustix::io::Errno::NODATA));
+    rustix::fs::setxattr(&file, "security.selinux", b"label", XattrFlags::empty()).unwrap();
+    assert_eq!(get("security.selinux"), Ok(5));
 }
 
 #[test]

@@ -23,10 +23,14 @@ use host::{HostId, find_hidden, host_id, single_filesystem, stat};
 use inode::Listing;
 pub(crate) use inode::{BaseInode, ListEntry};
 use kept::Kept;
-pub(crate) use stored::StoredInode;
+pub(crate) use stored::{Free, StoredInode};
 
 use crate::node::{DIRECTORY, EntryKey, Ino, Name, ROOT, TYPE_MASK};
 
+/// A file of the base has the number that it has on the host, so that programs which remember numbers (git does, in its
+/// index) find it unchanged. All other inodes have numbers from here on; so has what has a higher number on the host, or one
+/// that is taken. Numbers stay exact in a `double`, which is what JavaScript has for them.
+const FIRST_OWN: Ino = 1 << 40;
 /// Directory entry offsets 0 and 1 are those of `.` and `..`.
 const FIRST_COOKIE: u64 = 2;
 /// How many descriptors of base files, and of base directories, are kept open.
@@ -52,17 +56,26 @@ pub(crate) struct Base {
 struct Table {
     by_host: HashMap<HostId, Ino>,
     inodes: HashMap<Ino, Arc<BaseInode>>,
-    /// The numbers, ascending.
-    numbers: Vec<Ino>,
+    /// The numbers in the order in which they were looked up first, each with its rank, ascending.
+    order: Vec<(u64, Ino)>,
+    next_rank: u64,
 }
 
 impl Table {
-    fn insert(&mut self, host: HostId, inode: Arc<BaseInode>) {
+    fn insert(&mut self, host: HostId, inode: Arc<BaseInode>, rank: u64) {
         let ino = inode.ino();
         self.by_host.insert(host, ino);
-        let at = self.numbers.partition_point(|number| *number < ino);
-        self.numbers.insert(at, ino);
+        let at = self.order.partition_point(|(before, _)| *before < rank);
+        self.order.insert(at, (rank, ino));
+        self.next_rank = self.next_rank.max(rank.saturating_add(1));
         self.inodes.insert(ino, inode);
+    }
+
+    /// The number that an inode has on the host, if it can have it here.
+    fn host_number(&self, host: HostId) -> Option<Ino> {
+        let (_, ino) = host;
+        let fits = (ROOT + 1..FIRST_OWN).contains(&ino);
+        (fits && !self.inodes.contains_key(&ino)).then_some(ino)
     }
 }
 
@@ -91,7 +104,7 @@ impl Base {
             root,
             hidden,
             keys,
-            next_ino: AtomicU64::new(ROOT + 1),
+            next_ino: AtomicU64::new(FIRST_OWN),
             table: Mutex::default(),
             listings: Mutex::new(Kept::new(MAX_LISTED)),
             dirs: Mutex::new(Kept::new(MAX_OPEN)),
@@ -100,7 +113,7 @@ impl Base {
         let inode = BaseInode::new(&base, ROOT, host_id(&attributes), None, Arc::from(&b""[..]));
         inode.show(&attributes)?;
         let mut table = base.table.lock();
-        table.insert(host_id(&attributes), inode);
+        table.insert(host_id(&attributes), inode, 0);
         drop(table);
         Ok(base)
     }
@@ -159,9 +172,10 @@ impl Base {
         {
             return Arc::clone(known);
         }
-        let ino = self.next_ino();
+        let ino = table.host_number(host).unwrap_or_else(|| self.next_ino());
         let inode = BaseInode::new(self, ino, host, Some(Arc::clone(dir)), Arc::clone(name));
-        table.insert(host, Arc::clone(&inode));
+        let rank = table.next_rank;
+        table.insert(host, Arc::clone(&inode), rank);
         inode
     }
 }

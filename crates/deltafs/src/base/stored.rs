@@ -17,11 +17,25 @@ use crate::node::{Ino, Name, Node, ROOT};
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct StoredInode {
     pub(crate) ino: Ino,
+    /// Its place in the order of look-ups.
+    rank: u64,
     pub(crate) parent: Ino,
     pub(crate) name: Vec<u8>,
     /// Its number on the host.
     host: u64,
     look: Option<Look>,
+}
+
+/// The first inode number and the first rank that nothing in a tree of volumes ever had.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Free {
+    pub(crate) ino: Ino,
+    pub(crate) rank: u64,
+}
+
+impl Free {
+    /// The rank of what is looked up first: the root was there before.
+    pub(crate) const FIRST_RANK: u64 = 1;
 }
 
 /// What tells a file from one that was written since.
@@ -63,22 +77,26 @@ impl Base {
         Some(self.inode(ROOT)?.host.1)
     }
 
-    /// The inodes that were looked up and whose number is `from` or higher, parents before children, and the first
-    /// number that no inode has yet.
-    pub(crate) fn numbered_since(&self, from: Ino) -> (Vec<StoredInode>, Ino) {
+    /// The inodes that were looked up as `from`-th or later, parents before children, and what is free.
+    pub(crate) fn looked_up_since(&self, from: u64) -> (Vec<StoredInode>, Free) {
         // Under the lock no number is given to an inode of the base.
         let table = self.table.lock();
-        let next = self.next_ino.load(Ordering::Relaxed);
-        let begin = table.numbers.partition_point(|ino| *ino < from);
-        // A parent is looked up before what is in it, so its number is lower.
-        let known = table.numbers[begin..].iter();
-        let known = known.filter_map(|ino| table.inodes.get(ino)?.stored());
-        (known.collect(), next)
+        let free = Free {
+            ino: self.next_ino.load(Ordering::Relaxed),
+            rank: table.next_rank,
+        };
+        let begin = table.order.partition_point(|(rank, _)| *rank < from);
+        // A parent is looked up before what is in it.
+        let known = table.order[begin..].iter();
+        let known = known.filter_map(|(rank, ino)| table.inodes.get(ino)?.stored(*rank));
+        (known.collect(), free)
     }
 
-    /// Numbers from here on are free.
-    pub(crate) fn reserve_numbers(&self, next: Ino) {
-        self.next_ino.fetch_max(next, Ordering::Relaxed);
+    /// What comes before `free` is taken.
+    pub(crate) fn reserve(&self, free: Free) {
+        let mut table = self.table.lock();
+        table.next_rank = table.next_rank.max(free.rank);
+        self.next_ino.fetch_max(free.ino, Ordering::Relaxed);
     }
 
     /// Knows an inode of the base again by the number that it had. Tells whether that can be: its parent is known, and
@@ -95,7 +113,7 @@ impl Base {
         let host = (parent.host.0, stored.host);
         let name = Name::from(&stored.name[..]);
         let inode = BaseInode::new(self, stored.ino, host, Some(parent), name);
-        table.insert(host, inode);
+        table.insert(host, inode, stored.rank);
         true
     }
 
@@ -109,10 +127,11 @@ impl Base {
 
 impl BaseInode {
     /// `None` for the root, which has no name.
-    fn stored(&self) -> Option<StoredInode> {
+    fn stored(&self, rank: u64) -> Option<StoredInode> {
         let look = self.node.lock().as_ref().map(|node| Look::of(node));
         Some(StoredInode {
             ino: self.ino,
+            rank,
             parent: self.parent.as_ref()?.ino,
             name: self.name.to_vec(),
             host: self.host.1,

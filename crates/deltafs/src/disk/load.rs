@@ -82,7 +82,7 @@ impl Loader {
         let nodes = state.nodes(nodes.unwrap_or_default())?;
         let orphans = layer.orphans.iter().copied().collect::<OrdSet<Ino>>();
         let view = View::stored(tree, nodes, orphans);
-        Ok(Snapshot::new(view, layer.numbering.next))
+        Ok(Snapshot::new(view, layer.numbering.free.rank))
     }
 
     /// The tree, made with the first layer.
@@ -105,7 +105,7 @@ impl Loader {
             return Err(damaged(layer, "it belongs to another tree of volumes"));
         }
         self.numbering = Some(numbering);
-        tree.base.reserve_numbers(numbering.next);
+        tree.base.reserve(numbering.free);
         Ok(Arc::clone(self.tree.insert(tree)))
     }
 

@@ -3,13 +3,14 @@
 use deltalog::Format;
 use serde::{Deserialize, Serialize};
 
+use crate::base::Free;
 use crate::file::StoredBase;
 use crate::node::{Ino, Meta, Time};
 
 /// The log of a layer's inodes.
 pub(super) const FORMAT: Format = Format {
     kind: *b"FMET",
-    version: 1,
+    version: 2,
 };
 
 /// A [`Numbering`]; the first record.
@@ -34,8 +35,7 @@ pub(super) const SUMS: u32 = 8;
 pub(super) struct Numbering {
     /// Of the hash that orders the entries of directories.
     pub(super) keys: (u64, u64),
-    /// The first number that no inode had.
-    pub(super) next: Ino,
+    pub(super) free: Free,
     /// The number of the base's root on the host.
     pub(super) root: u64,
 }

@@ -12,10 +12,11 @@ use super::records::{
     NamedEntry, Numbering, ORPHANS, Place, Run, SUMS,
 };
 use super::{DATA, LayerInfo, META};
+use crate::base::Free;
 use crate::data::{BLOCK, BLOCK_LEN, Block, DataStore};
 use crate::error::{Error, Result};
 use crate::file::{FileBody, StoredBlock};
-use crate::node::{Body, DirBody, Entry, Ino, Node, NodeRef, ROOT};
+use crate::node::{Body, DirBody, Entry, Ino, Node, NodeRef};
 use crate::volume::Snapshot;
 use crate::xattr::Xattrs;
 
@@ -31,15 +32,15 @@ impl Snapshot {
     pub fn save(&self, dir: &Path, before: Option<&Self>) -> Result<LayerInfo> {
         let base = &self.view().tree().base;
         let first = match before {
-            Some(before) if before.numbered() == 0 => return Err(Error::ForeignSnapshot),
-            Some(before) => before.numbered(),
-            None => ROOT + 1,
+            Some(before) if before.looked_up() == 0 => return Err(Error::ForeignSnapshot),
+            Some(before) => before.looked_up(),
+            None => Free::FIRST_RANK,
         };
-        let (known, next) = base.numbered_since(first);
+        let (known, free) = base.looked_up_since(first);
         let mut log = LogWriter::create(&dir.join(META), FORMAT)?;
         let numbering = Numbering {
             keys: base.keys(),
-            next,
+            free,
             root: base.root_host().unwrap_or_default(),
         };
         log.append_compact(NUMBERING, &numbering)?;
@@ -58,7 +59,7 @@ impl Snapshot {
         };
         saver.state(self, before)?;
         let info = saver.finish()?;
-        self.set_numbered(next);
+        self.set_looked_up(free.rank);
         Ok(info)
     }
 }

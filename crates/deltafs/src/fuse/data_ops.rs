@@ -222,7 +222,7 @@ impl Server {
         args.skip(4)?;
         let name = args.text()?;
         let node = self.view().read().node(request.node)?;
-        let value = node.xattrs.get(name)?.ok_or(Errno::NODATA)?;
+        let value = node.xattrs.get(name)?.ok_or_else(|| no_xattr(name))?;
         answer_sized(&acl::to_kernel(name, value, self.ids()), size, reply)
     }
 
@@ -242,6 +242,15 @@ impl Server {
         let mut args = request.args;
         let name = args.text()?;
         self.view().write().remove_xattr(request.node, name)
+    }
+}
+
+/// What to answer for an extended attribute that is not there. The kernel asks us for a label only where it has no SELinux, and
+/// does not remember the answer. Programs do if there are no labels at all: `ls -l` asks once instead of for every file.
+fn no_xattr(name: &[u8]) -> Errno {
+    match name {
+        b"security.selinux" => Errno::NOTSUP,
+        _ => Errno::NODATA,
     }
 }
 
