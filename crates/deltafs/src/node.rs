@@ -14,8 +14,8 @@ use crate::xattr::Xattrs;
 /// The number of an inode, the same in every volume of a tree.
 pub(crate) type Ino = u64;
 
-/// The root directory; FUSE fixes its number.
-pub(crate) const ROOT: Ino = 1;
+/// The root directory.
+pub(crate) const ROOT: Ino = 2;
 
 /// The part of `st_mode` that tells the type.
 pub(crate) const TYPE_MASK: u32 = 0o170_000;

@@ -86,6 +86,20 @@ fn a_label_that_is_not_there_is_unsupported_and_can_be_set() {
 }
 
 #[test]
+fn walking_a_known_path_asks_nothing_of_the_volume() {
+    let fill = |base: &std::path::Path| {
+        fs::set_permissions(base, fs::Permissions::from_mode(0o755)).unwrap();
+        fs::write(base.join("file"), "x").unwrap();
+    };
+    // The root belongs to somebody else than whoever walks, so that its access list matters.
+    let f = fixture_with(fill, SHIFTED, Vec::new());
+    let file = f.volume.at("file");
+    let before = fs::metadata(&file).unwrap();
+    f.volume.shutdown();
+    assert_eq!(fs::metadata(&file).unwrap().ino(), before.ino());
+}
+
+#[test]
 fn hidden_paths_do_not_show_and_their_names_are_free() {
     let fill = |base: &std::path::Path| {
         fs::create_dir_all(base.join("var/lib/state/secret")).unwrap();

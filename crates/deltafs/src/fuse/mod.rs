@@ -10,6 +10,7 @@ mod data_ops;
 mod kernel;
 mod name_ops;
 mod notify;
+mod outer;
 mod server;
 mod session;
 mod settle;

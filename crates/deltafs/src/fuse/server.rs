@@ -9,6 +9,7 @@ use rustix::io::Errno;
 use super::absent::Absent;
 use super::barrier::Barrier;
 use super::kernel::Kernel;
+use super::outer::OUTER;
 use super::wire::{Reply, Request, opcode};
 use crate::ids::IdMap;
 use crate::node::{Ino, NodeRef};
@@ -154,6 +155,9 @@ impl Server {
                 return Ok(Answer::Silence);
             }
             opcode::INIT => init(request, reply),
+            opcode::LOOKUP | opcode::GETATTR | opcode::GETXATTR if request.node == OUTER => {
+                self.outer(request, reply)
+            }
             opcode::LOOKUP => self.lookup(request, reply),
             opcode::GETATTR => self.get_attr(request, reply),
             opcode::SETATTR => self.set_attr(request, reply),

@@ -40,7 +40,7 @@ impl Session {
             device_number(&mount).map_err(failed("asking for the mount's device number"))?;
         let control =
             Control::open(&mount).map_err(failed("opening the connection's control files"))?;
-        let session = Self {
+        let mut session = Self {
             device: Arc::clone(&device),
             prunes: OnceLock::new(),
             mount,
@@ -62,6 +62,8 @@ impl Session {
                 .map_err(failed("starting a thread"))?;
             session.threads.lock().push(thread);
         }
+        let inner = super::outer::inner(&session.mount);
+        session.mount = inner.map_err(failed("taking the volume's root out of the mount"))?;
         Ok(session)
     }
 
