@@ -12,10 +12,10 @@ use crate::image::ProcessImage;
 use crate::interview::Answers;
 use crate::mem::Layout;
 use crate::procfs::Procfs;
-use crate::resume::Wait;
 use crate::signals::{Queue, Scope};
 use crate::threads;
 use crate::timers;
+use crate::waits::Wait;
 
 /// Everything of a process, which gave these answers, but its memory; and the bounds of that.
 pub(crate) fn describe(

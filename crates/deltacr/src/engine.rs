@@ -20,11 +20,11 @@ use crate::interview::Interview;
 use crate::mem::{Gears, Layout, Memory, SharedObjects, Tracker, Work};
 use crate::orphan::Orphans;
 use crate::reconcile::{self, Now, Reconcile};
-use crate::resume::Wait;
 use crate::stopwatch::{Phases, Stopwatch};
 use crate::store::PageStore;
 use crate::sys;
 use crate::sysv;
+use crate::waits::Wait;
 
 /// How long the processes may take to stand still. A process in an uninterruptible sleep takes
 /// as long as what it waits for.
@@ -458,6 +458,7 @@ impl Engine {
             process,
             tracker: self.trackers.entry(host).or_default(),
             image,
+            waits: &mut self.waits,
         })
     }
 

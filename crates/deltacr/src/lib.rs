@@ -33,6 +33,7 @@ mod sys;
 mod sysv;
 mod threads;
 mod timers;
+mod waits;
 
 pub use disk::{ImageInfo, verify_image};
 pub use engine::{Checkpoint, Engine, Rollback, Switched};

@@ -1,6 +1,6 @@
 //! Reconcile: makes one process what it was, changing only what differs.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
@@ -15,7 +15,7 @@ use crate::error::{During, Result};
 use crate::fd;
 use crate::files::Place;
 use crate::hold::{Held, HeldProcess};
-use crate::ids::InnerPid;
+use crate::ids::{HostPid, InnerPid};
 use crate::image::{ProcessImage, TreeImage};
 use crate::interview;
 use crate::mem::{Holding, Layout, Memory, Scan, Tracker, layout};
@@ -25,6 +25,7 @@ use crate::signals::{Queue, Scope};
 use crate::stop::StoppedThread;
 use crate::threads;
 use crate::timers;
+use crate::waits::Wait;
 
 /// How long a dead thread may keep its number.
 const NUMBER_FREED: Duration = Duration::from_secs(2);
@@ -82,6 +83,8 @@ pub(crate) struct Reconcile<'a> {
     pub(crate) process: &'a mut HeldProcess,
     pub(crate) tracker: &'a mut Option<Tracker>,
     pub(crate) image: &'a Arc<ProcessImage>,
+    /// The timed waits that threads are in.
+    pub(crate) waits: &'a mut HashMap<HostPid, Option<Wait>>,
 }
 
 impl Reconcile<'_> {
@@ -288,7 +291,8 @@ impl Reconcile<'_> {
         for thread in &mut stopped.threads {
             let answers = threads::known_or_asked(remote, thread, &mut answers)?;
             let current = threads::capture(self.env, remote, thread, answers, &shared, &mut None)?;
-            threads::restore(remote, thread, &current, wanted[&thread.tid])?;
+            let wait = self.waits.entry(thread.host).or_default();
+            threads::restore(remote, thread, &current, wanted[&thread.tid], wait)?;
         }
         Ok(())
     }

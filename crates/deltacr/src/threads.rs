@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::io;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
@@ -12,11 +12,11 @@ use crate::env::Environment;
 use crate::error::{During, Error, Result};
 use crate::ids::{HostPid, InnerPid};
 use crate::remote::{Batch, CallId, DataRef, Outcome, Remote};
-use crate::resume::{self, Wait};
 use crate::signals::{Queue, Scope};
 use crate::stop::StoppedThread;
 use crate::sys::process;
 use crate::sys::ptrace::{self, Registers, RseqConfig};
+use crate::waits::{self, Wait};
 
 /// The code segment of 64-bit user code.
 const CS_64: u64 = 0x33;
@@ -33,6 +33,9 @@ pub(crate) struct ThreadImage {
     pub(crate) tid: InnerPid,
     #[serde(with = "stored::registers")]
     regs: Registers,
+    /// What is left of the wait that the thread is in, if it goes on by a note of the kernel's.
+    #[serde(default)]
+    left: Option<Duration>,
     mask: u64,
     xstate: Arc<[u8]>,
     pending: Queue,
@@ -66,15 +69,19 @@ impl ThreadImage {
     }
 
     /// Addresses that the thread, or the kernel for it, needs as soon as it runs or when it ends.
-    pub(crate) fn hot(&self) -> [u64; 6] {
-        [
+    pub(crate) fn hot(&self) -> Vec<u64> {
+        let mut hot = vec![
             self.regs.rip,
             self.regs.rsp,
             self.regs.fs_base,
             self.rseq.address,
             self.robust.0,
             self.clear_tid,
-        ]
+        ];
+        if self.left.is_some() {
+            hot.extend(waits::touched(&self.regs));
+        }
+        hot
     }
 }
 
@@ -209,12 +216,11 @@ fn read(
     let rseq = ptrace::rseq(host)?;
     leave_critical_section(remote, &rseq, &mut thread.regs);
     let signalled = (pending.set() | shared.set()) & !thread.mask != 0;
-    settle(host, &mut thread.regs, signalled, wait)?;
-    let mut regs = thread.regs;
-    resume::detach_from_call(&mut regs);
+    let (regs, left) = waits::settle(remote, host, &mut thread.regs, signalled, wait)?;
     Ok(ThreadImage {
         tid: thread.tid,
         regs,
+        left,
         mask: thread.mask,
         xstate: ptrace::xstate(host)?.into(),
         pending,
@@ -224,44 +230,6 @@ fn read(
         properties: answers.properties,
         filters: Filters::of(host, env),
     })
-}
-
-fn settle(
-    host: HostPid,
-    regs: &mut Registers,
-    signalled: bool,
-    wait: &mut Option<Wait>,
-) -> io::Result<()> {
-    if !resume::is_interrupted(regs, signalled) {
-        *wait = None;
-        return Ok(());
-    }
-    let nr = regs.orig_rax;
-    resume::restart(regs);
-    *wait = match resume::is_timed(nr, regs) {
-        true => Some(resume::shorten(
-            regs,
-            *wait,
-            voluntary_switches(host)?,
-            Instant::now(),
-        )),
-        false => None,
-    };
-    Ok(())
-}
-
-fn voluntary_switches(tid: HostPid) -> io::Result<u64> {
-    // The name in it may hold any bytes but newlines.
-    let status = std::fs::read(format!("/proc/{tid}/status"))?;
-    String::from_utf8_lossy(&status)
-        .lines()
-        .find_map(|l| {
-            l.strip_prefix("voluntary_ctxt_switches:")?
-                .trim()
-                .parse()
-                .ok()
-        })
-        .ok_or_else(|| io::ErrorKind::InvalidData.into())
 }
 
 /// A thread that is stopped inside a restartable sequence must start it over, as the kernel would have
@@ -304,16 +272,22 @@ pub(crate) fn release_rseq(
 }
 
 /// Gives a stopped thread everything of `target` but what [`StoppedThread`] holds, and sets that
-/// up to be what the thread goes on with. `current` is what it is now.
+/// up to be what the thread goes on with. `current` is what it is now; `wait` becomes the timed wait that it is in.
 pub(crate) fn restore(
     remote: &mut Remote,
     thread: &mut StoppedThread,
     current: &ThreadImage,
     target: &ThreadImage,
+    wait: &mut Option<Wait>,
 ) -> Result<()> {
     let pid = remote.pid();
     write(remote, thread, current, target).during(pid, "restoring a thread")?;
-    thread.regs = target.regs;
+    *wait = None;
+    thread.regs = match target.left {
+        Some(left) => waits::give_back(remote, thread.host, &target.regs, left, wait)
+            .during(pid, "making a thread wait again")?,
+        None => target.regs,
+    };
     thread.mask = target.mask;
     Ok(())
 }

@@ -130,6 +130,64 @@ def nanosleep():
     return expiring(libc.nanosleep, struct.pack("=qq", 1, 500_000_000), None)
 
 
+def interruptible(function, *args):
+    """A call in a thread that SIGUSR1 interrupts, and a function that does so."""
+    signal.signal(signal.SIGUSR1, lambda *_: None)
+    call(libc.siginterrupt, signal.SIGUSR1, 1)
+    block(signal.SIGUSR1)()
+    blocked = Blocked(function, *args, first=lambda: signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGUSR1]))
+
+    def interrupt():
+        call(libc.syscall, 234, os.getpid(), blocked.tid, signal.SIGUSR1)
+        blocked.thread.join(30)
+        equal(blocked.result, (-1, "EINTR"), "result and errno")
+
+    return blocked, interrupt
+
+
+@case
+def nanosleep_that_tells_what_is_left():
+    """It has slept for a second, and that counts."""
+    rest = ctypes.create_string_buffer(16)
+    blocked, interrupt = interruptible(libc.nanosleep, struct.pack("=qq", 600, 0), rest)
+    time.sleep(1)
+
+    def check():
+        blocked.blocks()
+        interrupt()
+        seconds, nanoseconds = struct.unpack("=qq", rest.raw)
+        equal(300 < seconds < 599, True, f"{seconds} s and {nanoseconds} ns are left")
+
+    return interrupt, check
+
+
+@case
+def futex_wait_whose_time_runs_out():
+    word = ctypes.c_int(7)
+    blocked = Blocked(futex, ctypes.byref(word), 128, 7, struct.pack("=qq", 1, 500_000_000))
+
+    def check():
+        blocked.thread.join(30)
+        equal(blocked.result, (-1, "ETIMEDOUT"), "result and errno")
+        equal(blocked.took >= 1.49, True, f"it took {blocked.took} s")
+
+    return lambda: None, check
+
+
+@case
+def sigtimedwait_whose_time_runs_out():
+    block(signal.SIGUSR1)()
+    mask = struct.pack("=Q", 1 << (signal.SIGUSR1 - 1)) + bytes(120)
+    blocked = Blocked(libc.sigtimedwait, mask, None, struct.pack("=qq", 1, 500_000_000))
+
+    def check():
+        blocked.thread.join(30)
+        equal(blocked.result, (-1, "EAGAIN"), "result and errno")
+        equal(blocked.took >= 1.49, True, f"it took {blocked.took} s")
+
+    return lambda: None, check
+
+
 @case
 def clock_nanosleep_until_a_time():
     until = time.monotonic() + 1.5
@@ -343,16 +401,7 @@ def read_interrupted_by_a_handler_as_ever():
     """The program's own signals still interrupt: exactly once, when they come."""
     reader, writer = os.pipe()
     buffer = ctypes.create_string_buffer(10)
-    signal.signal(signal.SIGUSR1, lambda *_: None)
-    call(libc.siginterrupt, signal.SIGUSR1, 1)
-    block(signal.SIGUSR1)()
-    unblock = lambda: signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGUSR1])
-    blocked = Blocked(libc.read, reader, buffer, 10, first=unblock)
-
-    def interrupt():
-        call(libc.syscall, 234, os.getpid(), blocked.tid, signal.SIGUSR1)
-        blocked.thread.join(30)
-        equal(blocked.result, (-1, "EINTR"), "result and errno")
+    blocked, interrupt = interruptible(libc.read, reader, buffer, 10)
 
     def check():
         blocked.blocks()

@@ -58,6 +58,20 @@ def epoll_registrations():
 
 
 @case
+def epoll_edge_told_since():
+    poller = select.epoll()
+    reader, writer = os.pipe()
+    poller.register(reader, select.EPOLLIN | select.EPOLLET)
+    os.write(writer, b"x")
+
+    def mutate():
+        equal(poller.poll(20), [(reader, select.EPOLLIN)], "the edge")
+        equal(poller.poll(0), [], "once")
+
+    return mutate, mutate
+
+
+@case
 def epoll_of_a_descriptor_closed_since():
     poller = select.epoll()
     reader, writer = os.pipe()

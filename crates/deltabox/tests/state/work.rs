@@ -1,7 +1,7 @@
 //! Real programs in the middle of work: checkpointed at random moments, changed, rolled back in place, made again, forked,
 //! and verified each time. The dice are the same on every run; how long the programs' steps take is not.
 //!
-//! A few rounds each; `DELTABOX_ROUNDS=200` for a long run. What is not installed is left out with a message.
+//! A few rounds each; `DELTABOX_ROUNDS=200` for a long run, with other dice if `DELTABOX_SEED` is set. What is not installed is left out with a message.
 
 use std::path::Path;
 use std::process::Command;
@@ -26,9 +26,13 @@ const NODES: usize = 12;
 /// The longest pause before a round, in milliseconds.
 const PAUSE: usize = 40;
 
-fn rounds() -> usize {
-    let rounds = std::env::var("DELTABOX_ROUNDS").ok();
-    rounds.map_or(4, |text| text.parse().expect("DELTABOX_ROUNDS is a number"))
+/// A number from the environment.
+fn number(name: &str, otherwise: usize) -> usize {
+    let told = std::env::var(name).ok();
+    told.map_or(otherwise, |text| {
+        text.parse()
+            .unwrap_or_else(|_| panic!("{name} is a number"))
+    })
 }
 
 /// A checkpoint, and the number that the program had been told before it.
@@ -77,7 +81,7 @@ impl AtWork {
             sandbox,
             program,
             nodes: Vec::new(),
-            dice: Dice::new(4711),
+            dice: Dice::new(number("DELTABOX_SEED", 4711) as u64),
             token: "0".to_owned(),
         })
     }
@@ -149,11 +153,11 @@ impl AtWork {
             .and_then(|()| work_on(&mut self.program))
             .map_err(|e| format!("at first: {e}"));
         told?;
-        for number in 1..=rounds() {
+        for round in 1..=number("DELTABOX_ROUNDS", 4) {
             // Each of them in any four rounds, in an order that changes.
-            let mode = MODES[(number + number / MODES.len()) % MODES.len()];
-            self.round(number, mode)
-                .map_err(|e| format!("round {number}, {mode:?}: {e}"))?;
+            let mode = MODES[(round + round / MODES.len()) % MODES.len()];
+            self.round(round, mode)
+                .map_err(|e| format!("round {round}, {mode:?}: {e}"))?;
         }
         work_on(&mut self.program)?;
         verify(&mut self.program, &self.token)

@@ -1,6 +1,7 @@
 //! Epoll instances. A registration is keyed by the file and the number it had in the process that registered
 //! it, so registrations are made inside a process that has both.
 
+use std::collections::BTreeMap;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 
@@ -14,6 +15,12 @@ use crate::error::{During, Result};
 use crate::ids::InnerPid;
 use crate::remote::{Arg, Batch, CallId};
 use crate::sys;
+
+/// `EPOLLET` and `EPOLLEXCLUSIVE`.
+const EDGE: u32 = 1 << 31;
+const EXCLUSIVE: u32 = 1 << 28;
+/// What an `epoll_event` takes of a batch's heap.
+const EVENT: usize = 16;
 
 /// Takes down that there is an epoll; [`resolve`] reads what it watches once all files are known.
 pub(crate) fn capture(capture: &mut Capture<'_>, holder: &Holder<'_>) -> Kind {
@@ -154,6 +161,55 @@ pub(crate) fn register(restore: &mut Restore<'_, '_>) -> Result<()> {
     Ok(())
 }
 
+/// Makes epolls that stay tell of what is ready. An edge may have been told of since, or not yet then, though what it is about
+/// looks the same: better an edge too many, which a program must be ready for, than one too few.
+pub(crate) fn rearm(restore: &mut Restore<'_, '_>) -> Result<()> {
+    let target = restore.target;
+    let kept = |object: &usize| restore.plan.reuse[*object].is_some();
+    let mut by_process: BTreeMap<InnerPid, Vec<(i32, &Interest)>> = BTreeMap::new();
+    for epoll in (0..target.objects.len()).filter(kept) {
+        let Kind::Epoll { interests } = &target.objects[epoll].kind else {
+            continue;
+        };
+        let edges = interests.iter().filter(|i| i.events & EDGE != 0);
+        for interest in edges.filter(|i| kept(&i.object)) {
+            // What is watched by a number that it no longer has is left as it is.
+            if let Some((pid, epfd)) = at_number(target, &target.objects[epoll], interest) {
+                by_process.entry(pid).or_default().push((epfd, interest));
+            }
+        }
+    }
+    for (pid, edges) in by_process {
+        let mut edges = edges.into_iter().peekable();
+        while edges.peek().is_some() {
+            let (mut batch, mut calls) = (Batch::new(), Vec::new());
+            while batch.fits(2, 2 * EVENT)
+                && let Some((epfd, interest)) = edges.next()
+            {
+                let operations = match interest.events & EXCLUSIVE {
+                    0 => &[libc::EPOLL_CTL_MOD][..],
+                    // The kernel lets these not be changed.
+                    _ => &[libc::EPOLL_CTL_DEL, libc::EPOLL_CTL_ADD],
+                };
+                let made = operations
+                    .iter()
+                    .map(|op| call(&mut batch, epfd.into(), *op, interest));
+                calls.extend(made);
+            }
+            run(restore.procs, pid, &batch, &calls)?;
+        }
+    }
+    Ok(())
+}
+
+/// A process that has both the epoll, and what it watches at the number that it is watched by; and the epoll's number there.
+fn at_number(image: &Descriptors, epoll: &Object, interest: &Interest) -> Option<(InnerPid, i32)> {
+    let mut slots = epoll.slots.iter().copied();
+    slots.find(|&(pid, _)| {
+        image.slot(pid, interest.fd).map(|slot| slot.object) == Some(interest.object)
+    })
+}
+
 fn same(plan: &Plan, now: &Interest, goal: &Interest) -> bool {
     (now.fd, now.events, now.data) == (goal.fd, goal.events, goal.data)
         && plan.reuse[goal.object] == Some(now.object)
@@ -171,11 +227,7 @@ fn control(
     (operation, interest): (i32, &Interest),
     taken: Taken<'_>,
 ) -> Result<()> {
-    let mut slots = epoll.slots.iter();
-    let at_number = slots.find(|&&(pid, _)| {
-        image.slot(pid, interest.fd).map(|slot| slot.object) == Some(interest.object)
-    });
-    if let Some(&(pid, epfd)) = at_number {
+    if let Some((pid, epfd)) = at_number(image, epoll, interest) {
         let mut batch = Batch::new();
         let call = call(&mut batch, epfd.into(), operation, interest);
         return run(procs, pid, &batch, &[call]);

@@ -93,6 +93,7 @@ pub fn restore(
     let lost = lease::settle(current, target, &restore.plan, restore.procs, env)?;
     restore.notes.extend(lost);
     epoll::register(&mut restore)?;
+    epoll::rearm(&mut restore)?;
     Ok(restore.notes)
 }
 

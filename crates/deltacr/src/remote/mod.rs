@@ -471,6 +471,48 @@ impl Remote {
         }
     }
 
+    /// Makes a thread begin a call, and interrupts it at once: it comes back as soon as it would have to wait. The call is the
+    /// one that `regs` are in; `point` changes what it is to differ in, and is told where `data` is. Returns the
+    /// registers after it, of which the result says what the call left.
+    pub(crate) fn begin_call(
+        &mut self,
+        tid: HostPid,
+        regs: &Registers,
+        data: &[u8],
+        point: impl FnOnce(&mut Registers, u64),
+    ) -> io::Result<Registers> {
+        self.land_all()?;
+        let at = self.map_area()? + STUB_ROOM;
+        process::write_memory(self.host, at, &[IoSlice::new(data)])?;
+        let mut call = *regs;
+        point(&mut call, at);
+        call.rip = self.syscall_instruction()?;
+        call.rax = regs.orig_rax;
+        call.orig_rax = u64::MAX;
+        ptrace::set_registers(tid, &call)?;
+        ptrace::to_system_call(tid)?;
+        loop {
+            match await_stop(tid)? {
+                Stop::SystemCall => break,
+                Stop::Signal(libc::SIGTRAP | libc::SIGSTOP) => self.put_aside(tid)?,
+                Stop::Interrupted | Stop::GroupStopped(_) => {}
+                other => return Err(lost(other)),
+            }
+            ptrace::to_system_call(tid)?;
+        }
+        // At the call's door: what would wait finds that it is wanted elsewhere.
+        ptrace::interrupt(tid)?;
+        ptrace::resume(tid)?;
+        loop {
+            match await_stop(tid)? {
+                Stop::Interrupted | Stop::GroupStopped(_) => return ptrace::registers(tid),
+                Stop::Signal(libc::SIGTRAP | libc::SIGSTOP) => self.put_aside(tid)?,
+                other => return Err(lost(other)),
+            }
+            ptrace::resume(tid)?;
+        }
+    }
+
     fn syscall_instruction(&self) -> io::Result<u64> {
         let is_syscall = |at: u64| {
             let mut found = [0; 2];

@@ -1,0 +1,400 @@
+//! Calls that wait for a limited time: how much of it is left, and how a thread is given that back.
+//!
+//! `nanosleep`, `poll` and `futex` go on by a note that the kernel keeps in the thread, with the time when they end. A
+//! checkpoint leaves it alone. A thread that is rolled back needs a new one: it begins the call once more with what is left,
+//! is interrupted at once, and has the note that the kernel then makes. Its registers are those that it had.
+//!
+//! Other calls (`epoll_wait`, `sigtimedwait`, …) have no note. `epoll_wait` has its limit in a register, which is lowered; the
+//! limit of the rest is in the program's memory, so they begin anew, and end at the first stop after their time.
+//!
+//! Of a wait that is found for the first time it is not known when it began, but where the kernel has written it down for
+//! the program (`nanosleep`): then it counts from the stop on.
+
+use std::io;
+use std::time::{Duration, Instant};
+
+use crate::ids::HostPid;
+use crate::remote::{Remote, longs};
+use crate::resume::{self, Begun};
+use crate::sys::ptrace::Registers;
+
+/// Going back to sleep, being frozen and being traced switch the thread away once each.
+const SWITCHES_OF_ONE_WAIT: u64 = 3;
+const FUTEX_COMMAND: u64 = 0x7f;
+const NANOSECONDS: i64 = 1_000_000_000;
+/// More than a process has.
+const DESCRIPTORS: u64 = 1 << 20;
+/// Size of `struct pollfd`.
+const POLLFD: u64 = 8;
+const PAGE: usize = 4096;
+
+const NANOSLEEP: u64 = libc::SYS_nanosleep as u64;
+const CLOCK_NANOSLEEP: u64 = libc::SYS_clock_nanosleep as u64;
+const POLL: u64 = libc::SYS_poll as u64;
+const FUTEX: u64 = libc::SYS_futex as u64;
+const EPOLL_WAIT: u64 = libc::SYS_epoll_wait as u64;
+const EPOLL_PWAIT: u64 = libc::SYS_epoll_pwait as u64;
+const EPOLL_PWAIT2: u64 = libc::SYS_epoll_pwait2 as u64;
+const SIGTIMEDWAIT: u64 = libc::SYS_rt_sigtimedwait as u64;
+const SEMTIMEDOP: u64 = libc::SYS_semtimedop as u64;
+const RESTART: u64 = libc::SYS_restart_syscall as u64;
+
+/// A wait with a time limit that was interrupted before, to know it again.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Wait {
+    nr: u64,
+    /// Where in the program it is.
+    at: (u64, u64),
+    /// The limit that the thread was sent back with, in a register or in memory.
+    limit: Duration,
+    deadline: Instant,
+    /// How often the thread had been switched away.
+    switches: u64,
+}
+
+impl Wait {
+    /// One that was just given back with so much time.
+    fn given_back(nr: u64, regs: &Registers, left: Duration) -> Self {
+        Self {
+            nr,
+            at: (regs.rip, regs.rsp),
+            limit: left,
+            deadline: Instant::now() + left,
+            switches: 0,
+        }
+    }
+
+    fn left(&self, now: Instant) -> Duration {
+        self.deadline.saturating_duration_since(now)
+    }
+}
+
+/// Where a call has its limit.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Limit {
+    /// In a register.
+    Milliseconds(u64),
+    /// In a `struct timespec` at this address.
+    At(u64),
+}
+
+impl Limit {
+    /// That of a call, if it has one that counts from the call on.
+    fn of(nr: u64, regs: &Registers) -> Option<Self> {
+        match nr {
+            NANOSLEEP => Some(Self::At(regs.rdi)),
+            CLOCK_NANOSLEEP => {
+                (regs.rsi & libc::TIMER_ABSTIME as u64 == 0).then_some(Self::At(regs.rdx))
+            }
+            FUTEX if regs.rsi & FUTEX_COMMAND == libc::FUTEX_WAIT as u64 => Self::at(regs.r10),
+            POLL => Self::milliseconds(regs.rdx),
+            EPOLL_WAIT | EPOLL_PWAIT => Self::milliseconds(regs.r10),
+            EPOLL_PWAIT2 | SEMTIMEDOP => Self::at(regs.r10),
+            SIGTIMEDWAIT => Self::at(regs.rdx),
+            _ => None,
+        }
+    }
+
+    fn at(address: u64) -> Option<Self> {
+        (address != 0).then_some(Self::At(address))
+    }
+
+    fn milliseconds(register: u64) -> Option<Self> {
+        let timeout = register & 0xffff_ffff;
+        (1..=i32::MAX as u64)
+            .contains(&timeout)
+            .then_some(Self::Milliseconds(timeout))
+    }
+
+    fn read(self, remote: &Remote) -> Option<Duration> {
+        match self {
+            Self::Milliseconds(ms) => Some(Duration::from_millis(ms)),
+            Self::At(address) => timespec(remote, address),
+        }
+    }
+}
+
+/// A `struct timespec` of the program's.
+fn timespec(remote: &Remote, address: u64) -> Option<Duration> {
+    let mut bytes = [0; 16];
+    remote.read(address, &mut bytes).ok()?;
+    let field = |at: usize| i64::from_le_bytes(bytes[at..at + 8].try_into().expect("eight bytes"));
+    let (seconds, nanoseconds) = (field(0), field(8));
+    let whole = seconds >= 0 && (0..NANOSECONDS).contains(&nanoseconds);
+    whole.then(|| Duration::new(seconds as u64, nanoseconds as u32))
+}
+
+/// Where the kernel has written down for the program what is left of a sleep.
+fn written_rest(nr: u64, regs: &Registers) -> Option<u64> {
+    let address = match nr {
+        NANOSLEEP => regs.rsi,
+        CLOCK_NANOSLEEP => regs.r10,
+        _ => 0,
+    };
+    (address != 0).then_some(address)
+}
+
+/// What a call returns when its time is over.
+fn timed_out(nr: u64) -> u64 {
+    match nr {
+        SIGTIMEDWAIT | SEMTIMEDOP => -i64::from(libc::EAGAIN) as u64,
+        _ => 0,
+    }
+}
+
+/// Looks after the call that a stop took a thread out of. `regs` are what it was stopped with, and become what it is to go on
+/// with; returned are those of the image, and what is left of the wait if it goes on by a note. `wait` is what was found last
+/// time.
+pub(crate) fn settle(
+    remote: &Remote,
+    host: HostPid,
+    regs: &mut Registers,
+    signalled: bool,
+    wait: &mut Option<Wait>,
+) -> io::Result<(Registers, Option<Duration>)> {
+    let before = wait.take();
+    if resume::has_note(regs) {
+        let mut image = *regs;
+        let left = noted(remote, &mut image, before, wait);
+        return Ok((image, left));
+    }
+    if resume::is_interrupted(regs, signalled) {
+        let nr = regs.orig_rax;
+        let stopped_at = *regs;
+        resume::restart(regs);
+        if let Some(limit) = Limit::of(nr, regs) {
+            let switches = voluntary_switches(host)?;
+            let now = (Instant::now(), switches);
+            if let Some(known) = limit
+                .read(remote)
+                .map(|full| recognize(nr, regs, full, before, now))
+            {
+                *wait = lower(regs, &stopped_at, limit, known, now.0);
+            }
+        }
+    }
+    Ok((*regs, None))
+}
+
+/// A wait that goes on by a note.
+fn noted(
+    remote: &Remote,
+    image: &mut Registers,
+    before: Option<Wait>,
+    wait: &mut Option<Wait>,
+) -> Option<Duration> {
+    let at = (image.rip, image.rsp);
+    let same = before.filter(|w| image.orig_rax == RESTART && w.at == at);
+    let nr = match image.orig_rax {
+        // Which call it was the registers tell only the first time.
+        RESTART => same
+            .map(|w| w.nr)
+            .or_else(|| call_in_code(remote, image.rip)),
+        nr => Some(nr),
+    };
+    let Some(nr) = nr else {
+        resume::end_interrupted(image);
+        return None;
+    };
+    image.orig_rax = nr;
+    let now = Instant::now();
+    let full = Limit::of(nr, image).and_then(|limit| limit.read(remote));
+    let rest = written_rest(nr, image).and_then(|address| timespec(remote, address));
+    let Some(left) = rest.or(same.map(|w| w.left(now))).or(full) else {
+        // Its limit is a time of the clock.
+        resume::restart(image);
+        return None;
+    };
+    *wait = Some(Wait::given_back(nr, image, left));
+    Some(left)
+}
+
+/// The number that a program loads right before its `syscall` instruction, if it is of a call that goes on by a note.
+fn call_in_code(remote: &Remote, rip: u64) -> Option<u64> {
+    const LOAD_EAX: u8 = 0xb8;
+    let mut code = [0; 7];
+    remote.read(rip.wrapping_sub(7), &mut code).ok()?;
+    let nr = u64::from(u32::from_le_bytes(
+        code[1..5].try_into().expect("four bytes"),
+    ));
+    let noted = [NANOSLEEP, CLOCK_NANOSLEEP, POLL, FUTEX];
+    (code[0] == LOAD_EAX && code[5..] == [0x0f, 0x05] && noted.contains(&nr)).then_some(nr)
+}
+
+/// The wait of a thread that is sent back to a call with this limit: the one of last time, or a new one.
+fn recognize(
+    nr: u64,
+    regs: &Registers,
+    limit: Duration,
+    before: Option<Wait>,
+    (now, switches): (Instant, u64),
+) -> Wait {
+    let at = (regs.rip, regs.rsp);
+    let same = before.filter(|w| {
+        (w.nr, w.at, w.limit) == (nr, at, limit)
+            && switches.wrapping_sub(w.switches) <= SWITCHES_OF_ONE_WAIT
+    });
+    let deadline = same.map_or(now + limit, |w| w.deadline);
+    Wait {
+        nr,
+        at,
+        limit,
+        deadline,
+        switches,
+    }
+}
+
+/// Lets a wait end in time: lowers its limit if that is in a register, otherwise ends it when its time is over.
+fn lower(
+    regs: &mut Registers,
+    stopped_at: &Registers,
+    limit: Limit,
+    mut wait: Wait,
+    now: Instant,
+) -> Option<Wait> {
+    let left = wait.left(now);
+    match limit {
+        Limit::Milliseconds(_) => {
+            // Rounded up: never to return too early.
+            regs.r10 = left.as_nanos().div_ceil(1_000_000) as u64;
+            wait.limit = Duration::from_millis(regs.r10);
+            Some(wait)
+        }
+        Limit::At(_) if left.is_zero() => {
+            *regs = *stopped_at;
+            resume::end(regs, timed_out(wait.nr));
+            None
+        }
+        Limit::At(_) => Some(wait),
+    }
+}
+
+/// Makes a stopped thread, which has its memory and descriptors, wait for what is `left` of the call that `target` is in.
+/// Returns the registers that it is to go on with.
+pub(crate) fn give_back(
+    remote: &mut Remote,
+    host: HostPid,
+    target: &Registers,
+    left: Duration,
+    wait: &mut Option<Wait>,
+) -> io::Result<Registers> {
+    let nr = target.orig_rax;
+    let milliseconds = left.as_nanos().div_ceil(1_000_000).min(i32::MAX as u128) as u64;
+    let limit = longs(&[left.as_secs(), u64::from(left.subsec_nanos())]);
+    let begun = remote.begin_call(host, target, &limit, |call, at| match nr {
+        NANOSLEEP => call.rdi = at,
+        CLOCK_NANOSLEEP => call.rdx = at,
+        FUTEX => call.r10 = at,
+        _ => call.rdx = milliseconds,
+    })?;
+    let mut regs = *target;
+    match Begun::of(&begun) {
+        Begun::Note => *wait = Some(Wait::given_back(nr, &regs, left)),
+        Begun::Nothing => resume::restart(&mut regs),
+        Begun::Result(result) => resume::end(&mut regs, result),
+    }
+    Ok(regs)
+}
+
+/// Addresses that the kernel looks at when a wait is given back.
+pub(crate) fn touched(regs: &Registers) -> Vec<u64> {
+    match regs.orig_rax {
+        FUTEX => vec![regs.rdi],
+        POLL => {
+            let end = regs.rdi.saturating_add(regs.rsi.min(DESCRIPTORS) * POLLFD);
+            let pages = (regs.rdi..end).step_by(PAGE);
+            pages.chain([end]).collect()
+        }
+        _ => Vec::new(),
+    }
+}
+
+fn voluntary_switches(tid: HostPid) -> io::Result<u64> {
+    // The name in it may hold any bytes but newlines.
+    let status = std::fs::read(format!("/proc/{tid}/status"))?;
+    String::from_utf8_lossy(&status)
+        .lines()
+        .find_map(|l| {
+            l.strip_prefix("voluntary_ctxt_switches:")?
+                .trim()
+                .parse()
+                .ok()
+        })
+        .ok_or_else(|| io::ErrorKind::InvalidData.into())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn in_epoll_wait(milliseconds: u64) -> Registers {
+        let mut regs = crate::sys::ptrace::no_registers();
+        (regs.rax, regs.r10) = (EPOLL_WAIT, milliseconds);
+        regs
+    }
+
+    /// The wait of a thread that is found with these registers, which are changed to what it goes on with.
+    fn found(regs: &mut Registers, before: Option<Wait>, at: (Instant, u64)) -> Wait {
+        let limit = Limit::of(EPOLL_WAIT, regs).unwrap();
+        let Limit::Milliseconds(full) = limit else {
+            panic!("{limit:?}")
+        };
+        let full = Duration::from_millis(full);
+        let wait = recognize(EPOLL_WAIT, regs, full, before, at);
+        lower(regs, &in_epoll_wait(0), limit, wait, at.0).unwrap()
+    }
+
+    #[test]
+    fn a_wait_that_is_interrupted_again_and_again_ends_in_time() {
+        let start = Instant::now();
+        let mut regs = in_epoll_wait(1000);
+        let first = found(&mut regs, None, (start, 10));
+        assert_eq!(regs.r10, 1000);
+        let then = start + Duration::from_millis(400);
+        let second = found(&mut regs, Some(first), (then, 13));
+        assert_eq!(regs.r10, 600);
+        let then = start + Duration::from_millis(1700);
+        found(&mut regs, Some(second), (then, 16));
+        assert_eq!(regs.r10, 0);
+    }
+
+    #[test]
+    fn a_new_wait_that_looks_alike_gets_its_full_time() {
+        let start = Instant::now();
+        let mut regs = in_epoll_wait(1000);
+        let first = found(&mut regs, None, (start, 10));
+        let then = start + Duration::from_millis(400);
+        found(&mut regs, Some(first), (then, 14));
+        assert_eq!(regs.r10, 1000);
+    }
+
+    #[test]
+    fn a_limit_in_memory_is_kept_until_the_time_is_over() {
+        let start = Instant::now();
+        let mut regs = crate::sys::ptrace::no_registers();
+        regs.rdx = 0x1000;
+        let limit = Limit::of(SIGTIMEDWAIT, &regs).unwrap();
+        assert_eq!(limit, Limit::At(0x1000));
+        let second = Duration::from_secs(1);
+        let wait = recognize(SIGTIMEDWAIT, &regs, second, None, (start, 1));
+        let stopped_at = regs;
+        let soon = start + second / 2;
+        assert!(lower(&mut regs, &stopped_at, limit, wait, soon).is_some());
+        assert!(lower(&mut regs, &stopped_at, limit, wait, start + second).is_none());
+        assert_eq!(regs.rax as i64, -i64::from(libc::EAGAIN));
+    }
+
+    #[test]
+    fn only_limits_that_count_from_the_call_on_are_found() {
+        let mut regs = crate::sys::ptrace::no_registers();
+        (regs.rsi, regs.rdx, regs.r10) = (0, 0x1000, 0x2000);
+        assert_eq!(Limit::of(CLOCK_NANOSLEEP, &regs), Some(Limit::At(0x1000)));
+        assert_eq!(Limit::of(FUTEX, &regs), Some(Limit::At(0x2000)));
+        regs.rsi = libc::TIMER_ABSTIME as u64;
+        assert_eq!(Limit::of(CLOCK_NANOSLEEP, &regs), None);
+        regs.rsi = libc::FUTEX_WAIT_BITSET as u64;
+        assert_eq!(Limit::of(FUTEX, &regs), None);
+        regs.rdx = u64::MAX;
+        assert_eq!(Limit::of(POLL, &regs), None, "without a limit");
+    }
+}
