@@ -43,6 +43,8 @@ pub enum Request {
         pid: i32,
         /// A number that is free inside, for a process that ends at once.
         mother: i32,
+        /// Memory that it is to have for itself at once, as if it had written to it.
+        touch: Vec<Range<u64>>,
     },
     /// To a template: undo mappings.
     Unmap(Vec<Range<u64>>),
@@ -188,10 +190,11 @@ impl Request {
                 w.u8(8);
                 w.ranges(ranges);
             }
-            Self::Fork { pid, mother } => {
+            Self::Fork { pid, mother, touch } => {
                 w.u8(9);
                 w.i32(*pid);
                 w.i32(*mother);
+                w.ranges(touch);
             }
             Self::Unmap(ranges) => {
                 w.u8(10);
@@ -238,6 +241,7 @@ impl Request {
             9 => Self::Fork {
                 pid: r.i32()?,
                 mother: r.i32()?,
+                touch: r.ranges()?,
             },
             10 => Self::Unmap(r.ranges()?),
             11 => Self::Empty(r.ranges()?),
@@ -368,7 +372,14 @@ mod tests {
             },
             Request::Hold(vec![4096..8192, 1 << 46..1 << 47]),
             Request::Collapse(vec![]),
-            Request::Fork { pid: 5, mother: 6 },
+            Request::Fork {
+                pid: 5,
+                mother: 6,
+                touch: vec![4096..8192, 0..4096],
+            },
+            Request::Unmap(vec![4096..8192, 1 << 46..1 << 47]),
+            Request::Empty(vec![]),
+            Request::Derive,
         ] {
             assert_eq!(Request::decode(&r.encode()), Some(r));
         }

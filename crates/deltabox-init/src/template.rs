@@ -74,8 +74,8 @@ fn answer_all(
                 ranges.iter().for_each(|r| drop(sys::collapse(r.clone())));
                 Ok(Reply::Done)
             }
-            Some(Request::Fork { pid, mother }) => {
-                match give_birth(control, filters, [pid, mother], got.fds) {
+            Some(Request::Fork { pid, mother, touch }) => {
+                match give_birth(control, filters, ([pid, mother], &touch), got.fds) {
                     Ok(()) => continue,
                     Err(failure) => Err(failure),
                 }
@@ -129,6 +129,7 @@ struct Birth<'a> {
     filters: &'a [Vec<libc::sock_filter>],
     pid: i32,
     mother: i32,
+    touch: &'a [Range<u64>],
     /// Init, by a pidfd.
     init: OwnedFd,
     payload: OwnedFd,
@@ -140,7 +141,7 @@ struct Birth<'a> {
 fn give_birth(
     control: &OwnedFd,
     filters: &[Vec<libc::sock_filter>],
-    [pid, mother]: [i32; 2],
+    ([pid, mother], touch): ([i32; 2], &[Range<u64>]),
     fds: Vec<OwnedFd>,
 ) -> Result<(), Failure> {
     let mut fds = fds.into_iter();
@@ -152,6 +153,7 @@ fn give_birth(
         filters,
         pid,
         mother,
+        touch,
         init,
         payload,
         v1: fds.collect(),
@@ -199,6 +201,9 @@ fn bear(birth: &Birth<'_>) -> Result<(), Failure> {
     match sys::fork(&options).at(Step::Clone, "making a process with a chosen pid")? {
         Fork::Parent(_) => Ok(()),
         Fork::Child => {
+            // Where there is no memory for it, it is done when it is needed.
+            let mut touch = birth.touch.iter().cloned();
+            let _ = touch.try_for_each(sys::populate);
             let confined = child::confine(birth.filters).and_then(|()| sys::set_dumpable(true));
             let reply = match confined.at(Step::Prepare, "confining a new process") {
                 Ok(()) => Reply::Pid(birth.pid),

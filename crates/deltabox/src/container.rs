@@ -18,6 +18,7 @@ use rustix::net::{AddressFamily, RecvFlags, SocketFlags, SocketType, socketpair,
 use rustix::process::{Pid, WaitOptions, waitpid};
 
 use crate::cgroup::{self, Cgroup};
+use crate::early::EarlyBirths;
 use crate::error::{Doing, Error, Result};
 use crate::{seccomp, sys};
 
@@ -57,6 +58,7 @@ pub(crate) struct Container {
     root: OwnedFd,
     cgroup: Cgroup,
     payload: PathBuf,
+    early: EarlyBirths,
     reaped: AtomicBool,
 }
 
@@ -171,6 +173,7 @@ impl Container {
             root,
             payload: parts.cgroup.payload(),
             cgroup: parts.cgroup,
+            early: EarlyBirths::default(),
             reaped: AtomicBool::new(false),
         };
         started.cgroup.apply()?;
@@ -180,6 +183,11 @@ impl Container {
     /// The version 2 group of all processes but init.
     pub(crate) fn payload(&self) -> &Path {
         &self.payload
+    }
+
+    /// Processes that wait in here to be taken up by a fork.
+    pub(crate) fn early(&self) -> &EarlyBirths {
+        &self.early
     }
 
     /// What the sandbox does without.

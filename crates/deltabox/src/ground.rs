@@ -320,6 +320,13 @@ pub(crate) struct Blank {
     phases: Phases,
 }
 
+impl Blank {
+    /// Where its processes will be.
+    pub(crate) fn container(&self) -> &Container {
+        &self.container
+    }
+}
+
 /// A name and a range of ids, given back unless kept.
 pub(crate) struct Reserved {
     table: Arc<Mutex<Table>>,

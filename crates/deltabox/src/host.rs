@@ -29,7 +29,7 @@ use crate::sandbox::Sandbox;
 use crate::spec::SandboxSpec;
 use crate::state::{Common, Content};
 use crate::templates::{Limits, Template, Templates};
-use crate::warm::Warm;
+use crate::warm::{Early, Warm};
 
 /// Threads that serve the files of one sandbox.
 const FILE_THREADS: usize = 2;
@@ -46,6 +46,13 @@ pub struct HostConfig {
     pub state_dir: PathBuf,
     /// How many blank sandboxes may be kept ready for forks, at most. 0 keeps none.
     pub warm: usize,
+    /// Whether processes of forks that are likely are born in those blank sandboxes in advance, if there is a template.
+    pub early_births: bool,
+    /// To how many pages such a process is made to write in advance, of those that each of the last steps after its checkpoint wrote to.
+    /// 0 to none.
+    pub early_pages: u64,
+    /// In how much of the last ten seconds, in percent, somebody may have waited for a processor for that to be done.
+    pub early_pressure: f64,
     /// How many templates may be kept: processes that hold the memory of a checkpoint for its forks to share. 0 keeps none.
     pub templates: usize,
     /// How many bytes the templates may hold together.
@@ -59,6 +66,9 @@ impl Default for HostConfig {
         Self {
             state_dir: PathBuf::from("/var/lib/deltabox"),
             warm: 16,
+            early_births: true,
+            early_pages: 2048,
+            early_pressure: 90.0,
             templates: 16,
             template_bytes: 4 << 30,
             gears: Gears::default(),
@@ -111,8 +121,13 @@ impl Host {
         let templates = Templates::new(group, limits);
         let common = Arc::new(Common::new(templates, config.gears, archive, ids));
         let ground = Arc::new(Ground::new(state_dir, hierarchies, cgroup_parent, common));
+        let early = Early {
+            births: config.early_births,
+            pages: config.early_pages,
+            pressure: config.early_pressure,
+        };
         let mut host = Self {
-            warm: Warm::start(Arc::clone(&ground), config.warm)?,
+            warm: Warm::start(Arc::clone(&ground), config.warm, early)?,
             ground,
             dormant: Mutex::default(),
             cleaned_up,
@@ -258,7 +273,8 @@ impl Host {
         };
         // In this order: of one that is given up, the sandbox goes before its name is free.
         let (sandbox, place) = self.ground.settle(blank)?;
-        sandbox.populate(content, origin.family(), template)?;
+        let early = sandbox.populate(content, origin.family(), template)?;
+        self.warm.note_early(early);
         Ok((Arc::new(sandbox), place))
     }
 

@@ -17,6 +17,7 @@ mod descendants;
 mod doctor;
 mod dormant;
 mod durable;
+mod early;
 mod error;
 mod ground;
 mod host;

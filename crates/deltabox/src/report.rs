@@ -231,6 +231,16 @@ pub struct WarmInfo {
     pub made: u64,
     /// How many were given up unused.
     pub dropped: u64,
+    /// Processes of forks that were born in them in advance.
+    pub early_births: u64,
+    /// How many of those a fork took up.
+    pub early_taken: u64,
+    /// How many had to go, for their blank sandbox was used for another checkpoint.
+    pub early_ended: u64,
+    /// Pages that such processes wrote to in advance.
+    pub early_pages: u64,
+    /// How often such processes were not born, for the processors had other work.
+    pub stood_back: u64,
 }
 
 /// The templates: processes that hold the memory of checkpoints for their forks to share.

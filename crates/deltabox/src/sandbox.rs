@@ -2,10 +2,12 @@
 
 mod durable;
 
+use std::ops::Range;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use deltacr::ids::InnerPid;
 use deltafs::{IdMap, Volume};
 use parking_lot::Mutex;
 
@@ -317,22 +319,39 @@ impl Sandbox {
     }
 
     /// Gives a sandbox that has just been assembled, and whose volume shows the files of `content`, the sessions and
-    /// processes of it. It is of that family then. `template` holds most of their memory, if there is one.
+    /// processes of it. It is of that family then. `template` holds most of their memory, if there is one. Returns how many processes
+    /// that were born early it has, and how many had to go.
     pub(crate) fn populate(
         &self,
         content: &Content,
         family: Family,
         template: Option<&Template>,
-    ) -> Result<()> {
+    ) -> Result<(usize, usize)> {
         let _whole = self.shared().whole.lock();
         self.shared().restoring.store(true, Ordering::Release);
+        let container = self.container();
+        let early = match template {
+            Some(template) => template.select(container, content.processes()),
+            None => container.early().select(container, |_, _| false),
+        };
+        let early = early.doing(format!("emptying sandbox {:?}", self.name))?;
         self.shared().adopt(content.sessions())?;
         let phases = self
             .state
             .lock()
             .populate(self.subject(), content, family, template)?;
         self.note_phases(phases);
-        Ok(())
+        Ok(early)
+    }
+
+    /// The addresses that the steps after a checkpoint wrote to; see [`DeltaState::written_after`].
+    pub(crate) fn written_after(
+        &self,
+        id: CheckpointId,
+        pid: InnerPid,
+        most: (usize, u64),
+    ) -> Vec<Range<u64>> {
+        self.state.lock().written_after(id, pid, most)
     }
 
     /// Which sandboxes it shares memory with.

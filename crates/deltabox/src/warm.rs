@@ -2,6 +2,9 @@
 //!
 //! A thread makes them while nothing else is going on, as many as the last fork of the same source took, and not
 //! more than a limit for all. A fork that finds none ready makes its own: it only takes longer.
+//!
+//! Where forks of one checkpoint are likely, and there is a template of it, their processes are born in there as well, with the pages that
+//! they are likely to write to.
 
 use std::sync::{Arc, Weak};
 use std::thread::JoinHandle;
@@ -14,6 +17,8 @@ use crate::ground::{Blank, Ground};
 use crate::memory;
 use crate::report::{CheckpointId, WarmInfo};
 use crate::sandbox::Sandbox;
+use crate::state::Content;
+use crate::templates::Template;
 
 /// Sources that blanks are kept for at a time.
 const SOURCES: usize = 8;
@@ -30,9 +35,24 @@ pub(crate) struct Warm {
     thread: Mutex<Option<JoinHandle<()>>>,
 }
 
+/// What is done in advance for forks that are likely.
+#[derive(Clone, Copy)]
+pub(crate) struct Early {
+    /// Whether their processes are born.
+    pub(crate) births: bool,
+    /// How many pages of each step are made their own.
+    pub(crate) pages: u64,
+    /// Under how much pressure, in percent, all of that is left for later.
+    pub(crate) pressure: f64,
+}
+
+/// How many of the last steps are looked at for what is likely to be written to.
+const STEPS: usize = 4;
+
 struct Pool {
     ground: Arc<Ground>,
     limit: usize,
+    early: Early,
     state: Mutex<State>,
     changed: Condvar,
 }
@@ -54,6 +74,8 @@ struct Expected {
     id: CheckpointId,
     count: usize,
     wants_template: bool,
+    /// More than one call asks for this checkpoint.
+    hot: bool,
     ready: Vec<Blank>,
 }
 
@@ -75,10 +97,11 @@ impl Drop for Pause<'_> {
 
 impl Warm {
     /// Keeps at most `limit` blanks; with 0 there is no thread.
-    pub(crate) fn start(ground: Arc<Ground>, limit: usize) -> Result<Self> {
+    pub(crate) fn start(ground: Arc<Ground>, limit: usize, early: Early) -> Result<Self> {
         let pool = Arc::new(Pool {
             ground,
             limit,
+            early,
             state: Mutex::default(),
             changed: Condvar::new(),
         });
@@ -133,6 +156,7 @@ impl Warm {
             id,
             count,
             wants_template: said || again || count > 1,
+            hot: said || again,
             ready: before.map(|b| b.ready).unwrap_or_default(),
         };
         state.expected.insert(0, expected);
@@ -147,6 +171,13 @@ impl Warm {
         drop(state);
         drop(gone);
         self.pool.changed.notify_all();
+    }
+
+    /// A fork took up, and ended, so many processes that were born early.
+    pub(crate) fn note_early(&self, (taken, ended): (usize, usize)) {
+        let mut state = self.pool.state.lock();
+        state.info.early_taken += taken as u64;
+        state.info.early_ended += ended as u64;
     }
 
     /// How it is doing.
@@ -182,7 +213,7 @@ impl Drop for Warm {
 /// What the thread is to do next.
 enum Task {
     Template(Arc<Sandbox>, CheckpointId),
-    Make(Arc<Sandbox>, CheckpointId),
+    Make(Arc<Sandbox>, CheckpointId, bool),
     Drop(Vec<Blank>),
     WaitForMemory,
     Wait,
@@ -193,9 +224,9 @@ impl Pool {
         let mut state = self.state.lock();
         while !state.closing {
             match self.next(&mut state) {
-                Task::Make(source, id) => {
+                Task::Make(source, id, hot) => {
                     drop(state);
-                    let made = self.make(&source, id);
+                    let made = self.make(&source, id, hot);
                     state = self.state.lock();
                     self.put(&mut state, &source, made);
                 }
@@ -253,12 +284,12 @@ impl Pool {
             }
             if expected.ready.len() < share && wanted.is_none() {
                 let source = expected.source.upgrade();
-                wanted = source.map(|source| (source, expected.id));
+                wanted = source.map(|source| (source, expected.id, expected.hot));
             }
         }
         match wanted {
             _ if !surplus.is_empty() => Task::Drop(surplus),
-            Some((source, id)) => Task::Make(source, id),
+            Some((source, id, hot)) => Task::Make(source, id, hot),
             None if scarce && !state.expected.is_empty() => Task::WaitForMemory,
             None => Task::Wait,
         }
@@ -278,12 +309,42 @@ impl Pool {
         None
     }
 
-    fn make(&self, source: &Sandbox, id: CheckpointId) -> Result<Blank> {
+    fn make(&self, source: &Sandbox, id: CheckpointId, hot: bool) -> Result<Blank> {
         let (content, spec) = source.origin(id)?;
         let make_files = |ids| source.fork_volume(&content, ids);
         let blank = self.ground.nameless_blank(spec, make_files)?;
         Ground::read_ahead(&blank, content.processes());
+        if hot
+            && self.early.births
+            && let Some(template) = self.ground.templates().of(id)
+        {
+            self.bear_early(source, (id, &content), &template, &blank);
+        }
         Ok(blank)
+    }
+
+    /// Has the processes of a fork born in a blank, if there is nothing better to do.
+    fn bear_early(
+        &self,
+        source: &Sandbox,
+        (id, content): (CheckpointId, &Content),
+        template: &Template,
+        blank: &Blank,
+    ) {
+        if memory::cpu_pressure() > self.early.pressure {
+            self.state.lock().info.stood_back += 1;
+            return;
+        }
+        let touch = |pid| source.written_after(id, pid, (STEPS, self.early.pages));
+        let born = template.fork_early(blank.container(), content.processes(), touch);
+        // What is missing is born when the fork is made.
+        let (births, pages) = born.unwrap_or_else(|e| {
+            tracing::debug!("bearing the processes of a fork of {id}: {e}");
+            (0, 0)
+        });
+        let mut state = self.state.lock();
+        state.info.early_births += births;
+        state.info.early_pages += pages;
     }
 
     fn put(&self, state: &mut State, source: &Arc<Sandbox>, made: Result<Blank>) {

@@ -104,6 +104,36 @@ fn render_warm(out: &mut String, warm: &WarmInfo) {
     );
     line(out, forks, "found=\"yes\"", warm.hits);
     line(out, forks, "found=\"no\"", warm.misses);
+    for (name, text, value) in [
+        (
+            "deltabox_early_births_total",
+            "Processes of forks that were born in advance.",
+            warm.early_births,
+        ),
+        (
+            "deltabox_early_births_taken_total",
+            "Processes born in advance that forks took up.",
+            warm.early_taken,
+        ),
+        (
+            "deltabox_early_births_ended_total",
+            "Processes born in advance that had to go.",
+            warm.early_ended,
+        ),
+        (
+            "deltabox_early_pages_total",
+            "Pages that processes born in advance wrote to.",
+            warm.early_pages,
+        ),
+        (
+            "deltabox_warm_stood_back_total",
+            "Times that nothing was born in advance, for want of processors.",
+            warm.stood_back,
+        ),
+    ] {
+        help(out, name, "counter", text);
+        line(out, name, "", value);
+    }
 }
 
 fn render_templates(out: &mut String, templates: &TemplatesInfo) {

@@ -333,6 +333,19 @@ impl Engine {
         })
     }
 
+    /// Makes all processes of `target` in a sandbox that has none, but for copies of a template that wait to be taken up.
+    ///
+    /// # Errors
+    /// No process is left of those that were made.
+    pub fn build(&mut self, env: &dyn Environment, target: &TreeImage) -> Result<Rollback<()>> {
+        target.complete()?;
+        on_own_thread(|| {
+            let mut watch = Stopwatch::start();
+            let done = self.make_in_empty(env, target, &mut watch)?;
+            Ok(done.with((), watch.phases))
+        })
+    }
+
     /// Kills all processes.
     ///
     /// # Errors
@@ -356,6 +369,15 @@ impl Engine {
         self.trackers.clear();
         self.waits.clear();
         watch.lap("kill");
+        self.make_in_empty(env, target, watch)
+    }
+
+    fn make_in_empty(
+        &mut self,
+        env: &dyn Environment,
+        target: &TreeImage,
+        watch: &mut Stopwatch,
+    ) -> Result<Done> {
         let mut held = Held::empty(open_once(&mut self.grounds, env)?);
         let nothing = Survey::default();
         let made = self.undo(env, &mut held, nothing, target, watch);

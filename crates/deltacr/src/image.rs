@@ -12,12 +12,16 @@ use crate::fd::Descriptors;
 use crate::files::Place;
 use crate::ids::InnerPid;
 use crate::mem::{
-    AddressSpace, Backing, Kept, SharedMemory, VERSIONED, addresses_of, merged, pages_of,
+    AddressSpace, Backing, Holding, Kept, PAGE, SharedMemory, VERSIONED, addresses_of, merged,
+    pages_of,
 };
 use crate::procfs::Stat;
 use crate::signals::Queue;
 use crate::threads::ThreadImage;
 use crate::timers::Timer;
+
+/// PID 1 of a sandbox.
+pub(crate) const INIT: InnerPid = InnerPid(1);
 
 /// A process tree at a checkpoint. Immutable; what did not change is shared with other images.
 #[derive(Clone)]
@@ -87,6 +91,57 @@ impl TreeImage {
         all.filter(|pages| pages.are_known())
             .find_map(|pages| pages.get().err())
             .map(|e| e.to_string())
+    }
+
+    /// The processes that can be forked of a template directly, which makes children of init that lead no session of the sandbox yet:
+    /// those that are to lead their own.
+    pub fn firstborn(&self, template: &Holding) -> Vec<InnerPid> {
+        let pids = self.processes.keys().copied();
+        pids.filter(|pid| self.begins_as_copy(*pid, template))
+            .collect()
+    }
+
+    pub(crate) fn begins_as_copy(&self, pid: InnerPid, template: &Holding) -> bool {
+        let stat = &self.processes[&pid].stat;
+        let mut children = self.processes.values().filter(|p| p.stat.parent == pid);
+        stat.parent == INIT
+            && stat.session == pid
+            && stat.exit_signal == libc::SIGCHLD
+            && children.all(|child| child.stat.session != INIT)
+            && template.has(pid)
+    }
+
+    /// A number that none of its processes, threads, groups and sessions has, nor one of `others`.
+    pub fn free_number(&self, others: impl Iterator<Item = InnerPid>) -> InnerPid {
+        let mut taken = BTreeSet::from([InnerPid(0), INIT]);
+        for (pid, p) in &self.processes {
+            taken.extend([*pid, p.stat.group, p.stat.session]);
+            taken.extend(p.threads.iter().map(|t| t.tid));
+        }
+        taken.extend(self.zombies.keys().copied());
+        taken.extend(others);
+        let free = (2..).map(InnerPid).find(|n| !taken.contains(n));
+        free.expect("numbers do not run out")
+    }
+
+    /// The addresses of the first `most` pages of a process that another image has differently, which is of a later moment. Nothing of
+    /// memory that is still being copied, or lost.
+    pub fn changes_to(&self, later: &Self, pid: InnerPid, most: u64) -> Vec<Range<u64>> {
+        let pages = |image: &Self| {
+            let pages = &image.processes.get(&pid)?.memory.pages;
+            pages.are_known().then(|| pages.get().ok().cloned())?
+        };
+        let (Some(now), Some(then)) = (pages(self), pages(later)) else {
+            return Vec::new();
+        };
+        let mut changes = Vec::new();
+        let mut left = most;
+        now.diff(&then, 0..u64::MAX / PAGE, |run| {
+            let end = run.end.min(run.start + left);
+            left -= end - run.start;
+            changes.extend((run.start < end).then(|| addresses_of(&(run.start..end))));
+        });
+        changes
     }
 
     /// How many memory pages its processes have. Waits for memory that is still being copied.

@@ -12,10 +12,12 @@ mod warmer;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
+use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
+use deltacr::ids::InnerPid;
 use deltacr::mem::Gears;
 use deltacr::store::PageStore;
 use deltacr::{Deaths, During, Engine, ProcessSummary, Rollback, Switched, TreeImage};
@@ -282,6 +284,26 @@ impl DeltaState {
         }
     }
 
+    /// The addresses of a process that the steps after a checkpoint wrote to, as far as there are checkpoints of them: of each of
+    /// the newest `steps` at most so many pages.
+    pub(crate) fn written_after(
+        &self,
+        id: CheckpointId,
+        pid: InnerPid,
+        (steps, pages): (usize, u64),
+    ) -> Vec<Range<u64>> {
+        let Some(now) = self.checkpoints.get(id) else {
+            return Vec::new();
+        };
+        let image = &now.content.processes;
+        let next = self.checkpoints.children(id).take(steps);
+        let mut written: Vec<Range<u64>> = next
+            .flat_map(|next| image.changes_to(&next.content.processes, pid, pages))
+            .collect();
+        written.sort_unstable_by_key(|range| range.start);
+        written
+    }
+
     /// What serves a rollback where processes have to be made again. Only if all of them have to, it pays to look further.
     fn template(&self, id: CheckpointId, target: &Content, alive: bool) -> Option<Arc<Template>> {
         let origin = target.origin(id, self.family);
@@ -313,7 +335,7 @@ impl DeltaState {
     ) -> Result<deltacr::Phases> {
         self.family = family;
         let env = subject.surroundings(Some(&content.sessions), template);
-        let made = self.engine.rebuild(&env, &content.processes)?;
+        let made = self.engine.build(&env, &content.processes)?;
         Ok(made.phases)
     }
 

@@ -90,6 +90,12 @@ impl<T> Checkpoints<T> {
         self.nodes.get(&id)
     }
 
+    /// The children of a checkpoint, newest first.
+    pub(crate) fn children(&self, id: CheckpointId) -> impl Iterator<Item = &Node<T>> {
+        let newer = self.nodes.range(id..).rev().map(|(_, node)| node);
+        newer.filter(move |node| node.parent == Some(id))
+    }
+
     /// Adds a checkpoint of the present state.
     pub(crate) fn add(&mut self, id: CheckpointId, node: Node<T>) {
         self.nodes.insert(

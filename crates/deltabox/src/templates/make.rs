@@ -1,6 +1,7 @@
 //! Making a template: from the stored pages, or of another one.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
 
 use deltacr::ids::HostPid;
@@ -51,7 +52,9 @@ impl Templates {
         process: Process,
         parts: Vec<Part>,
     ) -> Template {
+        static NUMBER: AtomicU64 = AtomicU64::new(0);
         Template {
+            number: NUMBER.fetch_add(1, Ordering::Relaxed),
             holding,
             process,
             family: origin.family,

@@ -12,12 +12,14 @@ mod process;
 
 use std::fs;
 use std::io;
+use std::ops::Range;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use deltacr::TreeImage;
+use deltacr::ids::InnerPid;
 use deltacr::mem::Holding;
 use parking_lot::Mutex;
 
@@ -50,8 +52,13 @@ pub(crate) struct Origin<'a> {
     pub(crate) image: &'a TreeImage,
 }
 
+/// The most ranges that one message to a template tells.
+const MOST_RANGES: usize = 8192;
+
 /// A process that holds the memory of a checkpoint.
 pub(crate) struct Template {
+    /// No other has it.
+    number: u64,
     holding: Holding,
     process: Process,
     family: Family,
@@ -68,9 +75,56 @@ impl Template {
         &self.holding
     }
 
-    /// Makes it give birth to a process in a sandbox.
+    /// Makes it give birth to a process in a sandbox, if that has not happened before.
     pub(crate) fn fork(&self, container: &Container, pid: i32, spare: i32) -> io::Result<i32> {
-        let born = self.process.fork(container, pid, spare);
+        match container.early().take(pid, self.number) {
+            Some(host) => Ok(host),
+            None => self.bear(container, [pid, spare], Vec::new()),
+        }
+    }
+
+    /// Makes it give birth to the processes that a fork of a checkpoint will need, in a sandbox that has none yet. `touch` tells which
+    /// addresses of a process are likely to be written to. Returns how many there are, and how many pages are theirs alone.
+    pub(crate) fn fork_early(
+        &self,
+        container: &Container,
+        image: &TreeImage,
+        touch: impl Fn(InnerPid) -> Vec<Range<u64>>,
+    ) -> io::Result<(u64, u64)> {
+        let spare = image.free_number(std::iter::empty()).0;
+        let (mut births, mut pages) = (0, 0);
+        for pid in image.firstborn(&self.holding) {
+            let touch = touch(pid);
+            let touch = touch.iter().flat_map(|r| self.holding.held_of(pid, r));
+            let touch: Vec<_> = touch.take(MOST_RANGES).collect();
+            let bytes: u64 = touch.iter().map(|r| r.end - r.start).sum();
+            let host = self.bear(container, [pid.0, spare], touch)?;
+            container.early().add(pid.0, host, self.number)?;
+            births += 1;
+            pages += bytes / 4096;
+        }
+        Ok((births, pages))
+    }
+
+    /// Ends what was born early in a sandbox, but for what a fork of `image` will take up of this template. Returns how many are left,
+    /// and how many were ended.
+    pub(crate) fn select(
+        &self,
+        container: &Container,
+        image: &TreeImage,
+    ) -> io::Result<(usize, usize)> {
+        let firstborn = image.firstborn(&self.holding);
+        let wanted = |pid, template| template == self.number && firstborn.contains(&InnerPid(pid));
+        container.early().select(container, wanted)
+    }
+
+    fn bear(
+        &self,
+        container: &Container,
+        numbers: [i32; 2],
+        touch: Vec<Range<u64>>,
+    ) -> io::Result<i32> {
+        let born = self.process.fork(container, numbers, touch);
         self.births
             .fetch_add(u64::from(born.is_ok()), Ordering::Relaxed);
         born

@@ -7,12 +7,10 @@ use std::os::fd::{AsFd, OwnedFd};
 use deltabox_init::{Reply, Request};
 use parking_lot::Mutex;
 
+use super::MOST_RANGES;
 use crate::container::{Container, Control, done, reap, socket_pair, start_idle};
 use crate::error::{Doing, Result};
 use crate::seccomp;
-
-/// Ranges that one message holds.
-const RANGES: usize = 8192;
 
 /// See the module's description. Dropping it ends the process.
 pub(super) struct Process {
@@ -71,7 +69,7 @@ impl Process {
         ranges: &[Range<u64>],
         order: impl Fn(Vec<Range<u64>>) -> Request,
     ) -> io::Result<()> {
-        let mut parts = ranges.chunks(RANGES);
+        let mut parts = ranges.chunks(MOST_RANGES);
         parts.try_for_each(|part| self.order(&order(part.to_vec())))
     }
 
@@ -95,9 +93,19 @@ impl Process {
         self.order_parts(ranges, Request::Collapse)
     }
 
-    /// Has it give birth in a sandbox; the child's pid as this process sees it.
-    pub(super) fn fork(&self, container: &Container, pid: i32, spare: i32) -> io::Result<i32> {
-        let request = Request::Fork { pid, mother: spare };
+    /// Has it give birth in a sandbox, to a process with the number `pid` by way of another with the number `spare`, which is to
+    /// have the memory `touch` for itself; its pid as this process sees it.
+    pub(super) fn fork(
+        &self,
+        container: &Container,
+        [pid, spare]: [i32; 2],
+        touch: Vec<Range<u64>>,
+    ) -> io::Result<i32> {
+        let request = Request::Fork {
+            pid,
+            mother: spare,
+            touch,
+        };
         let fds = container.for_births()?;
         let fds: Vec<_> = fds.iter().map(AsFd::as_fd).collect();
         let mut control = self.control.lock();

@@ -19,13 +19,12 @@ use crate::error::{During, Error, Result};
 use crate::files::Place;
 use crate::hold::{Held, HeldProcess};
 use crate::ids::InnerPid;
-use crate::image::{ProcessImage, TreeImage};
+use crate::image::{INIT, ProcessImage, TreeImage};
 use crate::procfs::Stat;
 use crate::remote::{Batch, Remote};
 use crate::stop::{Stopped, hold_thread};
 use crate::sys::ptrace;
 
-const INIT: InnerPid = InnerPid(1);
 /// How a session outside shows inside.
 const NONE: InnerPid = InnerPid(0);
 
@@ -219,12 +218,8 @@ impl<'a> Delivery<'a> {
     /// Makes a child of init by way of the template, if there is one that can. Such a child begins in no session of the
     /// sandbox, so it has to make its own before it has children.
     fn copy_of_template(&mut self, pid: InnerPid) -> Result<bool> {
-        let stat = &self.image(pid).stat;
-        let mut children = self.unborn_children(pid).into_iter();
-        let fits = stat.session == pid
-            && stat.exit_signal == libc::SIGCHLD
-            && children.all(|child| self.image(child).stat.session != INIT);
-        if !fits || !self.is_in_template(pid) {
+        let template = self.env.template();
+        if !template.is_some_and(|t| self.target.begins_as_copy(pid, t)) {
             return Ok(false);
         }
         match self.env.birth_from_template(pid, self.spare()) {
@@ -309,20 +304,9 @@ impl<'a> Delivery<'a> {
 
     /// A number that nothing in the image has.
     fn spare(&self) -> InnerPid {
-        let mut taken = BTreeSet::from([0, 1]);
-        for (pid, p) in &self.target.processes {
-            taken.extend([pid.0, p.stat.group.0, p.stat.session.0]);
-            taken.extend(p.threads.iter().map(|t| t.tid.0));
-        }
-        taken.extend(self.target.zombies.keys().map(|pid| pid.0));
-        taken.extend(
-            self.held
-                .processes
-                .values()
-                .flat_map(|p| p.stopped.threads.iter().map(|t| t.tid.0)),
-        );
-        let free = (2..).find(|n| !taken.contains(n));
-        InnerPid(free.expect("numbers do not run out"))
+        let processes = self.held.processes.values();
+        let threads = processes.flat_map(|p| p.stopped.threads.iter().map(|t| t.tid));
+        self.target.free_number(threads)
     }
 
     fn admit(&mut self, pid: InnerPid, remote: Remote, session: InnerPid) -> Result<()> {

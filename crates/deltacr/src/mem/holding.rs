@@ -199,6 +199,15 @@ impl Holding {
         Ok(missing)
     }
 
+    /// Where it holds these addresses of a process, as far as it does.
+    pub fn held_of(&self, pid: InnerPid, addresses: &Range<u64>) -> Vec<Range<u64>> {
+        let pieces = self.processes.get(&pid).map_or(&[][..], |h| &h.pieces);
+        let parts = pieces
+            .iter()
+            .filter_map(|piece| Some(piece.part(&overlap(&piece.to, addresses)?).held()));
+        parts.collect()
+    }
+
     /// Whether it holds memory for a process of this number.
     pub(crate) fn has(&self, pid: InnerPid) -> bool {
         let held = self.processes.get(&pid);
