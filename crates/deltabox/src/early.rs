@@ -67,16 +67,18 @@ impl EarlyBirths {
         wanted: impl Fn(i32, u64) -> bool,
     ) -> io::Result<(usize, usize)> {
         let mut births = self.0.lock();
-        let unwanted = |pid: &i32, birth: &mut Birth| !wanted(*pid, birth.template);
-        let ended: Vec<_> = births.extract_if(.., unwanted).collect();
-        let left = births.len();
+        let all = std::mem::take(&mut *births).into_iter();
+        let (kept, ended): (BTreeMap<_, _>, BTreeMap<_, _>) =
+            all.partition(|(pid, birth)| wanted(*pid, birth.template));
+        let left = kept.len();
+        *births = kept;
         drop(births);
-        for (_, birth) in &ended {
+        for birth in ended.values() {
             // One that has ended already is as good as ended.
             let _ = pidfd_send_signal(&birth.pidfd, Signal::KILL);
         }
         let begun = Instant::now();
-        for (_, birth) in &ended {
+        for birth in ended.values() {
             // Until init has waited for it, it has its number.
             while !birth.is(PollFlags::HUP) {
                 if begun.elapsed() > END {
