@@ -25,12 +25,24 @@ fn in_call(regs: &Registers) -> bool {
 /// `signalled` says that a signal waits to be delivered: then the `EINTR` is rightful.
 pub(crate) fn is_interrupted(regs: &Registers, signalled: bool) -> bool {
     // close(2) has closed the descriptor even when it reports EINTR.
-    in_call(regs) && regs.rax == EINTR && !signalled && regs.orig_rax != libc::SYS_close as u64
+    let nr = regs.orig_rax as i32;
+    in_call(regs) && regs.rax == EINTR && !signalled && i64::from(nr) != libc::SYS_close
 }
 
 /// Whether the kernel will go on with the call by its note in the thread.
 pub(crate) fn has_note(regs: &Registers) -> bool {
     in_call(regs) && regs.rax == ERESTART_RESTARTBLOCK
+}
+
+/// The registers that a thread has had before the kernel sent it back to its call, which is `nr` unless they tell.
+pub(crate) fn as_with_note(regs: &Registers, nr: u64) -> Registers {
+    let mut regs = *regs;
+    regs.rip = regs.rip.wrapping_add(INSTRUCTION);
+    if !in_call(&regs) {
+        regs.orig_rax = nr;
+    }
+    regs.rax = ERESTART_RESTARTBLOCK;
+    regs
 }
 
 /// Sends a thread back to the system call that it was taken out of.

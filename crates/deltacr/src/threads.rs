@@ -216,7 +216,7 @@ fn read(
     let rseq = ptrace::rseq(host)?;
     leave_critical_section(remote, &rseq, &mut thread.regs);
     let signalled = (pending.set() | shared.set()) & !thread.mask != 0;
-    let (regs, left) = waits::settle(remote, host, &mut thread.regs, signalled, wait)?;
+    let (regs, left) = waits::settle(remote, &mut thread.regs, signalled, wait);
     Ok(ThreadImage {
         tid: thread.tid,
         regs,

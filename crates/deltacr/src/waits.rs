@@ -16,10 +16,13 @@ use std::time::{Duration, Instant};
 use crate::ids::HostPid;
 use crate::remote::{Remote, longs};
 use crate::resume::{self, Begun};
+use crate::sys::process::SYSCALL;
 use crate::sys::ptrace::Registers;
 
-/// Going back to sleep, being frozen and being traced switch the thread away once each.
-const SWITCHES_OF_ONE_WAIT: u64 = 3;
+/// What a thread has in the upper half of the register with the call's number when it is sent back. The kernel looks at the
+/// lower half only, and shows all of it at the next stop if that is in the same wait.
+const SENT_BACK: u64 = 0x0de1_7ac4 << 32;
+const LOWER_HALF: u64 = 0xffff_ffff;
 const FUTEX_COMMAND: u64 = 0x7f;
 const NANOSECONDS: i64 = 1_000_000_000;
 /// More than a process has.
@@ -45,11 +48,7 @@ pub(crate) struct Wait {
     nr: u64,
     /// Where in the program it is.
     at: (u64, u64),
-    /// The limit that the thread was sent back with, in a register or in memory.
-    limit: Duration,
     deadline: Instant,
-    /// How often the thread had been switched away.
-    switches: u64,
 }
 
 impl Wait {
@@ -58,9 +57,7 @@ impl Wait {
         Self {
             nr,
             at: (regs.rip, regs.rsp),
-            limit: left,
             deadline: Instant::now() + left,
-            switches: 0,
         }
     }
 
@@ -147,33 +144,48 @@ fn timed_out(nr: u64) -> u64 {
 /// time.
 pub(crate) fn settle(
     remote: &Remote,
-    host: HostPid,
     regs: &mut Registers,
     signalled: bool,
     wait: &mut Option<Wait>,
-) -> io::Result<(Registers, Option<Duration>)> {
+) -> (Registers, Option<Duration>) {
     let before = wait.take();
-    if resume::has_note(regs) {
-        let mut image = *regs;
+    if let Some(mut image) = with_note(remote, regs) {
         let left = noted(remote, &mut image, before, wait);
-        return Ok((image, left));
+        return (image, left);
     }
-    if resume::is_interrupted(regs, signalled) {
-        let nr = regs.orig_rax;
-        let stopped_at = *regs;
-        resume::restart(regs);
-        if let Some(limit) = Limit::of(nr, regs) {
-            let switches = voluntary_switches(host)?;
-            let now = (Instant::now(), switches);
-            if let Some(known) = limit
-                .read(remote)
-                .map(|full| recognize(nr, regs, full, before, now))
-            {
-                *wait = lower(regs, &stopped_at, limit, known, now.0);
-            }
-        }
+    if !resume::is_interrupted(regs, signalled) {
+        // It may not even have got back to its call.
+        *wait = before.filter(|w| w.nr | SENT_BACK == regs.rax);
+        return (*regs, None);
     }
-    Ok((*regs, None))
+    let now = Instant::now();
+    let known = before.filter(|w| w.nr | SENT_BACK == regs.orig_rax);
+    let stopped_at = *regs;
+    regs.orig_rax &= LOWER_HALF;
+    let nr = regs.orig_rax;
+    resume::restart(regs);
+    let limit = Limit::of(nr, regs);
+    let full = limit.and_then(|limit| limit.read(remote));
+    if let Some((limit, full)) = limit.zip(full) {
+        let found = recognize(nr, regs, full, known, now);
+        *wait = lower(regs, &stopped_at, limit, found, now);
+    }
+    let image = *regs;
+    if wait.is_some() {
+        regs.rax |= SENT_BACK;
+    }
+    (image, None)
+}
+
+/// The registers of a thread whose call goes on by a note, as they are when it has just come out of the call.
+fn with_note(remote: &Remote, regs: &Registers) -> Option<Registers> {
+    if resume::has_note(regs) {
+        return Some(*regs);
+    }
+    let mut code = [0; 2];
+    let goes_back =
+        regs.rax == RESTART && remote.read(regs.rip, &mut code).is_ok() && code == SYSCALL;
+    goes_back.then(|| resume::as_with_note(regs, RESTART))
 }
 
 /// A wait that goes on by a note.
@@ -218,7 +230,7 @@ fn call_in_code(remote: &Remote, rip: u64) -> Option<u64> {
         code[1..5].try_into().expect("four bytes"),
     ));
     let noted = [NANOSLEEP, CLOCK_NANOSLEEP, POLL, FUTEX];
-    (code[0] == LOAD_EAX && code[5..] == [0x0f, 0x05] && noted.contains(&nr)).then_some(nr)
+    (code[0] == LOAD_EAX && code[5..] == SYSCALL && noted.contains(&nr)).then_some(nr)
 }
 
 /// The wait of a thread that is sent back to a call with this limit: the one of last time, or a new one.
@@ -227,21 +239,15 @@ fn recognize(
     regs: &Registers,
     limit: Duration,
     before: Option<Wait>,
-    (now, switches): (Instant, u64),
+    now: Instant,
 ) -> Wait {
     let at = (regs.rip, regs.rsp);
-    let same = before.filter(|w| {
-        (w.nr, w.at, w.limit) == (nr, at, limit)
-            && switches.wrapping_sub(w.switches) <= SWITCHES_OF_ONE_WAIT
-    });
-    let deadline = same.map_or(now + limit, |w| w.deadline);
-    Wait {
+    let same = before.filter(|w| w.at == at);
+    same.unwrap_or(Wait {
         nr,
         at,
-        limit,
-        deadline,
-        switches,
-    }
+        deadline: now + limit,
+    })
 }
 
 /// Lets a wait end in time: lowers its limit if that is in a register, otherwise ends it when its time is over.
@@ -249,7 +255,7 @@ fn lower(
     regs: &mut Registers,
     stopped_at: &Registers,
     limit: Limit,
-    mut wait: Wait,
+    wait: Wait,
     now: Instant,
 ) -> Option<Wait> {
     let left = wait.left(now);
@@ -257,7 +263,6 @@ fn lower(
         Limit::Milliseconds(_) => {
             // Rounded up: never to return too early.
             regs.r10 = left.as_nanos().div_ceil(1_000_000) as u64;
-            wait.limit = Duration::from_millis(regs.r10);
             Some(wait)
         }
         Limit::At(_) if left.is_zero() => {
@@ -309,20 +314,6 @@ pub(crate) fn touched(regs: &Registers) -> Vec<u64> {
     }
 }
 
-fn voluntary_switches(tid: HostPid) -> io::Result<u64> {
-    // The name in it may hold any bytes but newlines.
-    let status = std::fs::read(format!("/proc/{tid}/status"))?;
-    String::from_utf8_lossy(&status)
-        .lines()
-        .find_map(|l| {
-            l.strip_prefix("voluntary_ctxt_switches:")?
-                .trim()
-                .parse()
-                .ok()
-        })
-        .ok_or_else(|| io::ErrorKind::InvalidData.into())
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -333,39 +324,19 @@ mod tests {
         regs
     }
 
-    /// The wait of a thread that is found with these registers, which are changed to what it goes on with.
-    fn found(regs: &mut Registers, before: Option<Wait>, at: (Instant, u64)) -> Wait {
-        let limit = Limit::of(EPOLL_WAIT, regs).unwrap();
-        let Limit::Milliseconds(full) = limit else {
-            panic!("{limit:?}")
-        };
-        let full = Duration::from_millis(full);
-        let wait = recognize(EPOLL_WAIT, regs, full, before, at);
-        lower(regs, &in_epoll_wait(0), limit, wait, at.0).unwrap()
-    }
-
     #[test]
     fn a_wait_that_is_interrupted_again_and_again_ends_in_time() {
         let start = Instant::now();
         let mut regs = in_epoll_wait(1000);
-        let first = found(&mut regs, None, (start, 10));
-        assert_eq!(regs.r10, 1000);
-        let then = start + Duration::from_millis(400);
-        let second = found(&mut regs, Some(first), (then, 13));
-        assert_eq!(regs.r10, 600);
-        let then = start + Duration::from_millis(1700);
-        found(&mut regs, Some(second), (then, 16));
-        assert_eq!(regs.r10, 0);
-    }
-
-    #[test]
-    fn a_new_wait_that_looks_alike_gets_its_full_time() {
-        let start = Instant::now();
-        let mut regs = in_epoll_wait(1000);
-        let first = found(&mut regs, None, (start, 10));
-        let then = start + Duration::from_millis(400);
-        found(&mut regs, Some(first), (then, 14));
-        assert_eq!(regs.r10, 1000);
+        let mut known = None;
+        for (after, left) in [(0, 1000), (400, 600), (1700, 0)] {
+            let now = start + Duration::from_millis(after);
+            let limit = Limit::Milliseconds(regs.r10);
+            let full = Duration::from_millis(regs.r10);
+            let wait = recognize(EPOLL_WAIT, &regs, full, known, now);
+            known = lower(&mut regs, &in_epoll_wait(0), limit, wait, now);
+            assert_eq!(regs.r10, left);
+        }
     }
 
     #[test]
@@ -376,7 +347,7 @@ mod tests {
         let limit = Limit::of(SIGTIMEDWAIT, &regs).unwrap();
         assert_eq!(limit, Limit::At(0x1000));
         let second = Duration::from_secs(1);
-        let wait = recognize(SIGTIMEDWAIT, &regs, second, None, (start, 1));
+        let wait = recognize(SIGTIMEDWAIT, &regs, second, None, start);
         let stopped_at = regs;
         let soon = start + second / 2;
         assert!(lower(&mut regs, &stopped_at, limit, wait, soon).is_some());

@@ -6,5 +6,6 @@ mod faults;
 mod lab;
 mod servers;
 mod sessions;
+mod transparency;
 mod walk;
 mod work;

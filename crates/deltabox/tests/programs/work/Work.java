@@ -55,7 +55,7 @@ public class Work {
         forever(() -> {
             int number = (int) messages.get();
             first.put(number);
-            Integer got = last.poll(60, TimeUnit.SECONDS);
+            Integer got = last.poll(1, TimeUnit.HOURS);
             check(got != null && got == number + n, got + " came around");
             messages.incrementAndGet();
         });
