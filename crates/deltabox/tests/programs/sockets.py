@@ -334,12 +334,17 @@ def tcp_ended_by_both_sides():
     equal(accepted.recv(100), b"", "end of file")
     accepted.shutdown(socket.SHUT_WR)
     equal(client.recv(100), b"", "end of file")
+    name = accepted.getsockname()
 
     def mutate():
         client.close()
 
     def check():
         client.settimeout(20)
+        # SO_PEERNAME: the peer is told although there is no connection any more.
+        peer = client.getsockopt(socket.SOL_SOCKET, 28, 16)
+        equal(struct.unpack("!xxH", peer[:4])[0], name[1], "port of the peer")
+        equal(accepted.getsockname(), name, "name")
         equal(client.recv(100), b"", "end of file")
         raises(errno.EPIPE, client.send, b"late")
 
@@ -530,5 +535,88 @@ def raw_and_packet_sockets():
         echo = struct.pack("BBHHH", 8, 0, 0xF7FD, 1, 1)
         icmp.sendto(echo, ("127.0.0.1", 0))
         equal(icmp.recv(100)[20], 8, "the request, for which alone the filter asks")
+
+    return mutate, check
+
+
+@case
+def unix_sockets_whose_names_were_taken_by_others():
+    def bound(kind, path):
+        end = socket.socket(socket.AF_UNIX, kind)
+        end.bind(path)
+        return end
+
+    receiver = bound(socket.SOCK_DGRAM, "/playground/one")
+    sender = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+    sender.connect("/playground/one")
+    itself = bound(socket.SOCK_DGRAM, "/playground/itself")
+    itself.connect("/playground/itself")
+    itself.send(b"to itself")
+    server = bound(socket.SOCK_STREAM, "/playground/two")
+    server.listen()
+    client = socket.socket(socket.AF_UNIX)
+    client.connect("/playground/two")
+    accepted = server.accept()[0]
+    waiting = socket.socket(socket.AF_UNIX)
+    waiting.connect("/playground/two")
+    os.unlink("/playground/one")
+    os.mkfifo("/playground/one")
+    os.unlink("/playground/two")
+    other = bound(socket.SOCK_STREAM, "/playground/two")
+    other.listen()
+    for end in (receiver, itself, server, client, accepted, waiting, other):
+        end.settimeout(20)
+
+    def mutate():
+        receiver.close()
+        itself.recv(100)
+        accepted.close()
+        server.close()
+
+    def check():
+        sender.send(b"hello")
+        equal(receiver.recv(100), b"hello", "a datagram")
+        equal(sender.getpeername(), "/playground/one", "whom it is sent to")
+        equal(itself.recv(100), b"to itself", "queued")
+        itself.send(b"again")
+        equal(itself.recv(100), b"again", "sent to itself")
+        accepted.send(b"hello")
+        equal(client.recv(100), b"hello", "through the connection")
+        equal(client.getpeername(), "/playground/two", "name of the peer")
+        second = server.accept()[0]
+        waiting.send(b"hello")
+        equal(second.recv(100), b"hello", "through the connection that waited")
+        other.setblocking(False)
+        raises(errno.EAGAIN, other.accept)
+        equal(os.stat("/playground/one").st_mode & 0o170000, 0o010000, "the fifo")
+
+    return mutate, check
+
+
+@case
+def tcp_with_a_port_that_is_shared():
+    one, two = socket.socket(), socket.socket()
+    for end in (one, two):
+        end.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+    one.bind(("127.0.0.1", 0))
+    two.bind(one.getsockname())
+    one.listen()
+    two.listen()
+    one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 0)
+    name = one.getsockname()
+
+    def mutate():
+        one.close()
+        two.close()
+
+    def check():
+        equal((one.getsockname(), two.getsockname()), (name, name), "names")
+        shared = [end.getsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT) for end in (one, two)]
+        equal(shared, [0, 1], "SO_REUSEPORT")
+        client = socket.create_connection(name, timeout=20)
+        ready, _, _ = select.select([one, two], [], [], 20)
+        peer, _ = ready[0].accept()
+        client.send(b"hello")
+        equal(peer.recv(10), b"hello", "a connection to one of them")
 
     return mutate, check

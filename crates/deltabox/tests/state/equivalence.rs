@@ -238,6 +238,8 @@ theme! { sockets:
     filter_of_what_is_received
     filter_that_is_locked
     raw_and_packet_sockets
+    unix_sockets_whose_names_were_taken_by_others
+    tcp_with_a_port_that_is_shared
 }
 
 theme! { flights:

@@ -392,27 +392,41 @@ impl<'a> Delivery<'a> {
             .remote(stat.parent)
             .ok_or(io::ErrorKind::NotFound)?;
         let mut child = spawn::copy(mother, pid, stat.exit_signal & 0xff)?;
-        let mut batch = Batch::new();
-        let mut name = stat.name.clone();
-        name.push(0);
-        let name = batch.input(&name);
-        batch.call(libc::SYS_prctl, &[libc::PR_SET_NAME.into(), name.into()]);
-        if stat.group != InnerPid(0) {
-            batch.call(libc::SYS_setpgid, &[0.into(), stat.group.0.into()]);
+        let group = stat.group.0;
+        if group == 0 || call(&mut child, libc::SYS_setpgid, &[0.into(), group.into()]).is_ok() {
+            return end_as(child, stat);
         }
-        let signal = stat.exit_status & 0x7f;
-        if signal != 0 {
-            let default = batch.input(&[0; 32]);
-            let args = [signal.into(), default.into(), 0.into(), 8.into()];
-            batch.call(libc::SYS_rt_sigaction, &args);
-            child.run(&batch)?;
-            ptrace::set_signal_mask(child.host(), 0)?;
-            return spawn::die(&child, signal);
-        }
-        batch.call(libc::SYS_exit_group, &[(stat.exit_status >> 8).into()]);
-        child.start(child.host(), &batch)?;
-        spawn::await_end(child.host())
+        // Nobody is in its group any more: it needs a leader to come into being.
+        self.env.set_next_pid(stat.group)?;
+        let mut leader = spawn::copy(mother, stat.group, 0)?;
+        let joined = call(&mut leader, libc::SYS_setpgid, &[0.into(), 0.into()])
+            .and_then(|_| call(&mut child, libc::SYS_setpgid, &[0.into(), group.into()]));
+        spawn::kill(&leader, &[leader.host()])?;
+        spawn::reap(mother, &[stat.group])?;
+        joined?;
+        end_as(child, stat)
     }
+}
+
+/// Has a new-born process end as one did that is a zombie.
+fn end_as(mut child: Remote, stat: &Stat) -> io::Result<()> {
+    let mut batch = Batch::new();
+    let mut name = stat.name.clone();
+    name.push(0);
+    let name = batch.input(&name);
+    batch.call(libc::SYS_prctl, &[libc::PR_SET_NAME.into(), name.into()]);
+    let signal = stat.exit_status & 0x7f;
+    if signal != 0 {
+        let default = batch.input(&[0; 32]);
+        let args = [signal.into(), default.into(), 0.into(), 8.into()];
+        batch.call(libc::SYS_rt_sigaction, &args);
+        child.run(&batch)?;
+        ptrace::set_signal_mask(child.host(), 0)?;
+        return spawn::die(&child, signal);
+    }
+    batch.call(libc::SYS_exit_group, &[(stat.exit_status >> 8).into()]);
+    child.start(child.host(), &batch)?;
+    spawn::await_end(child.host())
 }
 
 fn admit(held: &Held, remote: Remote, birth: u64) -> Result<HeldProcess> {

@@ -99,15 +99,37 @@ pub(crate) fn reopen(handle: BorrowedFd<'_>, flags: i32) -> io::Result<OwnedFd> 
     )?)
 }
 
-/// A new pipe, as a handle that is both ends at once, owned by the user who is to use it.
-pub(crate) fn make(owner: (u32, u32)) -> io::Result<OwnedFd> {
-    let (read, _write) = rustix::pipe::pipe_with(PipeFlags::CLOEXEC | PipeFlags::NONBLOCK)?;
-    let (uid, gid) = (
-        rustix::fs::Uid::from_raw(owner.0),
-        rustix::fs::Gid::from_raw(owner.1),
-    );
-    rustix::fs::fchown(&read, Some(uid), Some(gid))?;
-    reopen(read.as_fd(), libc::O_RDWR)
+/// The ends of a new pipe that are not in use yet, for reading and for writing. One that is opened again tells other flags
+/// (`O_LARGEFILE`).
+#[derive(Debug)]
+pub(crate) struct Fresh([Option<OwnedFd>; 2]);
+
+impl Fresh {
+    /// A new pipe, owned by the user who is to use it.
+    pub(crate) fn make(owner: (u32, u32)) -> io::Result<Self> {
+        let (read, write) = rustix::pipe::pipe_with(PipeFlags::CLOEXEC | PipeFlags::NONBLOCK)?;
+        let (uid, gid) = (
+            rustix::fs::Uid::from_raw(owner.0),
+            rustix::fs::Gid::from_raw(owner.1),
+        );
+        rustix::fs::fchown(&read, Some(uid), Some(gid))?;
+        Ok(Self([Some(read), Some(write)]))
+    }
+
+    /// The end for this access, once.
+    pub(crate) fn take(&mut self, access: i32) -> Option<OwnedFd> {
+        let [read, write] = &mut self.0;
+        match access {
+            libc::O_RDONLY => read.take(),
+            libc::O_WRONLY => write.take(),
+            _ => None,
+        }
+    }
+
+    /// Any end.
+    pub(crate) fn any(&self) -> Option<BorrowedFd<'_>> {
+        self.0.iter().flatten().next().map(OwnedFd::as_fd)
+    }
 }
 
 /// Whether two pipes hold the same, in the same room.

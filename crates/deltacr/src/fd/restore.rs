@@ -72,6 +72,8 @@ pub fn restore(
         handles: BTreeMap::new(),
         feeders: Vec::new(),
         departed: Departed::default(),
+        fresh: BTreeMap::new(),
+        files: BTreeMap::new(),
         notes: Vec::new(),
     };
     epoll::forget(current, target, &restore.plan, restore.procs)?;
@@ -111,6 +113,10 @@ pub(super) struct Restore<'a, 'p> {
     /// The other ends of connections that nobody has the other end of: closed when the queues are filled.
     pub(super) feeders: Vec<(usize, OwnedFd)>,
     departed: Departed,
+    /// The files of unix sockets that were bound anew.
+    pub(super) files: BTreeMap<usize, OwnedFd>,
+    /// Ends of new pipes, while others may want them.
+    fresh: BTreeMap<usize, pipe::Fresh>,
     pub(super) notes: Vec<String>,
 }
 
@@ -183,6 +189,7 @@ impl Restore<'_, '_> {
         self.make_those(|kind| matches!(kind, Kind::Master { .. }))?;
         let last = |kind: &Kind| matches!(kind, Kind::ControllingTerminal);
         self.make_those(|kind| !matches!(kind, Kind::Master { .. }) && !last(kind))?;
+        self.fresh.clear();
         std::mem::take(&mut self.departed).bury(self.procs)?;
         terminals(self.procs)?;
         self.make_those(last)
@@ -205,7 +212,7 @@ impl Restore<'_, '_> {
         let (pid, _) = object.home;
         let made = match &object.kind {
             Kind::File { ino } => self.open_file(*ino, object.flags),
-            Kind::Memory { key } => self.shared.open(*key, flags),
+            Kind::Memory { key } => self.shared.open_descriptor(*key, flags),
             Kind::Path { path } => path::open(self.env, path, object.flags),
             Kind::ControllingTerminal => return self.open_inside(object, b"/dev/tty\0"),
             Kind::Pipe { pipe } => return self.make_pipe_end(*pipe, object),
@@ -268,9 +275,27 @@ impl Restore<'_, '_> {
                     libc::O_RDWR | libc::O_NONBLOCK,
                 )
                 .during(pid, "opening the fifo")?,
-            None => pipe::make(owner_of(host)).during(pid, "making a pipe")?,
+            None => return self.fresh_pipe_end(index, object, host),
         };
-        pipe::reopen(model.as_fd(), object.access()).during(pid, "opening it again")
+        let fresh = self.fresh.get_mut(&index);
+        match fresh.and_then(|ends| ends.take(object.access())) {
+            Some(end) => Ok(end),
+            None => pipe::reopen(model.as_fd(), object.access()).during(pid, "opening it again"),
+        }
+    }
+
+    /// The first end of a new pipe.
+    fn fresh_pipe_end(&mut self, index: usize, object: &Object, host: HostPid) -> Result<OwnedFd> {
+        let made = pipe::Fresh::make(owner_of(host)).and_then(|mut ends| {
+            let end = match (ends.take(object.access()), ends.any()) {
+                (Some(end), _) => end,
+                (None, Some(any)) => pipe::reopen(any, object.access())?,
+                (None, None) => return Err(io::ErrorKind::NotFound.into()),
+            };
+            self.fresh.insert(index, ends);
+            Ok(end)
+        });
+        made.during(object.home.0, "making a pipe")
     }
 
     /// Any end of a target pipe that exists already: one on its way, or one in its place.
@@ -440,6 +465,16 @@ fn settle_object(
         _ => {}
     }
     Ok(None)
+}
+
+/// Makes a file be of the user whom a process acts as.
+pub(super) fn give_to(file: &OwnedFd, of: HostPid) -> io::Result<()> {
+    let (uid, gid) = owner_of(of);
+    let (uid, gid) = (
+        rustix::fs::Uid::from_raw(uid),
+        rustix::fs::Gid::from_raw(gid),
+    );
+    Ok(rustix::fs::fchown(file, Some(uid), Some(gid))?)
 }
 
 /// The user whom a process acts as.

@@ -94,6 +94,9 @@ struct State {
 struct Live {
     /// Open for reading only, for the kernel executes nothing that somebody could write to.
     file: File,
+    /// Of one that was made here, and that nobody has open yet: the file that it was made with. It alone may be open for
+    /// writing while the object is executed, as it may where a program made it.
+    original: Option<File>,
     inode: u64,
     name: Arc<str>,
     /// What it was last known to hold.
@@ -177,6 +180,7 @@ impl SharedObjects {
         let key = ShmKey(state.last_key);
         let live = Live {
             file,
+            original: None,
             inode,
             name: Arc::from(name),
             pages: PageMap::new(),
@@ -205,6 +209,10 @@ impl SharedObjects {
         let state = &mut *self.state.lock();
         let objects = std::mem::take(&mut state.captured);
         state.live.retain(|_, live| live.images.strong_count() > 0);
+        state
+            .live
+            .values_mut()
+            .for_each(|live| live.original = None);
         let live = &state.live;
         state.by_inode.retain(|_, key| live.contains_key(key));
         SharedMemory { objects }
@@ -233,16 +241,36 @@ impl SharedObjects {
         Ok(())
     }
 
-    /// A new open file of an object, for the caller.
+    /// A file of an object, for the caller to map.
     ///
     /// # Errors
     /// There is no such object, or its seals or mode forbid it.
     pub fn open(&self, key: ShmKey, flags: i32) -> io::Result<OwnedFd> {
         let state = self.state.lock();
         let live = state.live.get(&key).ok_or(io::ErrorKind::NotFound)?;
-        let path = format!("/proc/self/fd/{}", live.file.as_raw_fd());
-        Ok(reopen(&path, flags)?.into())
+        match &live.original {
+            Some(original) if is_for_both(flags) => Ok(original.try_clone()?.into()),
+            _ => live.open(flags),
+        }
     }
+
+    /// A file of an object, for the caller to give to a process as a descriptor: no other has the same position.
+    ///
+    /// # Errors
+    /// There is no such object, or its seals or mode forbid it.
+    pub fn open_descriptor(&self, key: ShmKey, flags: i32) -> io::Result<OwnedFd> {
+        let mut state = self.state.lock();
+        let live = state.live.get_mut(&key).ok_or(io::ErrorKind::NotFound)?;
+        match live.original.take_if(|_| is_for_both(flags)) {
+            Some(original) => Ok(original.into()),
+            None => live.open(flags),
+        }
+    }
+}
+
+/// Whether a file is opened for reading and writing.
+fn is_for_both(flags: i32) -> bool {
+    flags & libc::O_ACCMODE == libc::O_RDWR
 }
 
 fn reopen(path: &str, flags: i32) -> io::Result<File> {
@@ -267,10 +295,16 @@ impl Live {
         Ok(Self {
             inode: file.metadata()?.ino(),
             file: reopen(&path, libc::O_RDONLY)?,
+            original: Some(file),
             name: Arc::clone(&image.name),
             pages: PageMap::new(),
             images: Weak::new(),
         })
+    }
+
+    fn open(&self, flags: i32) -> io::Result<OwnedFd> {
+        let path = format!("/proc/self/fd/{}", self.file.as_raw_fd());
+        Ok(reopen(&path, flags)?.into())
     }
 
     fn capture(&mut self, store: &PageStore) -> io::Result<ShmImage> {

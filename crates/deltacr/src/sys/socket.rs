@@ -28,7 +28,17 @@ fn size(result: isize) -> io::Result<usize> {
 
 /// Reads an option of at most 256 bytes; of a longer one, the beginning.
 pub(crate) fn option(fd: BorrowedFd<'_>, level: i32, name: i32) -> io::Result<Vec<u8>> {
-    let mut value = [0_u8; 256];
+    option_within(fd, level, name, 256)
+}
+
+/// Reads an option of at most this many bytes, for those of which the kernel gives no more, and no less, than there is room.
+pub(crate) fn option_within(
+    fd: BorrowedFd<'_>,
+    level: i32,
+    name: i32,
+    room: usize,
+) -> io::Result<Vec<u8>> {
+    let mut value = vec![0_u8; room];
     let mut len = value.len() as libc::socklen_t;
     // SAFETY: getsockopt writes at most `len` bytes to `value`, and the length to `len`.
     check(unsafe {
@@ -40,7 +50,8 @@ pub(crate) fn option(fd: BorrowedFd<'_>, level: i32, name: i32) -> io::Result<Ve
             &raw mut len,
         )
     })?;
-    Ok(value[..(len as usize).min(value.len())].to_vec())
+    value.truncate(len as usize);
+    Ok(value)
 }
 
 /// Reads an option that is an int.

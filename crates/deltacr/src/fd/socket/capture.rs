@@ -58,8 +58,26 @@ pub(crate) fn capture(capture: &mut Capture<'_>, holder: &Holder<'_>) -> Result<
         queue: Vec::new(),
     };
     holder.during(read(handle.as_fd(), &mut image), "reading the socket")?;
+    if domain == libc::AF_PACKET {
+        let heard = packet_protocol(capture.env, image.inode);
+        image.protocol = holder.during(heard, "asking what the socket listens for")?;
+    }
     capture.sockets.push((capture.image.objects.len(), handle));
     Ok(Kind::Socket(Box::new(image)))
+}
+
+/// What a packet socket listens for, in network byte order: of those that are bound by the name of a device nothing else tells.
+fn packet_protocol(env: &dyn Environment, inode: u64) -> io::Result<i32> {
+    let lines = std::fs::read_to_string(format!("/proc/{}/net/packet", env.init_pid()))?;
+    let found = lines.lines().find_map(|line| {
+        let words: Vec<_> = line.split_whitespace().collect();
+        let [_, _, _, protocol, .., found] = words.as_slice() else {
+            return None;
+        };
+        let is_it = found.parse() == Ok(inode);
+        is_it.then(|| u16::from_str_radix(protocol, 16).ok())?
+    });
+    Ok(found.map_or(0, u16::to_be).into())
 }
 
 fn read(handle: BorrowedFd<'_>, socket: &mut Socket) -> io::Result<()> {

@@ -7,7 +7,7 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use super::capture::{Relation, Sockets};
-use super::model::{Socket, State};
+use super::model::{Setting, Socket, State};
 use super::queue::{self, ROUND, ROUNDS};
 use super::{diag, options};
 use crate::fd::model::{Descriptors, Kind};
@@ -35,6 +35,9 @@ const OPTION_SEGMENT: u32 = 2;
 const OPTION_WINDOW: u32 = 3;
 const OPTION_SACK: u32 = 4;
 
+const SO_PEERNAME: i32 = 28;
+/// The old kind of packet sockets.
+const SOCK_PACKET: i32 = 10;
 /// The port that discards by definition.
 const DISCARD: u16 = 9;
 
@@ -149,8 +152,18 @@ pub(super) fn relate(
     } else {
         0
     };
+    if state == State::Ended {
+        // Nobody is told the peer of what is not connected, but the kernel remembers.
+        socket.remote = peer_name(handle, socket.domain).unwrap_or_default();
+        socket.options.retain(Setting::matters_connected);
+    }
     socket.state = state;
     Ok(())
+}
+
+fn peer_name(socket: BorrowedFd<'_>, domain: i32) -> io::Result<Vec<u8>> {
+    let room = loopback(domain, 0).len();
+    sys::option_within(socket, libc::SOL_SOCKET, SO_PEERNAME, room)
 }
 
 /// What a closed socket is: one that was connected reads as the end, another has no connection to read from.
@@ -419,8 +432,31 @@ fn loopback(domain: i32, port: u16) -> Vec<u8> {
     address
 }
 
-/// A connection that both sides have ended, made of two fresh sockets. Which addresses it had nobody can ask any more.
-pub(super) fn make_ended(image: &Socket, [other, listener]: [OwnedFd; 2]) -> io::Result<OwnedFd> {
+/// A connection that both sides have ended, made of two fresh sockets.
+pub(super) fn make_ended(
+    net: &OwnedFd,
+    image: &Socket,
+    [a, b]: [OwnedFd; 2],
+) -> io::Result<OwnedFd> {
+    let (end, other) = if image.remote.is_empty() {
+        connect_anyhow(image, a, b)?
+    } else {
+        connect_pair(net, (a.as_fd(), image), (b.as_fd(), None))?;
+        (a, b)
+    };
+    sys::shutdown(other.as_fd(), 2)?;
+    until(|| (Info::read(end.as_fd()).ok()?.state() == tcp::CLOSE_WAIT).then_some(()))?;
+    sys::shutdown(end.as_fd(), 2)?;
+    until(|| (Info::read(end.as_fd()).ok()?.state() == tcp::CLOSED).then_some(()))?;
+    Ok(end)
+}
+
+/// A connection between any two addresses.
+fn connect_anyhow(
+    image: &Socket,
+    other: OwnedFd,
+    listener: OwnedFd,
+) -> io::Result<(OwnedFd, OwnedFd)> {
     sys::bind(listener.as_fd(), &loopback(image.domain, 0))?;
     rustix::net::listen(&listener, 1)?;
     sys::connect(other.as_fd(), &sys::local_address(listener.as_fd())?).or_else(|e| {
@@ -431,11 +467,7 @@ pub(super) fn make_ended(image: &Socket, [other, listener]: [OwnedFd; 2]) -> io:
     })?;
     let end = until(|| sys::accept(listener.as_fd()).ok())?;
     options::set(end.as_fd(), image)?;
-    sys::shutdown(other.as_fd(), 2)?;
-    until(|| (Info::read(end.as_fd()).ok()?.state() == tcp::CLOSE_WAIT).then_some(()))?;
-    sys::shutdown(end.as_fd(), 2)?;
-    until(|| (Info::read(end.as_fd()).ok()?.state() == tcp::CLOSED).then_some(()))?;
-    Ok(end)
+    Ok((end, other))
 }
 
 /// Waits for what comes through the loopback device at once, or nearly so.
@@ -474,25 +506,48 @@ pub(super) fn close_hard(end: BorrowedFd<'_>) -> io::Result<()> {
     sys::set_option(end, libc::SOL_SOCKET, libc::SO_LINGER, &on)
 }
 
-/// Binds a fresh socket, and connects one that does not need a partner for it.
-pub(super) fn place(net: &OwnedFd, end: BorrowedFd<'_>, image: &Socket) -> io::Result<()> {
+/// Binds a fresh socket, and connects one that does not need a partner for it. If the address is `shared` with others, it
+/// may be that of any socket meanwhile, and the options are to be set once more when all are there.
+pub(super) fn place(
+    net: &OwnedFd,
+    end: BorrowedFd<'_>,
+    image: &Socket,
+    shared: bool,
+) -> io::Result<()> {
+    if image.domain == libc::AF_PACKET {
+        bind_packet(end, image)?;
+        // A group takes only sockets that listen.
+        return options::set(end, image);
+    }
     options::set(end, image)?;
+    if shared {
+        for option in [libc::SO_REUSEADDR, libc::SO_REUSEPORT] {
+            sys::set_int_option(end, libc::SOL_SOCKET, option, 1)?;
+        }
+    }
     let bound = match image.domain {
-        libc::AF_NETLINK | libc::AF_PACKET => image.local.iter().skip(2).any(|&byte| byte != 0),
+        libc::AF_NETLINK => image.local.iter().skip(2).any(|&byte| byte != 0),
         _ => endpoint(&image.local).is_some_and(|(port, _)| port != 0),
     };
     if bound {
-        let mut local = image.local.clone();
-        if image.domain == libc::AF_PACKET {
-            // It is told without room for the hardware address, but must be given with it.
-            local.resize(local.len().max(size_of::<libc::sockaddr_ll>()), 0);
-        }
-        bind_over(net, end, &local)?;
+        bind_over(net, end, &image.local)?;
     }
     if !image.is_tcp() && !image.remote.is_empty() {
         sys::connect(end, &image.remote)?;
     }
     Ok(())
+}
+
+/// Has a packet socket listen. Its address is told without room for that of the hardware, but must be given with it.
+fn bind_packet(end: BorrowedFd<'_>, image: &Socket) -> io::Result<()> {
+    let mut local = image.local.clone();
+    if image.kind != SOCK_PACKET {
+        local.resize(local.len().max(size_of::<libc::sockaddr_ll>()), 0);
+    }
+    match local.iter().skip(2).any(|&byte| byte != 0) {
+        true => sys::bind(end, &local),
+        false => Ok(()),
+    }
 }
 
 /// Whether two addresses are the same port of the same host, in whichever form.

@@ -52,6 +52,9 @@ const INET: &[(i32, i32)] = &[
     (libc::IPPROTO_IP, libc::IP_RECVTOS),
     (libc::IPPROTO_IP, libc::IP_MTU_DISCOVER),
     (libc::IPPROTO_IP, libc::IP_FREEBIND),
+    (libc::IPPROTO_IP, libc::IP_TRANSPARENT),
+    (libc::IPPROTO_IP, libc::IP_MINTTL),
+    (libc::IPPROTO_IP, libc::IP_BIND_ADDRESS_NO_PORT),
 ];
 const INET6: &[(i32, i32)] = &[
     (libc::IPPROTO_IPV6, libc::IPV6_V6ONLY),
@@ -59,6 +62,12 @@ const INET6: &[(i32, i32)] = &[
     (libc::IPPROTO_IPV6, libc::IPV6_RECVERR),
     (libc::IPPROTO_IPV6, libc::IPV6_UNICAST_HOPS),
     (libc::IPPROTO_IPV6, libc::IPV6_TCLASS),
+    (libc::IPPROTO_IPV6, libc::IPV6_FREEBIND),
+    (libc::IPPROTO_IPV6, libc::IPV6_RECVHOPLIMIT),
+    (libc::IPPROTO_IPV6, libc::IPV6_RECVTCLASS),
+    (libc::IPPROTO_IPV6, libc::IPV6_MTU_DISCOVER),
+    (libc::IPPROTO_IPV6, libc::IPV6_DONTFRAG),
+    (libc::IPPROTO_IPV6, libc::IPV6_TRANSPARENT),
 ];
 /// Not of streams, of which an accepted one has what the first packet had.
 const DATAGRAMS: &[(i32, i32)] = &[
@@ -83,6 +92,7 @@ const PACKET: &[(i32, i32)] = &[
     (libc::SOL_PACKET, libc::PACKET_RESERVE),
     (libc::SOL_PACKET, libc::PACKET_LOSS),
     (libc::SOL_PACKET, libc::PACKET_TIMESTAMP),
+    (libc::SOL_PACKET, libc::PACKET_FANOUT),
 ];
 const TCP: &[(i32, i32)] = &[
     (libc::IPPROTO_TCP, libc::TCP_NODELAY),
@@ -96,6 +106,12 @@ const TCP: &[(i32, i32)] = &[
 ];
 
 impl Setting {
+    /// Whether a socket that has another value can be given this one.
+    pub(crate) fn can_follow(&self, other: &Self) -> bool {
+        let of_group = (self.level, self.name) == (libc::SOL_PACKET, libc::PACKET_FANOUT);
+        !of_group || other.value == [0; 4] || self.value == other.value
+    }
+
     /// Whether it says anything about a connection: the families that an address takes do not matter once
     /// there is one, and the kernel would not let it be set.
     pub(crate) fn matters_connected(&self) -> bool {
@@ -149,6 +165,8 @@ pub(crate) fn set(socket: BorrowedFd<'_>, wanted: &Socket) -> io::Result<()> {
         match (setting.level, setting.name) {
             // Only when the filter is there; see `set_filter`.
             (SOL_SOCKET, libc::SO_LOCK_FILTER) => {}
+            // There is no leaving a group; a socket that has a wrong one is made anew.
+            (libc::SOL_PACKET, libc::PACKET_FANOUT) if setting.value == [0; 4] => {}
             (SOL_SOCKET, libc::SO_SNDBUF) => buffer(socket, libc::SO_SNDBUFFORCE, setting)?,
             (SOL_SOCKET, libc::SO_RCVBUF) => buffer(socket, libc::SO_RCVBUFFORCE, setting)?,
             (level, name) => sys::set_option(socket, level, name, &setting.value)?,

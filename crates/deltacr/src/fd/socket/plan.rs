@@ -13,6 +13,11 @@ pub(crate) fn alike(now: &Socket, wanted: &Socket) -> bool {
         now.shutdown & !wanted.shutdown == 0 && (now.has_same_queue(wanted) || now.shutdown == 0);
     // What has a filter must lose it before its queue is filled again.
     let same_filter = now.filter == wanted.filter && now.has_same_queue(wanted);
+    let settable = wanted.options.iter().all(|goal| {
+        let mut options = now.options.iter();
+        let have = options.find(|have| (have.level, have.name) == (goal.level, goal.name));
+        have.is_none_or(|have| goal.can_follow(have))
+    });
     let free_enough = if now.is_locked() {
         same_filter && wanted.is_locked()
     } else {
@@ -21,6 +26,7 @@ pub(crate) fn alike(now: &Socket, wanted: &Socket) -> bool {
     same_kind
         && open_enough
         && free_enough
+        && settable
         && match (&now.state, &wanted.state) {
             (State::Idle, State::Idle)
             | (State::Ended, State::Ended)

@@ -64,12 +64,28 @@ impl Restore<'_, '_> {
         if image.domain == libc::AF_UNIX {
             options::set(end.as_fd(), image)?;
             if !image.local.is_empty() {
-                unix::bind(of, end.as_fd(), image)?;
+                let file = unix::bind(of, end.as_fd(), image)?;
+                self.files.extend(file.map(|file| (index, file)));
             }
             return Ok(end);
         }
-        inet::place(&self.net()?, end.as_fd(), image)?;
+        crate::fd::restore::give_to(&end, of)?;
+        let shared = self.shares_address(index, image);
+        inet::place(&self.net()?, end.as_fd(), image, shared)?;
         Ok(end)
+    }
+
+    /// Whether other sockets are bound to the same address, as the kernel lets those that want it.
+    fn shares_address(&self, index: usize, image: &Socket) -> bool {
+        (0..self.target.objects.len()).any(|other| {
+            let socket = socket(self.target, other).filter(|_| other != index);
+            socket.is_some_and(|s| {
+                let may_share = s.is_udp() || s.remote.is_empty();
+                may_share
+                    && s.protocol == image.protocol
+                    && inet::same_endpoint(&s.local, &image.local)
+            })
+        })
     }
 
     fn net(&self) -> io::Result<OwnedFd> {
@@ -152,24 +168,30 @@ impl Restore<'_, '_> {
             .peer()
             .and_then(|peer| Some((peer, socket(target, peer)?)));
         let made = match (&image.state, peer) {
-            (State::Connected { .. }, Some((_, peer)))
+            (State::Connected { .. }, Some((listener, peer)))
                 if matches!(peer.state, State::Listening { .. }) =>
             {
-                self.make_waiting(index, image, peer)?
+                self.make_waiting(index, image, (listener, peer))?
             }
-            (State::Connected { .. }, Some((other, peer))) if peer.peer() == Some(index) => {
+            (State::Connected { .. }, Some((other, peer)))
+                if peer.peer() == Some(index) && other != index =>
+            {
                 let (end, other_end) = self.make_pair((index, image), (other, peer))?;
                 self.handles.insert(other, other_end);
                 end
             }
             // A sender of datagrams that goes one way.
-            (State::Connected { .. }, Some((_, peer))) => {
+            (State::Connected { .. }, Some((other, peer))) => {
                 let end = self.make_socket(index, image)?;
-                unix::connect(self.host_of(index)?, end.as_fd(), &peer.local)?;
+                let target = self.target_of(other, peer)?;
+                target.connect(self.host_of(index)?, end.as_fd())?;
                 end
             }
             (State::Orphaned, _) => self.make_orphan(index, image)?,
-            (State::Ended, _) => inet::make_ended(image, [self.fresh(image)?, self.fresh(image)?])?,
+            (State::Ended, _) => {
+                let ends = [self.fresh(image)?, self.fresh(image)?];
+                inet::make_ended(&self.net()?, image, ends)?
+            }
             _ => {
                 let (pid, fd) = target.objects[index].home;
                 self.notes.push(format!(
@@ -189,12 +211,13 @@ impl Restore<'_, '_> {
         &mut self,
         index: usize,
         image: &Socket,
-        listener: &Socket,
+        (at, listener): (usize, &Socket),
     ) -> io::Result<OwnedFd> {
         if image.domain == libc::AF_UNIX {
+            let target = self.target_of(at, listener)?;
             let (pid, _) = self.target.objects[index].home;
             let remote = self.procs.get_mut(&pid).ok_or(io::ErrorKind::NotFound)?;
-            let end = unix::connected(remote, image.kind, &listener.local)?;
+            let end = unix::connected(remote, image.kind, &target)?;
             options::set(end.as_fd(), image)?;
             return Ok(end);
         }
@@ -273,9 +296,13 @@ impl Restore<'_, '_> {
         listener: usize,
         accepted: &Socket,
     ) -> io::Result<Option<(OwnedFd, OwnedFd)>> {
+        let Some(at) = socket(self.target, listener) else {
+            return Ok(None);
+        };
+        let target = self.target_of(listener, at)?;
         let (pid, _) = self.target.objects[connecting].home;
         let remote = self.procs.get_mut(&pid).ok_or(io::ErrorKind::NotFound)?;
-        let Ok(end) = unix::connected(remote, accepted.kind, &accepted.local) else {
+        let Ok(end) = unix::connected(remote, accepted.kind, &target) else {
             return Ok(None);
         };
         let listener_end = self.handle(listener)?;
@@ -300,9 +327,27 @@ impl Restore<'_, '_> {
             self.make_socket(index, image)?,
             self.make_socket(other, peer)?,
         );
-        unix::connect(self.host_of(index)?, a.as_fd(), &peer.local)?;
-        unix::connect(self.host_of(other)?, b.as_fd(), &image.local)?;
+        let (to_a, to_b) = (self.target_of(index, image)?, self.target_of(other, peer)?);
+        to_b.connect(self.host_of(index)?, a.as_fd())?;
+        to_a.connect(self.host_of(other)?, b.as_fd())?;
         Ok((a, b))
+    }
+
+    /// Where a unix socket that has a name is reached: where it can be, by its file, for its name may lead elsewhere.
+    fn target_of(&self, index: usize, image: &Socket) -> io::Result<unix::Target> {
+        let by_name = || Ok(unix::Target::Name(image.local.clone()));
+        if !unix::is_path(&image.local) {
+            return by_name();
+        }
+        if let Some(file) = self.files.get(&index) {
+            return file.try_clone().map(unix::Target::File);
+        }
+        let flags = libc::O_PATH | libc::O_NOFOLLOW | libc::O_CLOEXEC;
+        let opened = image.file.map(|ino| self.env.open_inode(ino, flags));
+        match opened {
+            Some(Ok(file)) => Ok(unix::Target::File(file)),
+            _ => by_name(),
+        }
     }
 
     /// One end of a connection whose other end is closed.
@@ -382,9 +427,11 @@ impl Restore<'_, '_> {
         wanted: &Socket,
     ) -> io::Result<()> {
         let slot = self.target.objects[index].home;
-        if let Some(now) = now
-            && now.options != wanted.options
-        {
+        let unset = match now {
+            Some(now) => now.options != wanted.options,
+            None => !wanted.is_unix() && self.shares_address(index, wanted),
+        };
+        if unset {
             options::set(self.handle(index)?.as_fd(), wanted)?;
         }
         let same = match now {
@@ -471,14 +518,16 @@ impl Restore<'_, '_> {
                 }
                 None => (self.stranger(wanted, message)?, false),
             };
-            let to = destination(wanted);
-            let to = if connected { &[][..] } else { &to };
             let rights = self.lend(message)?;
-            let send = || sys::send_with(end.as_fd(), &message.bytes, to, &rights).map(drop);
+            let send = |to: &[u8]| sys::send_with(end.as_fd(), &message.bytes, to, &rights);
             match wanted.domain {
-                libc::AF_UNIX => unix::at(self.host_of(index)?, to, send)?,
-                _ => send()?,
-            }
+                _ if connected => send(&[])?,
+                libc::AF_UNIX => {
+                    let target = self.target_of(index, wanted)?;
+                    target.reach(self.host_of(index)?, send)?
+                }
+                _ => send(&destination(wanted))?,
+            };
         }
         Ok(())
     }

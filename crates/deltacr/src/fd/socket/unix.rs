@@ -2,11 +2,11 @@
 
 use std::ffi::OsStr;
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
-use rustix::fs::{AtFlags, CWD, Gid, Mode, Uid};
+use rustix::fs::{AtFlags, CWD, Gid, Mode, OFlags, Uid};
 
 use super::model::Socket;
 use crate::ids::HostPid;
@@ -26,11 +26,21 @@ fn path_of(address: &[u8]) -> Option<PathBuf> {
     (end > 0).then(|| PathBuf::from(OsStr::from_bytes(&name[..end])))
 }
 
+/// Whether an address is a path.
+pub(super) fn is_path(address: &[u8]) -> bool {
+    path_of(address).is_some()
+}
+
 /// Binds a fresh socket to the name that the image has. The file of the old socket, which the filesystem
-/// has brought back, leads nowhere: it gives way to a new one with the same owner and mode.
-pub(super) fn bind(of: HostPid, end: BorrowedFd<'_>, image: &Socket) -> io::Result<()> {
+/// has brought back, leads nowhere: it gives way to a new one with the same owner and mode. Gives a handle of the new
+/// file, if there is one: its name may be gone, or another's.
+pub(super) fn bind(
+    of: HostPid,
+    end: BorrowedFd<'_>,
+    image: &Socket,
+) -> io::Result<Option<OwnedFd>> {
     let Some(path) = path_of(&image.local) else {
-        return sys::bind(end, &image.local);
+        return sys::bind(end, &image.local).map(|()| None);
     };
     inside(of, || {
         let old = rustix::fs::statat(CWD, &path, AtFlags::SYMLINK_NOFOLLOW).ok();
@@ -45,11 +55,12 @@ pub(super) fn bind(of: HostPid, end: BorrowedFd<'_>, image: &Socket) -> io::Resu
         }
         let bound = with_parents(&path, || {
             sys::bind(end, &image.local)?;
-            if own {
-                Ok(())
-            } else {
-                Ok(rustix::fs::unlink(&path)?)
+            let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+            let file = rustix::fs::open(&path, flags, Mode::empty());
+            if !own {
+                rustix::fs::unlink(&path)?;
             }
+            Ok(Some(file?))
         });
         if let Some(old) = old {
             if own {
@@ -65,7 +76,7 @@ pub(super) fn bind(of: HostPid, end: BorrowedFd<'_>, image: &Socket) -> io::Resu
 }
 
 /// Makes the directories above a name that are not there any more, for as long as `act` takes.
-fn with_parents(path: &Path, act: impl FnOnce() -> io::Result<()>) -> io::Result<()> {
+fn with_parents<T>(path: &Path, act: impl FnOnce() -> io::Result<T>) -> io::Result<T> {
     let missing = |dir: &&Path| {
         !dir.as_os_str().is_empty() && rustix::fs::statat(CWD, *dir, AtFlags::empty()).is_err()
     };
@@ -86,21 +97,39 @@ fn with_parents(path: &Path, act: impl FnOnce() -> io::Result<()>) -> io::Result
     result
 }
 
-/// Connects a socket to a name, as the supervisor.
-pub(super) fn connect(of: HostPid, end: BorrowedFd<'_>, name: &[u8]) -> io::Result<()> {
-    at(of, name, || sys::connect(end, name))
+/// Where another socket is reached.
+pub(super) enum Target {
+    /// By the file that it is bound to, whatever that is called by now.
+    File(OwnedFd),
+    /// By its name.
+    Name(Vec<u8>),
 }
 
-/// Does something with a name, as the supervisor but where the name means what it means to a process.
-pub(super) fn at<T: Send>(
-    of: HostPid,
-    name: &[u8],
-    act: impl FnOnce() -> io::Result<T> + Send,
-) -> io::Result<T> {
-    match path_of(name) {
-        None => act(),
-        Some(_) => inside(of, act),
+impl Target {
+    /// Connects a socket, as the supervisor.
+    pub(super) fn connect(&self, of: HostPid, end: BorrowedFd<'_>) -> io::Result<()> {
+        self.reach(of, |address| sys::connect(end, address))
     }
+
+    /// Does something with the address, as the supervisor; a name means what it means to the process `of`.
+    pub(super) fn reach<T: Send>(
+        &self,
+        of: HostPid,
+        act: impl FnOnce(&[u8]) -> io::Result<T> + Send,
+    ) -> io::Result<T> {
+        match self {
+            Self::File(file) => act(&by_descriptor(file.as_raw_fd())),
+            Self::Name(name) if is_path(name) => inside(of, || act(name)),
+            Self::Name(name) => act(name),
+        }
+    }
+}
+
+/// The address of a socket by a descriptor of its file.
+fn by_descriptor(fd: i32) -> Vec<u8> {
+    let mut address = (libc::AF_UNIX as u16).to_ne_bytes().to_vec();
+    address.extend_from_slice(format!("/proc/self/fd/{fd}\0").as_bytes());
+    address
 }
 
 /// A pair made by the process itself, whose credentials the ends then tell (`SO_PEERCRED`).
@@ -127,14 +156,22 @@ pub(super) fn pair(remote: &mut Remote, kind: i32) -> io::Result<(OwnedFd, Owned
 }
 
 /// A connection made by the process itself to a listening socket. Gives the connected end.
-pub(super) fn connected(remote: &mut Remote, kind: i32, name: &[u8]) -> io::Result<OwnedFd> {
+pub(super) fn connected(remote: &mut Remote, kind: i32, target: &Target) -> io::Result<OwnedFd> {
+    let (lent, name) = match target {
+        Target::File(file) => {
+            let lent = remote.give_fds(&[file.as_fd()])?;
+            let name = by_descriptor(lent[0]);
+            (lent, name)
+        }
+        Target::Name(name) => (Vec::new(), name.clone()),
+    };
     let mut batch = Batch::new();
     let flags = kind | libc::SOCK_CLOEXEC | libc::SOCK_NONBLOCK;
     let made = batch.must(
         libc::SYS_socket,
         &[libc::AF_UNIX.into(), flags.into(), 0.into()],
     );
-    let address = batch.input(name);
+    let address = batch.input(&name);
     let connect = batch.call(
         libc::SYS_connect,
         &[made.into(), address.into(), name.len().into()],
@@ -142,7 +179,7 @@ pub(super) fn connected(remote: &mut Remote, kind: i32, name: &[u8]) -> io::Resu
     let outcome = remote.run(&batch)?;
     let number = outcome.result(made)? as i32;
     let taken = outcome.result(connect).and_then(|_| remote.take_fd(number));
-    close(remote, &[number])?;
+    close(remote, &[vec![number], lent].concat())?;
     taken
 }
 
