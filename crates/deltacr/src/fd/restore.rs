@@ -73,7 +73,6 @@ pub fn restore(
         feeders: Vec::new(),
         departed: Departed::default(),
         fresh: BTreeMap::new(),
-        files: BTreeMap::new(),
         notes: Vec::new(),
     };
     epoll::forget(current, target, &restore.plan, restore.procs)?;
@@ -113,8 +112,6 @@ pub(super) struct Restore<'a, 'p> {
     /// The other ends of connections that nobody has the other end of: closed when the queues are filled.
     pub(super) feeders: Vec<(usize, OwnedFd)>,
     departed: Departed,
-    /// The files of unix sockets that were bound anew.
-    pub(super) files: BTreeMap<usize, OwnedFd>,
     /// Ends of new pipes, while others may want them.
     fresh: BTreeMap<usize, pipe::Fresh>,
     pub(super) notes: Vec<String>,

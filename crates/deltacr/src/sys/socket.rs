@@ -165,6 +165,15 @@ pub(crate) fn shutdown(fd: BorrowedFd<'_>, directions: u8) -> io::Result<()> {
     check(unsafe { libc::shutdown(fd.as_raw_fd(), how) }).map(drop)
 }
 
+/// A handle of the file that a unix socket is bound to (`SIOCUNIXFILE`).
+pub(crate) fn file_of_unix(fd: BorrowedFd<'_>) -> io::Result<OwnedFd> {
+    const SIOCUNIXFILE: libc::Ioctl = 0x89e0;
+    // SAFETY: SIOCUNIXFILE takes no argument.
+    let file = check(unsafe { libc::ioctl(fd.as_raw_fd(), SIOCUNIXFILE) })?;
+    // SAFETY: the call made this descriptor; nobody else owns it.
+    Ok(unsafe { OwnedFd::from_raw_fd(file) })
+}
+
 /// Bytes sent that the other side has not taken yet (`SIOCOUTQ`).
 pub(crate) fn unsent(fd: BorrowedFd<'_>) -> io::Result<usize> {
     let mut value: libc::c_int = 0;

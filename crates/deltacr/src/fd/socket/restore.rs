@@ -64,8 +64,7 @@ impl Restore<'_, '_> {
         if image.domain == libc::AF_UNIX {
             options::set(end.as_fd(), image)?;
             if !image.local.is_empty() {
-                let file = unix::bind(of, end.as_fd(), image)?;
-                self.files.extend(file.map(|file| (index, file)));
+                unix::bind(of, end.as_fd(), image)?;
             }
             return Ok(end);
         }
@@ -183,8 +182,11 @@ impl Restore<'_, '_> {
             // A sender of datagrams that goes one way.
             (State::Connected { .. }, Some((other, peer))) => {
                 let end = self.make_socket(index, image)?;
-                let target = self.target_of(other, peer)?;
-                target.connect(self.host_of(index)?, end.as_fd())?;
+                let target = match other == index {
+                    true => unix::Target::of(end.as_fd(), image)?,
+                    false => self.target_of(other, peer)?,
+                };
+                sys::connect(end.as_fd(), &target.address())?;
                 end
             }
             (State::Orphaned, _) => self.make_orphan(index, image)?,
@@ -327,26 +329,18 @@ impl Restore<'_, '_> {
             self.make_socket(index, image)?,
             self.make_socket(other, peer)?,
         );
-        let (to_a, to_b) = (self.target_of(index, image)?, self.target_of(other, peer)?);
-        to_b.connect(self.host_of(index)?, a.as_fd())?;
-        to_a.connect(self.host_of(other)?, b.as_fd())?;
+        let to_b = unix::Target::of(b.as_fd(), peer)?;
+        sys::connect(a.as_fd(), &to_b.address())?;
+        let to_a = unix::Target::of(a.as_fd(), image)?;
+        sys::connect(b.as_fd(), &to_a.address())?;
         Ok((a, b))
     }
 
-    /// Where a unix socket that has a name is reached: where it can be, by its file, for its name may lead elsewhere.
+    /// Where a unix socket that has a name is reached.
     fn target_of(&self, index: usize, image: &Socket) -> io::Result<unix::Target> {
-        let by_name = || Ok(unix::Target::Name(image.local.clone()));
-        if !unix::is_path(&image.local) {
-            return by_name();
-        }
-        if let Some(file) = self.files.get(&index) {
-            return file.try_clone().map(unix::Target::File);
-        }
-        let flags = libc::O_PATH | libc::O_NOFOLLOW | libc::O_CLOEXEC;
-        let opened = image.file.map(|ino| self.env.open_inode(ino, flags));
-        match opened {
-            Some(Ok(file)) => Ok(unix::Target::File(file)),
-            _ => by_name(),
+        match self.handles.get(&index) {
+            Some(end) => unix::Target::of(end.as_fd(), image),
+            None => unix::Target::of(self.handle(index)?.as_fd(), image),
         }
     }
 
@@ -522,10 +516,7 @@ impl Restore<'_, '_> {
             let send = |to: &[u8]| sys::send_with(end.as_fd(), &message.bytes, to, &rights);
             match wanted.domain {
                 _ if connected => send(&[])?,
-                libc::AF_UNIX => {
-                    let target = self.target_of(index, wanted)?;
-                    target.reach(self.host_of(index)?, send)?
-                }
+                libc::AF_UNIX => send(&self.target_of(index, wanted)?.address())?,
                 _ => send(&destination(wanted))?,
             };
         }

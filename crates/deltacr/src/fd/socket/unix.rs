@@ -6,7 +6,7 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
-use rustix::fs::{AtFlags, CWD, Gid, Mode, OFlags, Uid};
+use rustix::fs::{AtFlags, CWD, Gid, Mode, Uid};
 
 use super::model::Socket;
 use crate::ids::HostPid;
@@ -26,21 +26,11 @@ fn path_of(address: &[u8]) -> Option<PathBuf> {
     (end > 0).then(|| PathBuf::from(OsStr::from_bytes(&name[..end])))
 }
 
-/// Whether an address is a path.
-pub(super) fn is_path(address: &[u8]) -> bool {
-    path_of(address).is_some()
-}
-
 /// Binds a fresh socket to the name that the image has. The file of the old socket, which the filesystem
-/// has brought back, leads nowhere: it gives way to a new one with the same owner and mode. Gives a handle of the new
-/// file, if there is one: its name may be gone, or another's.
-pub(super) fn bind(
-    of: HostPid,
-    end: BorrowedFd<'_>,
-    image: &Socket,
-) -> io::Result<Option<OwnedFd>> {
+/// has brought back, leads nowhere: it gives way to a new one with the same owner and mode.
+pub(super) fn bind(of: HostPid, end: BorrowedFd<'_>, image: &Socket) -> io::Result<()> {
     let Some(path) = path_of(&image.local) else {
-        return sys::bind(end, &image.local).map(|()| None);
+        return sys::bind(end, &image.local);
     };
     inside(of, || {
         let old = rustix::fs::statat(CWD, &path, AtFlags::SYMLINK_NOFOLLOW).ok();
@@ -55,12 +45,11 @@ pub(super) fn bind(
         }
         let bound = with_parents(&path, || {
             sys::bind(end, &image.local)?;
-            let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-            let file = rustix::fs::open(&path, flags, Mode::empty());
-            if !own {
-                rustix::fs::unlink(&path)?;
+            if own {
+                Ok(())
+            } else {
+                Ok(rustix::fs::unlink(&path)?)
             }
-            Ok(Some(file?))
         });
         if let Some(old) = old {
             if own {
@@ -76,7 +65,7 @@ pub(super) fn bind(
 }
 
 /// Makes the directories above a name that are not there any more, for as long as `act` takes.
-fn with_parents<T>(path: &Path, act: impl FnOnce() -> io::Result<T>) -> io::Result<T> {
+fn with_parents(path: &Path, act: impl FnOnce() -> io::Result<()>) -> io::Result<()> {
     let missing = |dir: &&Path| {
         !dir.as_os_str().is_empty() && rustix::fs::statat(CWD, *dir, AtFlags::empty()).is_err()
     };
@@ -101,26 +90,24 @@ fn with_parents<T>(path: &Path, act: impl FnOnce() -> io::Result<T>) -> io::Resu
 pub(super) enum Target {
     /// By the file that it is bound to, whatever that is called by now.
     File(OwnedFd),
-    /// By its name.
+    /// By its abstract name.
     Name(Vec<u8>),
 }
 
 impl Target {
-    /// Connects a socket, as the supervisor.
-    pub(super) fn connect(&self, of: HostPid, end: BorrowedFd<'_>) -> io::Result<()> {
-        self.reach(of, |address| sys::connect(end, address))
+    /// Where a socket with a name is reached: by its file if it has one, for the name may be gone, or another's.
+    pub(super) fn of(end: BorrowedFd<'_>, image: &Socket) -> io::Result<Self> {
+        match path_of(&image.local) {
+            Some(_) => sys::file_of_unix(end).map(Self::File),
+            None => Ok(Self::Name(image.local.clone())),
+        }
     }
 
-    /// Does something with the address, as the supervisor; a name means what it means to the process `of`.
-    pub(super) fn reach<T: Send>(
-        &self,
-        of: HostPid,
-        act: impl FnOnce(&[u8]) -> io::Result<T> + Send,
-    ) -> io::Result<T> {
+    /// The address, as the supervisor has it.
+    pub(super) fn address(&self) -> Vec<u8> {
         match self {
-            Self::File(file) => act(&by_descriptor(file.as_raw_fd())),
-            Self::Name(name) if is_path(name) => inside(of, || act(name)),
-            Self::Name(name) => act(name),
+            Self::File(file) => by_descriptor(file.as_raw_fd()),
+            Self::Name(name) => name.clone(),
         }
     }
 }
