@@ -1,5 +1,6 @@
 //! A host of its own for every test, and programs inside that are spoken to line by line.
 
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -43,9 +44,19 @@ impl Lab {
 
     /// Ends the host, and opens another one on what it leaves.
     pub(crate) fn restarted(self) -> Self {
+        self.restarted_with(|| ())
+    }
+
+    /// The same; between the two something else is done.
+    pub(crate) fn restarted_with(self, between: impl FnOnce()) -> Self {
         let Self { host, dir, gears } = self;
         drop(host);
+        between();
         Self::open(dir, gears)
+    }
+
+    pub(crate) fn state_dir(&self) -> PathBuf {
+        self.dir.path().join("state")
     }
 
     pub(crate) fn sandbox(&self) -> Arc<Sandbox> {

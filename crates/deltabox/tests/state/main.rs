@@ -3,9 +3,11 @@
 
 mod equivalence;
 mod faults;
+mod images;
 mod lab;
 mod servers;
 mod sessions;
+mod storm;
 mod transparency;
 mod walk;
 mod work;

@@ -9,6 +9,7 @@ use std::time::Duration;
 use deltabox::{CommandSpec, SandboxSpec, SessionEvent, Stream};
 
 use crate::lab::{Lab, Outcome, PATIENCE, output, text, write_file};
+use crate::work::number;
 
 /// Between two checkpoints.
 const PERIOD: Duration = Duration::from_millis(20);
@@ -41,8 +42,7 @@ fn steady(sandbox: &deltabox::Sandbox, seconds: u64) -> Outcome<Vec<String>> {
 
 #[test]
 fn a_program_cannot_tell_that_it_is_checkpointed() -> Outcome {
-    let seconds = std::env::var("DELTABOX_SECONDS").ok();
-    let seconds = seconds.map_or(3, |text| text.parse().expect("a number of seconds"));
+    let seconds = number("DELTABOX_SECONDS", 3) as u64;
     let lab = Lab::new();
     let sandbox = lab.host.create(SandboxSpec::default()).unwrap();
     write_file(

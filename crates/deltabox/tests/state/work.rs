@@ -27,7 +27,7 @@ const NODES: usize = 12;
 const PAUSE: usize = 40;
 
 /// A number from the environment.
-fn number(name: &str, otherwise: usize) -> usize {
+pub(crate) fn number(name: &str, otherwise: usize) -> usize {
     let told = std::env::var(name).ok();
     told.map_or(otherwise, |text| {
         text.parse()
