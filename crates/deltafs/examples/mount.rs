@@ -5,11 +5,11 @@
 //! ```
 //!
 //! Every line on standard input is a command: `checkpoint`, `rollback N` (the N-th checkpoint, from
-//! 0), `fork N` (and end it), `stats`. Each answers with one line that tells how long it took.
+//! 0), `fork N` (and end it), `place PATH` (mount it there too), `stats`. Each answers with one line that tells how long it took.
 
 use std::error::Error;
 use std::fs::File;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use deltafs::{IdMap, Options, Snapshot, Volume};
@@ -27,16 +27,20 @@ fn main() -> Result<(), Box<dyn Error>> {
         data_dir,
         threads: 2,
     })?;
+    mount(&volume, &place)?;
+    let served = serve(&volume);
+    rustix::mount::unmount(&place, UnmountFlags::DETACH)?;
+    served
+}
+
+fn mount(volume: &Volume, place: &Path) -> Result<(), Box<dyn Error>> {
     let flags = OpenTreeFlags::OPEN_TREE_CLONE
         | OpenTreeFlags::OPEN_TREE_CLOEXEC
         | OpenTreeFlags::AT_EMPTY_PATH;
     let mount = rustix::mount::open_tree(volume.mount(), "", flags)?;
     let flags = MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH;
-    rustix::mount::move_mount(&mount, "", rustix::fs::CWD, &place, flags)?;
-    drop(mount);
-    let served = serve(&volume);
-    rustix::mount::unmount(&place, UnmountFlags::DETACH)?;
-    served
+    rustix::mount::move_mount(&mount, "", rustix::fs::CWD, place, flags)?;
+    Ok(())
 }
 
 fn serve(volume: &Volume) -> Result<(), Box<dyn Error>> {
@@ -65,6 +69,10 @@ fn serve(volume: &Volume) -> Result<(), Box<dyn Error>> {
                 let made = start.elapsed();
                 drop(fork);
                 format!("fork {:.3} ms", made.as_secs_f64() * 1e3)
+            }
+            ("place", place) => {
+                mount(volume, Path::new(place))?;
+                format!("placed at {place}")
             }
             ("stats", _) => format!("{:?}", volume.stats()),
             _ => return Err(format!("no such command: {line}").into()),
