@@ -419,7 +419,16 @@ impl<'a> Output<'a> {
     }
 }
 
-/// The errno of an I/O error.
+/// What a program is told when its data cannot be written or read. It knows a device that is full or fails, not what the host's
+/// filesystem calls its troubles.
 pub(crate) fn errno(error: io::Error) -> Errno {
-    Errno::from_io_error(&error).unwrap_or(Errno::IO)
+    match Errno::from_io_error(&error) {
+        Some(errno @ (Errno::NOSPC | Errno::DQUOT | Errno::FBIG | Errno::NOMEM | Errno::STALE)) => {
+            errno
+        }
+        _ => {
+            tracing::error!(%error, "data of a DeltaFS volume cannot be written or read");
+            Errno::IO
+        }
+    }
 }
