@@ -16,6 +16,15 @@ fn small_base(base: &std::path::Path) {
 }
 
 #[test]
+fn large_files_are_read_ahead_by_whole_requests() {
+    let f = fixture(|_| {});
+    let device = f.volume.device();
+    let (major, minor) = (rustix::fs::major(device), rustix::fs::minor(device));
+    let path = format!("/sys/class/bdi/{major}:{minor}/read_ahead_kb");
+    assert_eq!(std::fs::read_to_string(path).unwrap().trim(), "256");
+}
+
+#[test]
 fn the_base_shows_through_and_stays_untouched() {
     let f = fixture(small_base);
     let v = &f.volume;
