@@ -250,6 +250,20 @@ class Sandbox:
         infos = [parse(SandboxInfo, s) for s in self._request("POST", "/fork", body)]
         return [Sandbox(self.client, info.name, info.epoch) for info in infos]
 
+    def hint(
+        self,
+        checkpoint: CheckpointLike,
+        *,
+        pin: bool | None = None,
+        forks: int | None = None,
+    ) -> bool:
+        """Says what is known of the forks of a checkpoint to come: that what they share is to be kept whatever comes (``pin``,
+        which also makes it; ``False`` takes that back), and how many are likely at a time. Returns whether there is something
+        that they share."""
+        body = {"pin": pin, "forks": forks}
+        path = f"/checkpoints/{quote(str(checkpoint), safe='')}/hint"
+        return bool(self._request("POST", path, body)["template"])
+
     def tree(self) -> Tree:
         """Its checkpoints."""
         nodes = self._request("GET", "/checkpoints")["nodes"]

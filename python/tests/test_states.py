@@ -161,6 +161,16 @@ class States(ServiceTest):
         self.assertTrue(sb.files.exists("/root/x"))
         self.assertEqual("kept", sb.tree()[attempt.checkpoint].message)
 
+    def test_a_hint_makes_what_forks_share(self) -> None:
+        sb = self.sandbox()
+        shell = sb.shell()
+        shell.run("v=1")
+        checkpoint = sb.checkpoint()
+        self.assertFalse(sb.hint(checkpoint))
+        self.assertTrue(sb.hint(checkpoint, pin=True, forks=2))
+        self.assertTrue(sb.hint(checkpoint, pin=False))
+        self.assertEqual("1\n", shell.twin(sb.fork(at=checkpoint)[0]).run("echo $v").output)
+
     def test_a_reader_that_waits_is_told_of_a_rollback(self) -> None:
         sb = self.sandbox()
         checkpoint = sb.checkpoint()

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand};
-use deltabox::{CheckpointId, SessionId};
+use deltabox::{CheckpointId, HostConfig, SessionId};
 
 use crate::units::{parse_duration, parse_size};
 
@@ -57,6 +57,8 @@ pub(crate) enum Command {
     Rollback(NameAndId),
     /// Make new sandboxes with the state of one, and print their names
     Fork(Fork),
+    /// Say what is known of the forks of a checkpoint to come
+    Hint(Hint),
     /// Draw a sandbox's checkpoints
     Tree(Name),
     /// Show which files and processes differ between two checkpoints
@@ -108,11 +110,49 @@ pub(crate) enum ServiceCommand {
         /// In a session of its own, as other commands start it
         #[arg(long, hide = true)]
         background: bool,
+        #[command(flatten)]
+        ready: Ready,
     },
     /// Say whether the service runs
     Status,
     /// End all sandboxes, then the service
     Stop,
+}
+
+/// What is kept ready for forks. A service that other commands start takes it from the environment.
+#[derive(Debug, Args)]
+pub(crate) struct Ready {
+    /// The most blank sandboxes that are kept ready; 0 keeps none
+    #[arg(long, env = "DELTABOX_WARM", value_name = "N")]
+    warm: Option<usize>,
+    /// The most templates, which hold the memory of checkpoints for their forks to share; 0 keeps none
+    #[arg(long, env = "DELTABOX_TEMPLATES", value_name = "N")]
+    templates: Option<usize>,
+    /// The most memory that templates may hold together, as 512M or 4G
+    #[arg(long, env = "DELTABOX_TEMPLATE_MEMORY", value_parser = parse_size, value_name = "SIZE")]
+    template_memory: Option<u64>,
+    /// Whether processes of forks that are likely are born in advance
+    #[arg(long, env = "DELTABOX_EARLY_BIRTHS", value_name = "BOOL")]
+    early_births: Option<bool>,
+    /// How many pages of each step such a process gets for itself in advance; 0 for none
+    #[arg(long, env = "DELTABOX_EARLY_PAGES", value_name = "N")]
+    early_pages: Option<u64>,
+}
+
+impl Ready {
+    /// For a host that keeps its state in this directory.
+    pub(crate) fn config(&self, state_dir: PathBuf) -> HostConfig {
+        let usual = HostConfig::default();
+        HostConfig {
+            state_dir,
+            warm: self.warm.unwrap_or(usual.warm),
+            templates: self.templates.unwrap_or(usual.templates),
+            template_bytes: self.template_memory.unwrap_or(usual.template_bytes),
+            early_births: self.early_births.unwrap_or(usual.early_births),
+            early_pages: self.early_pages.unwrap_or(usual.early_pages),
+            ..usual
+        }
+    }
 }
 
 #[derive(Debug, Args)]
@@ -284,6 +324,23 @@ fn parse_count(text: &str) -> Result<usize, String> {
         Ok(0) | Err(_) => Err("a number from 1 on is wanted".into()),
         Ok(n) => Ok(n),
     }
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Hint {
+    /// The sandbox
+    pub(crate) name: String,
+    /// The checkpoint, as c3
+    pub(crate) id: CheckpointId,
+    /// Keep what its forks share whatever comes, and make it now
+    #[arg(long, conflicts_with = "unpin")]
+    pub(crate) pin: bool,
+    /// Keep it no longer
+    #[arg(long)]
+    pub(crate) unpin: bool,
+    /// So many forks are likely to be asked for at a time: they are made ready
+    #[arg(long, value_name = "N")]
+    pub(crate) forks: Option<usize>,
 }
 
 #[derive(Debug, Args)]

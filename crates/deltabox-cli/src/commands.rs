@@ -4,11 +4,11 @@ use std::io::{self, IsTerminal, Write};
 
 use anyhow::Context;
 use deltabox::{Host, SandboxInfo, SandboxSpec};
-use deltaboxd::api::{CheckpointRequest, ForkRequest};
+use deltaboxd::api::{CheckpointRequest, ForkRequest, HintRequest};
 use deltaboxd::client::{Client, SessionRef};
 use serde_json::json;
 
-use crate::args::{Command, Create, Fork, Global, Kill, LayerCommand, Names};
+use crate::args::{Command, Create, Fork, Global, Hint, Kill, LayerCommand, Names};
 use crate::failure::Failure;
 use crate::{exec, service, show};
 
@@ -49,6 +49,7 @@ pub(crate) async fn run(global: &Global, command: Command) -> Result<u8, Failure
             }
             Ok(0)
         }
+        Command::Hint(args) => hint(&client, json, args).await,
         Command::Tree(args) => {
             let tree = client.tree(&args.name).await?;
             match json {
@@ -132,6 +133,19 @@ async fn fork(client: &Client, json: bool, args: Fork) -> Result<u8, Failure> {
     Ok(0)
 }
 
+async fn hint(client: &Client, json: bool, args: Hint) -> Result<u8, Failure> {
+    let request = HintRequest {
+        pin: (args.pin || args.unpin).then_some(args.pin),
+        forks: args.forks,
+    };
+    let report = client.hint(&args.name, args.id, &request).await?;
+    show::say(json, &report, || match report.template {
+        true => "its forks share memory".into(),
+        false => "its forks share no memory yet".into(),
+    })?;
+    Ok(0)
+}
+
 fn names(sandboxes: &[SandboxInfo]) -> String {
     let names: Vec<_> = sandboxes.iter().map(|s| s.name.as_str()).collect();
     names.join("\n")
@@ -140,9 +154,12 @@ fn names(sandboxes: &[SandboxInfo]) -> String {
 async fn inspect(client: &Client, json: bool, name: &str) -> Result<u8, Failure> {
     let sandbox = client.sandbox(name).await?;
     let sessions = client.sessions(name).await?;
+    let ready = client.ready().await?;
     match json {
-        true => show::json(&json!({ "sandbox": sandbox, "sessions": sessions }))?,
-        false => show::inspect(&sandbox, &sessions)?,
+        true => {
+            show::json(&json!({ "sandbox": sandbox, "sessions": sessions, "ready": ready }))?;
+        }
+        false => show::inspect(&sandbox, &sessions, &ready)?,
     }
     Ok(0)
 }

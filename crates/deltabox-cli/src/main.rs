@@ -40,8 +40,8 @@ fn run(cli: Cli) -> Result<u8, Failure> {
         Command::Doctor => commands::doctor(global.json),
         Command::Demo(options) => demo::demo(&global.state_dir, global.json, options),
         Command::Service {
-            command: ServiceCommand::Run { background },
-        } => service::run(&global.state_dir, background),
+            command: ServiceCommand::Run { background, ready },
+        } => service::run(&global.state_dir, background, &ready),
         command => tokio::runtime::Builder::new_current_thread()
             .enable_all()
             .build()?

@@ -7,7 +7,7 @@ use std::process::Command;
 use anyhow::Context;
 use deltaboxd::client::{Client, start};
 
-use crate::args::{Global, ServiceCommand};
+use crate::args::{Global, Ready, ServiceCommand};
 use crate::failure::Failure;
 use crate::show;
 use crate::units::{age, visible};
@@ -32,7 +32,7 @@ fn absolute(path: &Path) -> Result<PathBuf, Failure> {
 }
 
 /// Hosts the sandboxes until it is told to stop.
-pub(crate) fn run(state_dir: &Path, background: bool) -> Result<u8, Failure> {
+pub(crate) fn run(state_dir: &Path, background: bool, ready: &Ready) -> Result<u8, Failure> {
     if background {
         // Fails only where we lead a process group already, and so are out of our starter's.
         let _ = rustix::process::setsid();
@@ -44,7 +44,7 @@ pub(crate) fn run(state_dir: &Path, background: bool) -> Result<u8, Failure> {
         .with_ansi(false)
         .with_writer(std::io::stderr)
         .init();
-    deltaboxd::server::run(&absolute(state_dir)?)?;
+    deltaboxd::server::run(ready.config(absolute(state_dir)?))?;
     Ok(0)
 }
 

@@ -8,6 +8,7 @@ use deltabox::{
     CheckpointInfo, CheckpointReport, CheckpointState, Difference, Feature, FileChange,
     LayerReport, RollbackReport, SandboxInfo, SandboxState, SessionInfo, Tree,
 };
+use deltaboxd::api::ReadyInfo;
 use serde::Serialize;
 
 use crate::terminal::colours;
@@ -118,7 +119,11 @@ pub(crate) fn sandboxes(list: &[SandboxInfo]) -> io::Result<()> {
     print(&table)
 }
 
-pub(crate) fn inspect(sandbox: &SandboxInfo, sessions: &[SessionInfo]) -> io::Result<()> {
+pub(crate) fn inspect(
+    sandbox: &SandboxInfo,
+    sessions: &[SessionInfo],
+    ready: &ReadyInfo,
+) -> io::Result<()> {
     let mut out = io::stdout().lock();
     let mut line = |key: &str, value: &str| writeln!(out, "{key:<12} {}", visible(value));
     line("name", &sandbox.name)?;
@@ -141,6 +146,26 @@ pub(crate) fn inspect(sandbox: &SandboxInfo, sessions: &[SessionInfo]) -> io::Re
     for warning in &sandbox.warnings {
         line("warning", warning)?;
     }
+    // Of all sandboxes together.
+    let t = &ready.templates;
+    let templates = format!(
+        "{} of {} ({}, {} pinned, the oldest {:.0} s old), {} hits, {} relatives, {} misses",
+        t.number,
+        t.limit,
+        size(t.bytes),
+        t.pinned,
+        t.oldest,
+        t.hits,
+        t.relatives,
+        t.misses
+    );
+    line("templates", &templates)?;
+    let w = &ready.warm;
+    let warm = format!(
+        "{} of {}, {} hits, {} misses; born early {}, taken {}",
+        w.ready, w.limit, w.hits, w.misses, w.early_births, w.early_taken
+    );
+    line("kept ready", &warm)?;
     drop(out);
     match sessions {
         [] => Ok(()),

@@ -311,6 +311,11 @@ impl Host {
         Ok(templates.has(id))
     }
 
+    /// Whether there is a template of a checkpoint.
+    pub fn has_template(&self, id: CheckpointId) -> bool {
+        self.ground.templates().has(id)
+    }
+
     /// The templates that hold the memory of checkpoints.
     pub fn templates(&self) -> TemplatesInfo {
         self.ground.templates().info()

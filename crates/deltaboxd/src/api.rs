@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use deltabox::{CheckpointId, SessionInfo};
+use deltabox::{CheckpointId, SessionInfo, TemplatesInfo, WarmInfo};
 use serde::{Deserialize, Serialize};
 
 /// The header in which a request names the restore epoch that it expects; refused with 409 if that is over.
@@ -66,6 +66,32 @@ impl Default for ForkRequest {
             names: Vec::new(),
         }
     }
+}
+
+/// The body of `POST …/checkpoints/{id}/hint`: what the caller knows of the forks to come. What is absent stays as it is.
+#[derive(Clone, Copy, Debug, Default, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct HintRequest {
+    /// Keep the template of the checkpoint whatever comes, and make it if there is none; or no longer.
+    pub pin: Option<bool>,
+    /// So many forks of it are likely to be asked for at a time: they are made ready as far as that can be done.
+    pub forks: Option<usize>,
+}
+
+/// The answer to it.
+#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
+pub struct HintReport {
+    /// Whether there is a template of the checkpoint.
+    pub template: bool,
+}
+
+/// What is kept ready for forks.
+#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
+pub struct ReadyInfo {
+    /// Blank sandboxes.
+    pub warm: WarmInfo,
+    /// Templates.
+    pub templates: TemplatesInfo,
 }
 
 /// The body of `POST …/sessions/{id}/signal`.

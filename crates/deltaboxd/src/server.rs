@@ -21,27 +21,24 @@ use crate::routes::router;
 /// How long a stopping service waits for answers and streams that are under way.
 const GRACE: Duration = Duration::from_secs(5);
 
-/// Hosts the sandboxes of `state_dir` until SIGTERM, SIGINT or `POST /v1/stop`; then ends them all.
+/// Hosts sandboxes as `config` tells until SIGTERM, SIGINT or `POST /v1/stop`; then ends them all.
 ///
 /// The socket appears, readable by its owner alone, when the service is ready, and is removed when it ends.
 ///
 /// # Errors
 /// When the state directory is in use or cannot be used, the message says why.
-pub fn run(state_dir: &Path) -> anyhow::Result<()> {
+pub fn run(config: HostConfig) -> anyhow::Result<()> {
     tokio::runtime::Builder::new_multi_thread()
         .enable_all()
         .build()
         .context("the service's threads cannot be started")?
-        .block_on(host(state_dir))
+        .block_on(host(config))
 }
 
-async fn host(state_dir: &Path) -> anyhow::Result<()> {
-    prepare(state_dir)?;
-    let socket = Socket::bind(state_dir)?;
-    let config = HostConfig {
-        state_dir: state_dir.to_owned(),
-        ..HostConfig::default()
-    };
+async fn host(config: HostConfig) -> anyhow::Result<()> {
+    let state_dir = config.state_dir.clone();
+    prepare(&state_dir)?;
+    let socket = Socket::bind(&state_dir)?;
     let host = tokio::task::spawn_blocking(move || Host::open(config))
         .await
         .context("opening the state directory")??;
@@ -51,7 +48,7 @@ async fn host(state_dir: &Path) -> anyhow::Result<()> {
     let info = ServiceInfo {
         version: env!("CARGO_PKG_VERSION").to_owned(),
         pid: std::process::id(),
-        state_dir: state_dir.to_owned(),
+        state_dir,
         started: SystemTime::now()
             .duration_since(UNIX_EPOCH)
             .map_or(0, |since| since.as_secs()),

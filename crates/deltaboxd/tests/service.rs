@@ -1,11 +1,10 @@
 //! The service over its socket, through the client: every test has a service process and a state directory of its own.
 
-use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use deltabox::{CheckpointId, CommandSpec, SandboxSpec, SessionId, Stream, WindowSize};
+use deltabox::{CheckpointId, CommandSpec, HostConfig, SandboxSpec, SessionId, Stream, WindowSize};
 use deltaboxd::api::{CheckpointRequest, End, ForkRequest, StartedSession, socket_path};
 use deltaboxd::client::{Client, Error, FromSessionStream, SessionRef};
 use deltaboxd::frame::{FromSession, ToSession};
@@ -23,7 +22,11 @@ const PATIENCE: Duration = Duration::from_secs(30);
 #[ignore = "is the service that the other tests start"]
 fn service_process() {
     let state = std::env::var_os(STATE).expect("started by another test");
-    deltaboxd::server::run(Path::new(&state)).unwrap();
+    let config = HostConfig {
+        state_dir: state.into(),
+        ..HostConfig::default()
+    };
+    deltaboxd::server::run(config).unwrap();
 }
 
 struct Service {

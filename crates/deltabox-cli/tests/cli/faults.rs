@@ -79,6 +79,34 @@ fn after_a_killed_service_the_next_one_cleans_up_and_says_so() {
 }
 
 #[test]
+fn a_service_that_is_killed_while_it_copies_memory_leaves_nothing() {
+    let home = Home::with_box();
+    let mark = format!("98763.{}", std::process::id());
+    let program = format!(
+        "import os, time; m = bytearray(b'x') * (64 << 20); \
+         os.execvp('sleep', ['sleep', '{mark}']) if os.fork() == 0 else time.sleep(1000)"
+    );
+    home.ok(&["exec", "-d", "box", "--", "python3", "-c", &program]);
+    let mut inside = None;
+    wait_for("the program has its memory, and a child", || {
+        inside = sleeper(&mark);
+        inside.is_some()
+    });
+    let inside = inside.unwrap();
+    home.checkpoint();
+    // 64 MiB take longer to copy than this.
+    let service = home.service();
+    kill_process(service, Signal::KILL).unwrap();
+    wait_for("the service is gone", || gone(service));
+    assert_eq!(home.run(&["ls", "--json"]).stdout, "[]\n");
+    wait_for("the process in the sandbox is gone", || gone(inside));
+    assert_eq!(mounts_of(&home), Vec::<String>::new());
+    home.ok(&["create", "--name", "box"]);
+    let again = home.checkpoint();
+    home.ok(&["rollback", "box", &again]);
+}
+
+#[test]
 fn after_rm_and_stop_nothing_is_left() {
     let home = Home::with_box();
     let mark = format!("98764.{}", std::process::id());

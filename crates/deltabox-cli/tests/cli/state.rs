@@ -119,3 +119,42 @@ fn a_stopped_sandbox_refuses_commands_until_it_is_rolled_back() {
     });
     home.sh("true");
 }
+
+#[test]
+fn hints_make_what_forks_share_and_inspect_shows_it() {
+    let home = Home::with_box();
+    home.ok(&["exec", "-d", "box", "--", "sleep", "1000"]);
+    let id = home.checkpoint();
+    let hint = |more: &[&str]| home.ok(&[&["hint", "box", &id], more].concat());
+    assert_eq!(hint(&[]), "its forks share no memory yet\n");
+    assert_eq!(hint(&["--pin", "--forks", "2"]), "its forks share memory\n");
+    assert!(home.ok(&["inspect", "box"]).contains("1 pinned"));
+    hint(&["--unpin"]);
+    let ready = &home.json(&["inspect", "box"])["ready"];
+    assert_eq!(
+        (&ready["templates"]["pinned"], &ready["templates"]["number"]),
+        (&0.into(), &1.into())
+    );
+    assert_eq!(home.run(&["hint", "box", "c99", "--pin"]).code, Some(1));
+}
+
+#[test]
+fn a_service_keeps_ready_what_it_was_told_to() {
+    let home = Home::new();
+    let mut first = home.command(&["create", "--name", "box"]);
+    let first = first
+        .env("DELTABOX_TEMPLATES", "0")
+        .env("DELTABOX_WARM", "3");
+    assert!(first.output().unwrap().status.success());
+    home.ok(&["exec", "-d", "box", "--", "sleep", "1000"]);
+    let id = home.checkpoint();
+    assert_eq!(
+        home.ok(&["hint", "box", &id, "--pin"]),
+        "its forks share no memory yet\n"
+    );
+    let ready = &home.json(&["inspect", "box"])["ready"];
+    assert_eq!(
+        (&ready["templates"]["limit"], &ready["warm"]["limit"]),
+        (&0.into(), &3.into())
+    );
+}

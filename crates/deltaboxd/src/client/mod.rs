@@ -15,8 +15,8 @@ use hyper::Method;
 pub use stream::{Attached, FromSessionStream, Output, ToSessionSink};
 
 use crate::api::{
-    CheckpointRequest, ForkRequest, RollbackRequest, ServiceInfo, SignalRequest, StartedSession,
-    socket_path,
+    CheckpointRequest, ForkRequest, HintReport, HintRequest, ReadyInfo, RollbackRequest,
+    ServiceInfo, SignalRequest, StartedSession, socket_path,
 };
 
 /// The result of a request.
@@ -175,6 +175,22 @@ impl Client {
     pub async fn persist(&self, name: &str, id: CheckpointId) -> Result<()> {
         let path = format!("{}/checkpoints/{id}/persist", sandbox(name));
         self.send(Method::POST, &path, None, &()).await
+    }
+
+    /// Tells what is known of the forks of a checkpoint to come.
+    pub async fn hint(
+        &self,
+        name: &str,
+        id: CheckpointId,
+        hint: &HintRequest,
+    ) -> Result<HintReport> {
+        let path = format!("{}/checkpoints/{id}/hint", sandbox(name));
+        self.post(&path, hint).await
+    }
+
+    /// What is kept ready for forks.
+    pub async fn ready(&self) -> Result<ReadyInfo> {
+        self.get("/v1/ready").await
     }
 
     /// Forgets a checkpoint.

@@ -8,7 +8,7 @@ use serde::Deserialize;
 
 use super::checkpoint_id;
 use super::extract::{At, Body, Params};
-use crate::api::{CheckpointRequest, RollbackRequest};
+use crate::api::{CheckpointRequest, HintReport, HintRequest, RollbackRequest};
 use crate::app::App;
 use crate::failure::Answer;
 
@@ -60,6 +60,26 @@ pub(super) async fn persist(
     })
     .await
     .map(|()| StatusCode::NO_CONTENT)
+}
+
+pub(super) async fn hint(
+    State(app): State<App>,
+    At((name, id)): At<(String, String)>,
+    headers: HeaderMap,
+    Body(request): Body<HintRequest>,
+) -> Answer<Json<HintReport>> {
+    let id = checkpoint_id(&id)?;
+    let hint = move |host: &Host, name: &str| {
+        if let Some(forks) = request.forks {
+            host.expect_forks(name, id, forks)?;
+        }
+        let template = match request.pin {
+            Some(pinned) => host.pin_template(name, id, pinned)?,
+            None => host.has_template(id),
+        };
+        Ok(HintReport { template })
+    };
+    app.ask("hint", name, &headers, hint).await.map(Json)
 }
 
 pub(super) async fn rollback(

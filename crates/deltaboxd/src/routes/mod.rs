@@ -27,6 +27,7 @@ pub(crate) fn router(app: App) -> Router {
         .route("/v1/stop", post(service::stop))
         .route("/v1/doctor", get(service::doctor))
         .route("/v1/metrics", get(service::metrics))
+        .route("/v1/ready", get(service::ready))
         .route("/v1/openapi.json", get(service::openapi))
         .route("/v1/layers", get(checkpoints::layers))
         .route(
@@ -50,6 +51,10 @@ pub(crate) fn router(app: App) -> Router {
         .route(
             "/v1/sandboxes/{name}/checkpoints/{id}/persist",
             post(checkpoints::persist),
+        )
+        .route(
+            "/v1/sandboxes/{name}/checkpoints/{id}/hint",
+            post(checkpoints::hint),
         )
         .route("/v1/sandboxes/{name}/rollback", post(checkpoints::rollback))
         .route("/v1/sandboxes/{name}/diff", get(checkpoints::diff))

@@ -6,7 +6,7 @@ use axum::http::{StatusCode, header};
 use axum::response::IntoResponse;
 use deltabox::{Feature, Host};
 
-use crate::api::ServiceInfo;
+use crate::api::{ReadyInfo, ServiceInfo};
 use crate::app::App;
 use crate::failure::Answer;
 
@@ -28,6 +28,16 @@ pub(super) async fn metrics(State(app): State<App>) -> Answer<impl IntoResponse>
     let (sandboxes, warm, templates) = app.call("list", look).await?;
     let kind = [(header::CONTENT_TYPE, "text/plain; version=0.0.4")];
     Ok((kind, app.metrics.render(sandboxes, &warm, &templates)))
+}
+
+pub(super) async fn ready(State(app): State<App>) -> Answer<Json<ReadyInfo>> {
+    let look = |host: &Host| {
+        Ok(ReadyInfo {
+            warm: host.warm(),
+            templates: host.templates(),
+        })
+    };
+    app.call("ready", look).await.map(Json)
 }
 
 pub(super) async fn openapi() -> impl IntoResponse {
