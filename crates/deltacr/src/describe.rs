@@ -31,9 +31,8 @@ pub(crate) fn describe(
         mut attributes,
         program_break: brk,
         threads: mut answers,
-        system_v,
+        system_v: _,
     } = answers;
-    system_v.check(pid, &process.stat.name)?;
     if process.ignores_trap {
         attributes.ignore_trap();
     }

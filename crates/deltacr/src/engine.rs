@@ -23,7 +23,7 @@ use crate::reconcile::{self, Now, Reconcile};
 use crate::stopwatch::{Phases, Stopwatch};
 use crate::store::PageStore;
 use crate::sys;
-use crate::sysv;
+use crate::sysv::{self, SystemV};
 use crate::waits::Wait;
 
 /// How long the processes may take to stand still. A process in an uninterruptible sleep takes
@@ -210,12 +210,19 @@ impl Engine {
         let descriptors = fd::capture(&remotes(held), env, &self.shared)?;
         watch.lap("descriptors");
         let mut described = BTreeMap::new();
+        // Without a process there is nobody to ask.
+        let mut has_system_v = interviews.is_empty();
         for (pid, interview) in interviews {
             let process = member(&mut held.processes, pid)?;
             let answers = interview.end(&mut process.stopped.remote)?;
+            has_system_v |= answers.system_v;
             let state = describe(env, &held.procfs, process, answers, &mut self.waits)?;
             described.insert(pid, state);
         }
+        let system_v = match has_system_v {
+            true => sysv::capture(env)?,
+            false => SystemV::default(),
+        };
         watch.lap("processes");
         let memory = Memory {
             store: &self.store,
@@ -249,6 +256,7 @@ impl Engine {
             zombies: held.zombies.clone(),
             descriptors: Arc::new(descriptors),
             shared: Arc::default(),
+            system_v,
         };
         Ok(Captured {
             image,
@@ -415,7 +423,7 @@ impl Engine {
             let process = member(&mut held.processes, pid)?;
             let remote = &mut process.stopped.remote;
             let answers = interview.end(remote)?;
-            system_v |= !answers.system_v.is_empty();
+            system_v |= answers.system_v;
             let attributes = answers.attributes;
             let image = &target.processes[&pid];
             let may_be_filtered = image.threads.iter().all(|wanted| {
@@ -498,10 +506,15 @@ impl Engine {
         watch.lap("kill");
         let born = birth::deliver(env, held, target)?;
         watch.lap("births");
-        if (survey.system_v || survey.processes.is_empty())
-            && let Some(process) = held.processes.values_mut().next()
-        {
-            sysv::remove_all(&mut process.stopped.remote)?;
+        let mut there_is = survey.system_v || !target.system_v.is_empty();
+        if survey.processes.is_empty() && !there_is {
+            there_is = match held.processes.values_mut().next() {
+                Some(process) => sysv::are_there(&mut process.stopped.remote)?,
+                None => true,
+            };
+        }
+        if there_is {
+            sysv::restore(env, &target.system_v)?;
         }
         let mut descriptors = survey.descriptors;
         // A process that is to start its program again loses all that it has open by that.
@@ -578,7 +591,7 @@ struct Captured {
 struct Survey {
     processes: BTreeMap<InnerPid, Now>,
     descriptors: Descriptors,
-    /// Whether there are System V semaphores or message queues, which no checkpoint has.
+    /// Whether there are System V semaphores or message queues.
     system_v: bool,
 }
 

@@ -75,4 +75,6 @@ pub enum Namespace {
     Net,
     /// Mounts.
     Mount,
+    /// System V semaphores and message queues.
+    Ipc,
 }

@@ -17,6 +17,7 @@ use crate::mem::{
 };
 use crate::procfs::Stat;
 use crate::signals::Queue;
+use crate::sysv::SystemV;
 use crate::threads::ThreadImage;
 use crate::timers::Timer;
 
@@ -31,6 +32,7 @@ pub struct TreeImage {
     pub(crate) zombies: BTreeMap<InnerPid, Stat>,
     pub(crate) descriptors: Arc<Descriptors>,
     pub(crate) shared: Arc<SharedMemory>,
+    pub(crate) system_v: SystemV,
 }
 
 /// One process at a checkpoint.
@@ -74,6 +76,7 @@ impl TreeImage {
             zombies: BTreeMap::new(),
             descriptors: Arc::new(Descriptors::default()),
             shared: Arc::new(SharedMemory::default()),
+            system_v: SystemV::default(),
         }
     }
 

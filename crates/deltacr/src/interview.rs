@@ -54,7 +54,8 @@ pub(crate) struct Answers {
     pub(crate) program_break: u64,
     pub(crate) threads: BTreeMap<InnerPid, threads::Answers>,
     /// What is there of the whole sandbox.
-    pub(crate) system_v: sysv::Census,
+    /// Whether there are System V semaphores or message queues.
+    pub(crate) system_v: bool,
 }
 
 /// Questions that a process is answering.

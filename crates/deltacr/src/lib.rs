@@ -20,6 +20,7 @@ mod image;
 mod interview;
 pub mod mem;
 mod orphan;
+mod owners;
 mod procfs;
 mod reconcile;
 pub mod remote;

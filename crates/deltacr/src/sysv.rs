@@ -1,22 +1,23 @@
-//! System V semaphores and message queues. They are no process' own and go on without any, are not carried, and so may not be
-//! there at a checkpoint; those that were made since go with the state that is given up.
+//! System V semaphores and message queues. They are no process' own and go on without any.
+//!
+//! Processes are only asked whether there are some. The rest a thread of ours does that visits the sandbox's namespace.
 
-use crate::error::{During, Error, Result};
-use crate::ids::InnerPid;
+use std::fs;
+use std::io;
+use std::os::fd::AsFd;
+
+use serde::{Deserialize, Serialize};
+
+use crate::env::{Environment, Namespace};
+use crate::error::{During, Result};
+use crate::owners::Owners;
 use crate::remote::{Batch, CallId, DataRef, Outcome, Remote};
+use crate::sys::ipc::{self, Rights};
 
-/// `IPC_RMID`
-const REMOVE: i32 = 0;
-/// `SEM_INFO`, `SEM_STAT`, and what they fill: `struct seminfo`, `struct semid64_ds`.
-const SEMAPHORES: (i32, i32, usize, usize) = (19, 18, 40, 104);
-/// Where `struct seminfo` has the number of sets (`semusz`).
-const SETS: usize = 28;
-/// `MSG_INFO`, `MSG_STAT`, and what they fill: `struct msginfo`, `struct msqid64_ds`.
-const QUEUES: (i32, i32, usize, usize) = (12, 11, 32, 120);
-/// Where `struct msginfo` has the number of queues (`msgpool`).
-const POOL: usize = 0;
-/// What looking at one and removing it takes of a batch's heap.
-const ROOM: usize = 128;
+/// `SEM_INFO`, the size of the `struct seminfo` that it fills, and where that has the number of sets (`semusz`).
+const SEMAPHORES: (i32, usize, usize) = (19, 40, 28);
+/// `MSG_INFO`, the size of the `struct msginfo` that it fills, and where that has the number of queues (`msgpool`).
+const QUEUES: (i32, usize, usize) = (12, 32, 0);
 
 /// Where in a batch the questions are.
 pub(crate) struct Questions {
@@ -24,101 +25,257 @@ pub(crate) struct Questions {
     queues: (CallId, DataRef),
 }
 
-/// How many there are in the sandbox, and the highest place that one has in the kernel's table.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(crate) struct Census {
-    sets: i32,
-    last_set: u64,
-    queues: i32,
-    last_queue: u64,
-}
-
 impl Questions {
     /// Adds the questions to a batch.
     pub(crate) fn ask(b: &mut Batch) -> Self {
-        let (info, _, size, _) = SEMAPHORES;
+        let (info, size, _) = SEMAPHORES;
         let sets = b.output(size);
         let args = [0.into(), 0.into(), info.into(), sets.into()];
         let semaphores = (b.call(libc::SYS_semctl, &args), sets);
-        let (info, _, size, _) = QUEUES;
+        let (info, size, _) = QUEUES;
         let pool = b.output(size);
         let args = [0.into(), info.into(), pool.into()];
         let queues = (b.call(libc::SYS_msgctl, &args), pool);
         Self { semaphores, queues }
     }
 
-    pub(crate) fn answers(&self, o: &Outcome) -> Census {
+    /// Whether there are any in the sandbox.
+    pub(crate) fn answers(&self, o: &Outcome) -> bool {
         // A kernel without them has none.
-        let of = |(call, data): (CallId, DataRef), at| match o.result(call) {
-            Ok(last) => (o.int(data.at(at, 4)), last),
-            Err(_) => (0, 0),
+        let any = |(call, data): (CallId, DataRef), at| {
+            o.result(call).is_ok() && o.int(data.at(at, 4)) != 0
         };
-        let (sets, last_set) = of(self.semaphores, SETS);
-        let (queues, last_queue) = of(self.queues, POOL);
-        Census {
-            sets,
-            last_set,
-            queues,
-            last_queue,
-        }
+        any(self.semaphores, SEMAPHORES.2) || any(self.queues, QUEUES.2)
     }
 }
 
-impl Census {
-    pub(crate) fn is_empty(self) -> bool {
-        self.sets == 0 && self.queues == 0
+/// Whether there are any in the sandbox, as one of its processes has it.
+pub(crate) fn are_there(remote: &mut Remote) -> Result<bool> {
+    let mut batch = Batch::new();
+    let questions = Questions::ask(&mut batch);
+    let outcome = remote.run(&batch);
+    let outcome = outcome.during(remote.pid(), "asking for System V semaphores")?;
+    Ok(questions.answers(&outcome))
+}
+
+/// All semaphores and message queues of a sandbox at one moment.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct SystemV {
+    sets: Vec<Named<Set>>,
+    queues: Vec<Named<Queue>>,
+}
+
+/// What both have.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+struct Named<T> {
+    id: i32,
+    key: i32,
+    mode: u32,
+    owner: (u32, u32),
+    creator: (u32, u32),
+    holds: T,
+}
+
+/// A set of semaphores.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+struct Set {
+    values: Vec<u16>,
+}
+
+/// A message queue.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+struct Queue {
+    /// The most bytes that may wait in it.
+    capacity: u64,
+    /// Each with its type.
+    messages: Vec<(i64, Vec<u8>)>,
+}
+
+impl SystemV {
+    pub(crate) fn is_empty(&self) -> bool {
+        self.sets.is_empty() && self.queues.is_empty()
+    }
+}
+
+impl<T> Named<T> {
+    fn rights(&self, owners: &Owners) -> Rights {
+        Rights {
+            mode: self.mode,
+            owner: owners.outside(self.owner),
+        }
     }
 
-    /// Refuses a checkpoint. `pid` is any process that sees them.
-    pub(crate) fn check(self, pid: InnerPid, name: &[u8]) -> Result<()> {
-        if self.is_empty() {
+    /// Whether `other` is the same one, whatever it holds.
+    fn is(&self, other: &Self) -> bool {
+        (self.id, self.key, self.creator) == (other.id, other.key, other.creator)
+    }
+}
+
+/// Reads what there is.
+pub(crate) fn capture(env: &dyn Environment) -> Result<SystemV> {
+    visit(env, |owners| read(owners)).during_tree("reading System V semaphores and message queues")
+}
+
+/// Makes what there is the same as in an image.
+pub(crate) fn restore(env: &dyn Environment, wanted: &SystemV) -> Result<()> {
+    visit(env, |owners| {
+        let now = read(owners)?;
+        settle(owners, "sem_next_id", &now.sets, &wanted.sets)?;
+        settle(owners, "msg_next_id", &now.queues, &wanted.queues)
+    })
+    .during_tree("restoring System V semaphores and message queues")
+}
+
+/// Does something in the sandbox's IPC namespace, on a thread of its own.
+fn visit<T: Send>(
+    env: &dyn Environment,
+    act: impl FnOnce(&Owners) -> io::Result<T> + Send,
+) -> io::Result<T> {
+    let namespace = env.namespace(Namespace::Ipc)?;
+    let owners = Owners::of(env)?;
+    std::thread::scope(|scope| {
+        let thread = scope.spawn(|| {
+            ipc::enter(namespace.as_fd())?;
+            act(&owners)
+        });
+        thread
+            .join()
+            .unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+    })
+}
+
+fn read(owners: &Owners) -> io::Result<SystemV> {
+    let mut found = SystemV::default();
+    // key, id, mode, number of semaphores, then owner and creator
+    for line in lines("sem")? {
+        let values = ipc::values(line[1] as i32, line[3] as usize)?;
+        found.sets.push(named(owners, &line, 4, Set { values }));
+    }
+    // key, id, mode, bytes, messages, last sender and receiver, then owner and creator
+    for line in lines("msg")? {
+        let id = line[1] as i32;
+        let mut messages = Vec::new();
+        while let Some(message) = ipc::message(id, Some(messages.len()), line[3] as usize)? {
+            messages.push(message);
+        }
+        let capacity = ipc::capacity(id)?;
+        let queue = Queue { capacity, messages };
+        found.queues.push(named(owners, &line, 7, queue));
+    }
+    Ok(found)
+}
+
+/// The lines of a list in `/proc/sysvipc`, as numbers; the third is octal.
+fn lines(list: &str) -> io::Result<Vec<Vec<i64>>> {
+    let text = fs::read_to_string(format!("/proc/sysvipc/{list}"))?;
+    let line = |line: &str| {
+        let number = |(at, word)| i64::from_str_radix(word, if at == 2 { 8 } else { 10 });
+        line.split_whitespace().enumerate().map(number).collect()
+    };
+    let lines: Result<Vec<Vec<_>>, _> = text.lines().skip(1).map(line).collect();
+    let lines = lines.map_err(io::Error::other)?;
+    match lines.iter().all(|line| line.len() >= 10) {
+        true => Ok(lines),
+        false => Err(io::ErrorKind::InvalidData.into()),
+    }
+}
+
+fn named<T>(owners: &Owners, line: &[i64], owner: usize, holds: T) -> Named<T> {
+    let user = |at: usize| {
+        let id = |at: usize| line.get(at).map_or(0, |id| *id as u32);
+        owners.inside((id(at), id(at + 1)))
+    };
+    Named {
+        id: line[1] as i32,
+        key: line[0] as i32,
+        mode: line[2] as u32,
+        owner: user(owner),
+        creator: user(owner + 2),
+        holds,
+    }
+}
+
+/// What sets and queues have in common for those who make them.
+trait Resource: Sized + PartialEq {
+    fn make(named: &Named<Self>) -> io::Result<i32>;
+    fn remove(id: i32) -> io::Result<()>;
+    /// Makes one, which held `now`, hold what it should.
+    fn fill(named: &Named<Self>, rights: Rights, now: Option<&Self>) -> io::Result<()>;
+    /// Whether one that holds `now` can be made to hold this.
+    fn fits(&self, now: &Self) -> bool;
+}
+
+impl Resource for Set {
+    fn make(named: &Named<Self>) -> io::Result<i32> {
+        ipc::new_set(named.key, named.holds.values.len(), named.mode)
+    }
+
+    fn remove(id: i32) -> io::Result<()> {
+        ipc::remove_set(id)
+    }
+
+    fn fill(named: &Named<Self>, rights: Rights, _: Option<&Self>) -> io::Result<()> {
+        ipc::set_set_rights(named.id, rights)?;
+        ipc::set_values(named.id, &named.holds.values)
+    }
+
+    fn fits(&self, now: &Self) -> bool {
+        self.values.len() == now.values.len()
+    }
+}
+
+impl Resource for Queue {
+    fn make(named: &Named<Self>) -> io::Result<i32> {
+        ipc::new_queue(named.key, named.mode)
+    }
+
+    fn remove(id: i32) -> io::Result<()> {
+        ipc::remove_queue(id)
+    }
+
+    fn fill(named: &Named<Self>, rights: Rights, now: Option<&Self>) -> io::Result<()> {
+        ipc::set_queue_rights(named.id, rights, named.holds.capacity)?;
+        if now.is_some_and(|now| now.messages == named.holds.messages) {
             return Ok(());
         }
-        Err(Error::Unsupported {
-            pid,
-            name: String::from_utf8_lossy(name).into_owned(),
-            what: format!(
-                "there are System V semaphores ({} sets) or message queues ({}), which are not carried; remove them (ipcrm -a)",
-                self.sets, self.queues
-            ),
-        })
+        while ipc::message(named.id, None, 0)?.is_some() {}
+        let mut messages = named.holds.messages.iter();
+        messages.try_for_each(|(kind, bytes)| ipc::send(named.id, *kind, bytes))
+    }
+
+    fn fits(&self, _: &Self) -> bool {
+        true
     }
 }
 
-/// Removes what there is, as far as the process may.
-pub(crate) fn remove_all(remote: &mut Remote) -> Result<()> {
-    let pid = remote.pid();
-    let doing = "removing System V semaphores and message queues";
-    let mut ask = Batch::new();
-    let questions = Questions::ask(&mut ask);
-    let outcome = remote.run(&ask).during(pid, doing)?;
-    let census = questions.answers(&outcome);
-    if census.is_empty() {
-        return Ok(());
-    }
-    let mut batch = Batch::new();
-    let sets = (0..=census.last_set).map(|at| (true, at));
-    let queues = (0..=census.last_queue).map(|at| (false, at));
-    for (is_set, at) in sets.chain(queues) {
-        if !batch.fits(2, ROOM) {
-            remote.run(&std::mem::take(&mut batch)).during(pid, doing)?;
-        }
-        // Where nothing is, the first call fails and gives no number to the second.
-        if is_set {
-            let (_, stat, _, size) = SEMAPHORES;
-            let data = batch.output(size);
-            let args = [at.into(), 0.into(), stat.into(), data.into()];
-            let id = batch.call(libc::SYS_semctl, &args);
-            batch.call(
-                libc::SYS_semctl,
-                &[id.into(), 0.into(), REMOVE.into(), 0.into()],
-            );
-        } else {
-            let (_, stat, _, size) = QUEUES;
-            let data = batch.output(size);
-            let id = batch.call(libc::SYS_msgctl, &[at.into(), stat.into(), data.into()]);
-            batch.call(libc::SYS_msgctl, &[id.into(), REMOVE.into(), 0.into()]);
+/// Makes what there is the same as what is `wanted`; `next` is the setting by which a new one gets its id.
+fn settle<T: Resource>(
+    owners: &Owners,
+    next: &str,
+    now: &[Named<T>],
+    wanted: &[Named<T>],
+) -> io::Result<()> {
+    let kept = |one: &Named<T>, of: &Named<T>| one.is(of) && one.holds.fits(&of.holds);
+    for one in now {
+        if !wanted.iter().any(|goal| kept(goal, one)) {
+            T::remove(one.id)?;
         }
     }
-    remote.run(&batch).during(pid, doing).map(drop)
+    for goal in wanted {
+        match now.iter().find(|one| kept(one, goal)) {
+            Some(one) if one == goal => {}
+            Some(one) => T::fill(goal, goal.rights(owners), Some(&one.holds))?,
+            None => {
+                fs::write(format!("/proc/sys/kernel/{next}"), goal.id.to_string())?;
+                let id = ipc::acting_as(owners.outside(goal.creator), || T::make(goal))?;
+                if id != goal.id {
+                    T::remove(id)?;
+                    let what = format!("{} became {id}", goal.id);
+                    return Err(io::Error::other(what));
+                }
+                T::fill(goal, goal.rights(owners), None)?;
+            }
+        }
+    }
+    Ok(())
 }

@@ -89,6 +89,7 @@ impl Environment for Surroundings<'_> {
         self.shared.container.namespace(match kind {
             Namespace::Net => "net",
             Namespace::Mount => "mnt",
+            Namespace::Ipc => "ipc",
         })
     }
 }

@@ -617,3 +617,61 @@ def root_directories_of_their_own():
         equal(client.recv(10), b"hello", "through a socket in there")
 
     return mutate, check
+
+
+@case
+def semaphores_and_message_queues_of_system_v():
+    IPC_RMID, GETALL, SETVAL, NOWAIT = 0, 13, 16, 0o4000
+    key = 0x5EED
+    semaphores = call(libc.semget, key, 3, 0o1640)
+    private = call(libc.semget, 0, 1, 0o1600)
+    queue = call(libc.msgget, key, 0o1600)
+
+    def set_value(identifier, number, value):
+        call(libc.semctl, identifier, number, SETVAL, value)
+
+    def values(identifier, count):
+        array = (ctypes.c_ushort * count)()
+        call(libc.semctl, identifier, 0, GETALL, array)
+        return list(array)
+
+    def send(kind, text):
+        message = struct.pack("l", kind) + text
+        call(libc.msgsnd, queue, message, ctypes.c_size_t(len(text)), NOWAIT)
+
+    def receive(kind):
+        message = ctypes.create_string_buffer(108)
+        size = call(libc.msgrcv, queue, message, ctypes.c_size_t(100), ctypes.c_long(kind), NOWAIT)
+        return struct.unpack("l", message.raw[:8])[0], message.raw[8 : 8 + size]
+
+    for number, value in enumerate((1, 20, 300)):
+        set_value(semaphores, number, value)
+    set_value(private, 0, 7)
+    send(5, b"first")
+    send(9, b"")
+    send(2, b"third, and odd")
+
+    def mutate():
+        set_value(semaphores, 1, 21)
+        call(libc.semctl, private, 0, IPC_RMID)
+        receive(9)
+        send(1, b"late")
+        call(libc.semget, 0, 4, 0o1600)
+
+    def check():
+        equal(call(libc.semget, key, 3, 0), semaphores, "the set of the key")
+        equal(values(semaphores, 3), [1, 20, 300], "values")
+        equal(values(private, 1), [7], "value of the private set")
+        equal(call(libc.msgget, key, 0), queue, "the queue of the key")
+        equal(receive(2), (2, b"third, and odd"), "by its type")
+        equal(receive(0), (5, b"first"), "the first")
+        equal(receive(0), (9, b""), "the second")
+        raises(errno.ENOMSG, receive, 0)
+        with open("/proc/sysvipc/sem") as lines:
+            found = {fields[1]: fields[2:] for fields in map(str.split, lines)}
+        equal(found[str(semaphores)], ["640", "3", *"0000", *found[str(semaphores)][6:]], "rights")
+        equal(len(found), 3, "lines of the list of sets")
+        call(libc.semop, semaphores, struct.pack("Hhh", 1, -20, NOWAIT), ctypes.c_size_t(1))
+        equal(values(semaphores, 3), [1, 0, 300], "values after an operation")
+
+    return mutate, check

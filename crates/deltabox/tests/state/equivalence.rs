@@ -433,6 +433,7 @@ theme! { processes:
     multiprocessing_pool
     descriptors_of_processes_that_ended
     root_directories_of_their_own
+    semaphores_and_message_queues_of_system_v
 }
 
 #[test]

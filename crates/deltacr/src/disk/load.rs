@@ -7,7 +7,7 @@ use std::sync::Arc;
 use deltalog::{BlockReader, Error, LogReader, Result};
 
 use super::records::{
-    self, DESCRIPTORS, MAP, Map, PROCESS, RUNS, Run, SHARED, SUMS, Whose, ZOMBIES,
+    self, DESCRIPTORS, MAP, Map, PROCESS, RUNS, Run, SHARED, SUMS, SYSTEM_V, Whose, ZOMBIES,
 };
 use super::{ImageInfo, MAPS, PAGES, PROCESSES};
 use crate::ids::InnerPid;
@@ -92,6 +92,7 @@ fn read_processes(dir: &Path) -> Result<TreeImage> {
             }
             ZOMBIES => image.zombies = record.value()?,
             DESCRIPTORS => image.descriptors = Arc::new(record.value()?),
+            SYSTEM_V => image.system_v = record.value()?,
             SHARED => image.shared = Arc::new(record.value()?),
             tag => return Err(record.damaged(format!("it has the unknown tag {tag}"))),
         }

@@ -6,7 +6,7 @@ use std::path::Path;
 use deltalog::{BlockWriter, LogWriter, Result};
 
 use super::records::{
-    self, DESCRIPTORS, MAP, Map, PROCESS, RUNS, Run, SHARED, SUMS, Whose, ZOMBIES,
+    self, DESCRIPTORS, MAP, Map, PROCESS, RUNS, Run, SHARED, SUMS, SYSTEM_V, Whose, ZOMBIES,
 };
 use super::{ImageInfo, MAPS, PAGES, PROCESSES};
 use crate::error;
@@ -50,6 +50,9 @@ impl TreeImage {
         log.append_value(ZOMBIES, &self.zombies)?;
         log.append_value(DESCRIPTORS, &*self.descriptors)?;
         log.append_value(SHARED, &*self.shared)?;
+        if !self.system_v.is_empty() {
+            log.append_value(SYSTEM_V, &self.system_v)?;
+        }
         log.finish()?;
         Ok(())
     }

@@ -124,6 +124,7 @@ impl Environment for World {
         let name = match kind {
             Namespace::Net => "net",
             Namespace::Mount => "mnt",
+            Namespace::Ipc => "ipc",
         };
         let path = format!("/proc/self/ns/{name}");
         Ok(rustix::fs::open(path, OFlags::CLOEXEC, Mode::empty())?)
