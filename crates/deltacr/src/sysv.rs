@@ -113,7 +113,7 @@ impl<T> Named<T> {
 
 /// Reads what there is.
 pub(crate) fn capture(env: &dyn Environment) -> Result<SystemV> {
-    visit(env, |owners| read(owners)).during_tree("reading System V semaphores and message queues")
+    visit(env, read).during_tree("reading System V semaphores and message queues")
 }
 
 /// Makes what there is the same as in an image.

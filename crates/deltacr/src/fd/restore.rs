@@ -215,7 +215,10 @@ impl Restore<'_, '_> {
             Kind::Pipe { pipe } => return self.make_pipe_end(*pipe, object),
             Kind::External(id) => self.env.open_external(*id, object.writes()),
             Kind::Terminal { number } => tty::open_slave(self.env, *number, object.flags),
-            Kind::Master { number } => tty::make_master(self.env, *number, object.flags),
+            Kind::Master { number } => {
+                let (user, _) = owner_of(self.remote(pid)?.host());
+                tty::make_master(self.env, *number, object.flags, user)
+            }
             Kind::Event { count, semaphore } => event::make_event(*count, *semaphore),
             Kind::Timer(timer) => event::make_timer(timer),
             Kind::Signals { mask } => sys::fd::new_signalfd(*mask),

@@ -3,6 +3,7 @@
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
+use rustix::fs::AtFlags;
 use rustix::termios::Winsize;
 
 use super::capture::{Capture, Holder};
@@ -94,22 +95,31 @@ pub(crate) fn set(tty: BorrowedFd<'_>, wanted: &Terminal) -> io::Result<()> {
 
 /// Opens the slave side.
 pub(crate) fn open_slave(env: &dyn Environment, number: u32, flags: i32) -> io::Result<OwnedFd> {
-    path::open(
-        env,
-        format!("/dev/pts/{number}").as_bytes(),
-        flags | libc::O_NOCTTY,
-    )
+    path::open(env, &slave_path(number), flags | libc::O_NOCTTY)
 }
 
-/// A new master with this number, which must be free. The kernel gives out the lowest free number, so lower
+fn slave_path(number: u32) -> Vec<u8> {
+    format!("/dev/pts/{number}").into_bytes()
+}
+
+/// A new master with this number, which must be free, whose other side belongs to `user`. The kernel gives out the lowest free number, so lower
 /// ones are taken for a moment.
-pub(crate) fn make_master(env: &dyn Environment, number: u32, flags: i32) -> io::Result<OwnedFd> {
+pub(crate) fn make_master(
+    env: &dyn Environment,
+    number: u32,
+    flags: i32,
+    user: u32,
+) -> io::Result<OwnedFd> {
     let mut lower = Vec::new();
     loop {
         let master = path::open(env, b"/dev/pts/ptmx", flags | libc::O_NOCTTY)?;
         let got = sys::fd::pty_number(master.as_fd())?;
         if got == number {
             sys::fd::lock_pty(master.as_fd(), false)?;
+            // It is ours, and we are nobody in there.
+            let slave = path::open(env, &slave_path(number), libc::O_PATH)?;
+            let user = rustix::fs::Uid::from_raw(user);
+            rustix::fs::chownat(&slave, "", Some(user), None, AtFlags::EMPTY_PATH)?;
             return Ok(master);
         }
         if got > number {
