@@ -263,6 +263,7 @@ def pty_with_both_ends_inside():
     termios.tcsetwinsize(slave, (33, 99))
     attributes = termios.tcgetattr(slave)
     os.set_blocking(master, False)
+    owner = os.fstat(slave).st_uid
 
     def mutate():
         termios.tcsetwinsize(master, (1, 2))
@@ -274,6 +275,8 @@ def pty_with_both_ends_inside():
     def check():
         equal(termios.tcgetwinsize(master), (33, 99), "window size")
         equal(termios.tcgetattr(slave), attributes, "attributes")
+        equal(os.fstat(slave).st_uid, owner, "owner")
+        os.close(os.open(os.ttyname(slave), os.O_RDWR | os.O_NOCTTY))
         raises(errno.EAGAIN, os.read, master, 1)
         os.write(master, b"ping")
         equal(os.read(slave, 10), b"ping", "sent on")
