@@ -16,15 +16,25 @@ pub(crate) struct Stage {
 
 impl Stage {
     pub(crate) fn open(options: &Options) -> Result<Self> {
-        Self::with_warm(options, 0)
+        Self::with(options, 0, false, 0)
     }
 
-    /// The same, with a host that keeps up to `warm` blank sandboxes ready.
-    pub(crate) fn with_warm(options: &Options, warm: usize) -> Result<Self> {
+    /// The same, with a host that keeps up to `warm` blank sandboxes ready, in which processes of forks may be born early, with so many
+    /// pages of their own.
+    pub(crate) fn with(
+        options: &Options,
+        warm: usize,
+        early_births: bool,
+        early_pages: u64,
+    ) -> Result<Self> {
         let dir = options.temporary_dir()?;
         let host = Host::open(HostConfig {
             state_dir: dir.path().to_owned(),
             warm,
+            early_births,
+            early_pages,
+            // What is measured has the machine for itself.
+            early_pressure: 101.0,
             ..HostConfig::default()
         })?;
         Ok(Self { host, _dir: dir })
