@@ -243,10 +243,19 @@ class Sandbox:
         *,
         at: CheckpointLike | None = None,
         names: Sequence[str] = (),
+        seed_rng: bool = False,
     ) -> list[Sandbox]:
         """Makes ``n`` sandboxes that begin with the state of a checkpoint, or with the present one. Their sessions have
-        the same ids; :meth:`Session.twin` finds them."""
-        body = {"checkpoint": None if at is None else str(at), "n": n, "names": list(names)}
+        the same ids; :meth:`Session.twin` finds them.
+
+        They share even the state of random number generators. ``seed_rng`` tells them apart: ``/run/deltabox/generation`` in
+        each holds its number and random bits, and commands that are started later have both in their environment."""
+        body = {
+            "checkpoint": None if at is None else str(at),
+            "n": n,
+            "names": list(names),
+            "seed_rng": seed_rng,
+        }
         infos = [parse(SandboxInfo, s) for s in self._request("POST", "/fork", body)]
         return [Sandbox(self.client, info.name, info.epoch) for info in infos]
 

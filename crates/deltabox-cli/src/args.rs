@@ -299,6 +299,9 @@ pub(crate) struct Fork {
     /// The name of a new sandbox, once for each; chosen for you if absent
     #[arg(long = "name", value_name = "NAME")]
     pub(crate) names: Vec<String>,
+    /// Tell them apart, which share even their random numbers: in /run/deltabox/generation, and in the environment of commands
+    #[arg(long)]
+    pub(crate) seed_rng: bool,
 }
 
 /// A sandbox, now or at a checkpoint.

@@ -127,6 +127,7 @@ async fn fork(client: &Client, json: bool, args: Fork) -> Result<u8, Failure> {
         checkpoint: args.source.checkpoint,
         n: args.n,
         names: args.names,
+        seed_rng: args.seed_rng,
     };
     let forks = client.fork(&args.source.name, &request).await?;
     show::say(json, &forks, || names(&forks))?;

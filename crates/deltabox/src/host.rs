@@ -22,6 +22,7 @@ use crate::doctor;
 use crate::dormant::Dormant;
 use crate::durable::{Archive, Ids};
 use crate::error::{Doing, Error, Result};
+use crate::generation::Generation;
 use crate::ground::{Ground, Reserved};
 use crate::names;
 use crate::report::{CheckpointId, Feature, TemplatesInfo, WarmInfo};
@@ -228,6 +229,23 @@ impl Host {
         n: usize,
         names: &[String],
     ) -> Result<Vec<Arc<Sandbox>>> {
+        self.fork_as(source, id, n, names, false)
+    }
+
+    /// The same. With `seed_rng` each fork is told apart from the others, which share even the state of random number generators: the file
+    /// `/run/deltabox/generation` in it holds its number in this call and 128 random bits, and commands that are started in it have
+    /// both in `DELTABOX_FORK` and `DELTABOX_GENERATION`.
+    ///
+    /// # Errors
+    /// As above; or the file cannot be written.
+    pub fn fork_as(
+        &self,
+        source: &str,
+        id: Option<CheckpointId>,
+        n: usize,
+        names: &[String],
+        seed_rng: bool,
+    ) -> Result<Vec<Arc<Sandbox>>> {
         if !names.is_empty() && names.len() != n {
             let wrong = format!("{n} forks were asked for, and {} names given", names.len());
             return Err(Error::Invalid(wrong));
@@ -243,9 +261,11 @@ impl Host {
         let places = places.collect::<Result<Vec<_>>>()?;
         let templates = self.ground.templates();
         let template = templates.get(content.origin(id, origin.family()), n);
-        let forks = in_parallel(places, |place| {
+        let numbered = (1..).zip(places).collect();
+        let forks = in_parallel(numbered, |(number, place)| {
             let template = template.as_deref();
-            self.fork_one(place, &origin, &content, spec.clone(), template)
+            let number = seed_rng.then_some(number);
+            self.fork_one((place, number), &origin, &content, spec.clone(), template)
         })?;
         self.warm.expect(&origin, id, n, false);
         Ok(forks
@@ -259,7 +279,7 @@ impl Host {
 
     fn fork_one(
         &self,
-        place: Reserved,
+        (place, number): (Reserved, Option<usize>),
         origin: &Arc<Sandbox>,
         content: &Content,
         spec: SandboxSpec,
@@ -273,6 +293,10 @@ impl Host {
         };
         // In this order: of one that is given up, the sandbox goes before its name is free.
         let (sandbox, place) = self.ground.settle(blank)?;
+        if let Some(number) = number {
+            let generation = Generation::new(number).doing("choosing a fork's generation")?;
+            sandbox.set_generation(generation)?;
+        }
         let early = sandbox.populate(content, origin.family(), template)?;
         self.warm.note_early(early);
         Ok((Arc::new(sandbox), place))

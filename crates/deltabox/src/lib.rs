@@ -19,6 +19,7 @@ mod dormant;
 mod durable;
 mod early;
 mod error;
+mod generation;
 mod ground;
 mod host;
 mod log;

@@ -13,6 +13,7 @@ use parking_lot::Mutex;
 
 use crate::container::Container;
 use crate::error::{Doing, Error, Result};
+use crate::generation::Generation;
 use crate::report::*;
 use crate::session::Session;
 use crate::sessions::{Sessions, Shared};
@@ -352,6 +353,18 @@ impl Sandbox {
         most: (usize, u64),
     ) -> Vec<Range<u64>> {
         self.state.lock().written_after(id, pid, most)
+    }
+
+    /// Tells it apart from other forks of the same state; before there are processes.
+    pub(crate) fn set_generation(&self, generation: Generation) -> Result<()> {
+        let written = generation.write(self.container());
+        written.doing(format!(
+            "telling fork {:?} apart: writing /run/deltabox/generation",
+            self.name
+        ))?;
+        // It is set once, by who makes the fork.
+        let _ = self.shared().generation.set(generation);
+        Ok(())
     }
 
     /// Which sandboxes it shares memory with.

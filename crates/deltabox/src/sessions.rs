@@ -19,6 +19,7 @@ use rustix::io::Errno;
 use crate::container::Container;
 use crate::descendants;
 use crate::error::{Doing, Error, Result};
+use crate::generation::Generation;
 use crate::log::Log;
 use crate::readers::Readers;
 use crate::report::{SandboxState, SessionId, SessionInfo};
@@ -59,6 +60,8 @@ pub(crate) struct Shared {
     pub(crate) failed: Mutex<Option<String>>,
     /// Its user has stopped it.
     pub(crate) stopped: AtomicBool,
+    /// What tells it apart from other forks of the same state, if that was asked for.
+    pub(crate) generation: OnceLock<Generation>,
     wake: OwnedFd,
     closing: AtomicBool,
     logs: PathBuf,
@@ -110,6 +113,7 @@ impl Sessions {
             noting: Mutex::default(),
             failed: Mutex::default(),
             stopped: AtomicBool::new(false),
+            generation: OnceLock::new(),
             wake,
             closing: AtomicBool::new(false),
             logs,

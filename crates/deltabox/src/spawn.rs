@@ -10,6 +10,7 @@ use rustix::fs::{Gid, Mode, OFlags, ResolveFlags, Uid};
 
 use crate::descendants::MARK;
 use crate::error::{Doing, Error, Result};
+use crate::generation::Generation;
 use crate::report::SessionId;
 use crate::session::Session;
 use crate::sessions::{NewSession, Shared};
@@ -70,7 +71,7 @@ pub(crate) fn spawn(
         };
         let request = Spawn {
             argv: argv.iter().map(|a| a.clone().into_bytes()).collect(),
-            env: environment(&command, &user, id),
+            env: environment(&command, &user, id, shared.generation.get()),
             cwd: cwd.to_vec(),
             uid: user.uid,
             gid: user.gid,
@@ -104,7 +105,12 @@ fn check(command: &CommandSpec) -> Result<()> {
     }
 }
 
-fn environment(command: &CommandSpec, user: &Identity, id: SessionId) -> Vec<Vec<u8>> {
+fn environment(
+    command: &CommandSpec,
+    user: &Identity,
+    id: SessionId,
+    generation: Option<&Generation>,
+) -> Vec<Vec<u8>> {
     let mut env = std::collections::BTreeMap::from([
         (b"PATH".to_vec(), PATH.into()),
         (b"HOME".to_vec(), user.home.clone()),
@@ -113,6 +119,7 @@ fn environment(command: &CommandSpec, user: &Identity, id: SessionId) -> Vec<Vec
     if command.tty.is_some() {
         env.insert(b"TERM".to_vec(), b"xterm-256color".to_vec());
     }
+    env.extend(generation.iter().flat_map(|g| g.environment()));
     for (name, value) in &command.env {
         env.insert(name.clone().into(), value.clone().into());
     }

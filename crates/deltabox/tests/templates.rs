@@ -526,3 +526,40 @@ fn what_was_born_early_and_died_is_born_again() {
         assert_eq!(ask(fork, session.id, SUM), sum);
     }
 }
+
+#[test]
+fn forks_that_share_their_random_numbers_can_be_told_apart() {
+    let f = Fixture::new();
+    let source = f.sandbox();
+    let id = python(&source).info().id;
+    ask(&source, id, "import random; random.seed(1)");
+    let forks = f.host.fork_as(source.name(), None, 3, &[], true).unwrap();
+    let mut seen = std::collections::BTreeSet::new();
+    for (n, fork) in forks.iter().enumerate() {
+        let told = ask(fork, id, "open('/run/deltabox/generation').read()");
+        assert_eq!(
+            told.len(),
+            "'1 0123456789abcdef0123456789abcdef\\n'".len(),
+            "{told}"
+        );
+        let line = output(fork, "echo $DELTABOX_FORK $DELTABOX_GENERATION");
+        assert_eq!(format!("'{line}\\n'"), told);
+        assert!(line.starts_with(&format!("{} ", n + 1)), "{line}");
+        assert_eq!(output(fork, "stat -c %u%g /run/deltabox/generation"), "00");
+        assert!(seen.insert(line));
+    }
+    // What the sandbox has put there is not followed.
+    output(&source, "rm -rf /run/deltabox; ln -s /tmp /run/deltabox");
+    let refused = f.host.fork_as(source.name(), None, 1, &[], true);
+    assert!(
+        refused
+            .err()
+            .unwrap()
+            .to_string()
+            .contains("/run/deltabox/generation")
+    );
+    assert_eq!(
+        output(&source, "ls -A /tmp | grep -c generation || true"),
+        "0"
+    );
+}

@@ -56,6 +56,9 @@ pub struct ForkRequest {
     pub n: usize,
     /// Their names; made from the source's if empty.
     pub names: Vec<String>,
+    /// Tell them apart, which share even the state of random number generators: in `/run/deltabox/generation`, and in the environment of
+    /// commands that are started later.
+    pub seed_rng: bool,
 }
 
 impl Default for ForkRequest {
@@ -64,6 +67,7 @@ impl Default for ForkRequest {
             checkpoint: None,
             n: 1,
             names: Vec::new(),
+            seed_rng: false,
         }
     }
 }

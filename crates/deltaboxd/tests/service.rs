@@ -418,6 +418,7 @@ async fn forks_have_the_state_and_lives_of_their_own() {
         checkpoint: Some(id),
         n: 2,
         names: vec!["b".into(), "c".into()],
+        seed_rng: false,
     };
     let forks = client.fork("a", &request).await.unwrap();
     let names: Vec<_> = forks.iter().map(|s| s.name.as_str()).collect();

@@ -65,7 +65,13 @@ pub(super) async fn fork(
     let expected = expected_epoch(&headers)?;
     app.call("fork", move |host| {
         check_epoch(&*host.get(&name)?, expected)?;
-        let forks = host.fork(&name, request.checkpoint, request.n, &request.names)?;
+        let ForkRequest {
+            checkpoint,
+            n,
+            names,
+            seed_rng,
+        } = request;
+        let forks = host.fork_as(&name, checkpoint, n, &names, seed_rng)?;
         Ok(forks.iter().map(|sandbox| sandbox.info()).collect())
     })
     .await
