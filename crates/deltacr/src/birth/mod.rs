@@ -393,17 +393,20 @@ impl<'a> Delivery<'a> {
             .ok_or(io::ErrorKind::NotFound)?;
         let mut child = spawn::copy(mother, pid, stat.exit_signal & 0xff)?;
         let group = stat.group.0;
-        if group == 0 || call(&mut child, libc::SYS_setpgid, &[0.into(), group.into()]).is_ok() {
-            return end_as(child, stat);
+        let join = |child: &mut Remote| call(child, libc::SYS_setpgid, &[0.into(), group.into()]);
+        let is_taken = |pid: InnerPid| {
+            self.target.processes.contains_key(&pid) || self.target.zombies.contains_key(&pid)
+        };
+        if group != 0 && join(&mut child).is_err() && !is_taken(stat.group) {
+            // Nobody is in its group any more: it needs a leader to come into being.
+            self.env.set_next_pid(stat.group)?;
+            let mut leader = spawn::copy(mother, stat.group, 0)?;
+            let led = call(&mut leader, libc::SYS_setpgid, &[0.into(), 0.into()]);
+            // Of one that was in another session the group is lost, as nobody but itself could have entered it.
+            let _ = led.and_then(|_| join(&mut child));
+            spawn::kill(&leader, &[leader.host()])?;
+            spawn::reap(mother, &[stat.group])?;
         }
-        // Nobody is in its group any more: it needs a leader to come into being.
-        self.env.set_next_pid(stat.group)?;
-        let mut leader = spawn::copy(mother, stat.group, 0)?;
-        let joined = call(&mut leader, libc::SYS_setpgid, &[0.into(), 0.into()])
-            .and_then(|_| call(&mut child, libc::SYS_setpgid, &[0.into(), group.into()]));
-        spawn::kill(&leader, &[leader.host()])?;
-        spawn::reap(mother, &[stat.group])?;
-        joined?;
         end_as(child, stat)
     }
 }
