@@ -64,12 +64,14 @@ class Sandbox:
         hostname: str | None = None,
         disk: int | None = None,
         inodes: int | None = None,
+        time_namespace: bool = False,
         client: Client | None = None,
     ) -> Sandbox:
         """Creates a sandbox whose files begin as the directory ``base``, which is never written to.
 
         ``memory`` is in bytes, ``cpus`` may be a fraction. ``disk`` (in bytes) and ``inodes`` bound what its files may take
-        besides the base. A name is chosen if none is given.
+        besides the base. With ``time_namespace`` its monotonic clocks go on where they were when a durable checkpoint is
+        restored after a reboot. A name is chosen if none is given.
         """
         client = client or default_client()
         spec = {
@@ -81,6 +83,7 @@ class Sandbox:
             "hostname": hostname,
             "disk": disk,
             "inodes": inodes,
+            "time_namespace": {} if time_namespace else None,
         }
         info = parse(SandboxInfo, client._transport.request("POST", "/sandboxes", spec))
         return cls(client, info.name, info.epoch)

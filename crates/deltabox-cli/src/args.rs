@@ -178,6 +178,9 @@ pub(crate) struct Create {
     /// The most files and directories besides those of the base
     #[arg(long, value_name = "N")]
     pub(crate) inodes: Option<u64>,
+    /// Monotonic clocks of its own, which go on where they were when a durable checkpoint is restored after a reboot
+    #[arg(long)]
+    pub(crate) time_namespace: bool,
     /// The host name inside; the sandbox's name if absent
     #[arg(long, value_name = "NAME")]
     pub(crate) hostname: Option<String>,

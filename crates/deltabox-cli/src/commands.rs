@@ -3,7 +3,7 @@
 use std::io::{self, IsTerminal, Write};
 
 use anyhow::Context;
-use deltabox::{Host, SandboxInfo, SandboxSpec};
+use deltabox::{ClockOffsets, Host, SandboxInfo, SandboxSpec};
 use deltaboxd::api::{CheckpointRequest, ForkRequest, HintRequest};
 use deltaboxd::client::{Client, SessionRef};
 use serde_json::json;
@@ -113,6 +113,7 @@ async fn create(client: &Client, json: bool, args: Create) -> Result<u8, Failure
         hostname: args.hostname,
         disk: args.disk,
         inodes: args.inodes,
+        time_namespace: args.time_namespace.then(ClockOffsets::default),
     };
     let sandbox = client.create(&spec).await?;
     for warning in &sandbox.warnings {

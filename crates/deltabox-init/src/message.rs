@@ -67,6 +67,8 @@ pub struct Setup {
     pub ids: u32,
     /// The host name inside.
     pub hostname: Vec<u8>,
+    /// What is written to `/proc/PID/timens_offsets` of a time namespace of its own; it has none if this is empty.
+    pub clock_offsets: Vec<u8>,
     /// Seccomp programs for the payload: `struct sock_filter` arrays, installed in this order.
     pub filters: Vec<Vec<u8>>,
 }
@@ -151,6 +153,7 @@ impl Request {
                 w.u32(s.first_id);
                 w.u32(s.ids);
                 w.bytes(&s.hostname);
+                w.bytes(&s.clock_offsets);
                 w.list(&s.filters);
             }
             Self::Spawn(s) => {
@@ -217,6 +220,7 @@ impl Request {
                 first_id: r.u32()?,
                 ids: r.u32()?,
                 hostname: r.bytes()?,
+                clock_offsets: r.bytes()?,
                 filters: r.list()?,
             }),
             1 => Self::Spawn(Spawn {
@@ -359,6 +363,7 @@ mod tests {
             first_id: 7,
             ids: 65536,
             hostname: b"box".to_vec(),
+            clock_offsets: b"monotonic 1 2\n".to_vec(),
             filters: vec![vec![0; 16], vec![]],
         });
         for r in [

@@ -92,6 +92,9 @@ fn build(control: &OwnedFd, setup: &Setup, fds: Descriptors) -> Result<(), Failu
     }
     let host_proc = rustix::fs::open("/proc", OFlags::PATH | OFlags::CLOEXEC, Mode::empty())
         .at(Step::Setup, "opening /proc")?;
+    if !setup.clock_offsets.is_empty() {
+        make_time_namespace(&host_proc, &setup.clock_offsets)?;
+    }
     let devices = mounts::enter_root(&fds.root)?;
     let (go, start) = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC)
         .at(Step::Setup, "making a pipe")?;
@@ -119,6 +122,17 @@ fn build(control: &OwnedFd, setup: &Setup, fds: Descriptors) -> Result<(), Failu
             become_init(control, setup, fds)
         }
     }
+}
+
+/// Makes the time namespace that init is going to be born in: its clocks can only be set before anybody is in it.
+fn make_time_namespace(host_proc: &OwnedFd, offsets: &[u8]) -> Result<(), Failure> {
+    sys::unshare_time().at(Step::Setup, "making a time namespace")?;
+    let flags = OFlags::WRONLY | OFlags::CLOEXEC;
+    let file = rustix::fs::openat(host_proc, "self/timens_offsets", flags, Mode::empty())
+        .at(Step::Setup, "opening the clock offsets")?;
+    rustix::io::write(file, offsets)
+        .at(Step::Setup, "setting the clock offsets")
+        .map(drop)
 }
 
 /// Maps the ids of the user namespace that `pid` is in.

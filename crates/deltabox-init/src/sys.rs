@@ -138,6 +138,13 @@ extern "C" fn run_task<T>(task: *const Task<'_, T>) -> ! {
     exit(0)
 }
 
+/// Makes a time namespace for the children of this process.
+pub(crate) fn unshare_time() -> io::Result<()> {
+    const CLONE_NEWTIME: i32 = 0x80;
+    // SAFETY: takes an integer.
+    check(unsafe { libc::unshare(CLONE_NEWTIME) }.into()).map(drop)
+}
+
 /// Enters all namespaces of the process behind a pidfd (`setns(2)`).
 pub(crate) fn enter_namespaces(process: BorrowedFd<'_>) -> io::Result<()> {
     let all = libc::CLONE_NEWUSER

@@ -20,7 +20,8 @@ use rustix::process::{Pid, WaitOptions, waitpid};
 use crate::cgroup::{self, Cgroup};
 use crate::early::EarlyBirths;
 use crate::error::{Doing, Error, Result};
-use crate::{seccomp, sys};
+use crate::spec::ClockOffsets;
+use crate::{clocks, seccomp, sys};
 
 /// The program that builds a sandbox and becomes its PID 1.
 static INIT: &[u8] = include_bytes!(env!("DELTABOX_INIT"));
@@ -40,6 +41,8 @@ pub(crate) struct Parts<'a> {
     pub(crate) name: &'a str,
     /// The host name inside.
     pub(crate) hostname: &'a str,
+    /// How far its clocks are ahead, if it has its own.
+    pub(crate) clocks: Option<ClockOffsets>,
     /// The id outside that is 0 inside.
     pub(crate) first_id: u32,
     /// The root filesystem: a detached mount.
@@ -124,6 +127,7 @@ impl Container {
             first_id: parts.first_id,
             ids: IDS,
             hostname: parts.hostname.into(),
+            clock_offsets: parts.clocks.map(clocks::offsets_text).unwrap_or_default(),
             filters: seccomp::filters().doing("building the seccomp filter")?,
         });
         let mut fds = vec![

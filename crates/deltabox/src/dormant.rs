@@ -4,10 +4,12 @@ use std::path::PathBuf;
 
 use parking_lot::Mutex;
 
+use crate::clocks::Reading;
 use crate::durable::{Origin, Stored};
 use crate::report::{
     CheckpointId, CheckpointInfo, CheckpointState, SandboxInfo, SandboxState, Tree,
 };
+use crate::spec::SandboxSpec;
 
 /// Epochs of a sandbox that was on disk begin at the next multiple of this: none that the service before counted, and a
 /// client may still name, comes again.
@@ -34,6 +36,20 @@ impl Dormant {
     pub(crate) fn origin(&self) -> Option<&Origin> {
         let mut readable = self.stored.values().rev().flatten();
         readable.next().map(|manifest| &manifest.origin)
+    }
+
+    /// What it is to be made as again. Its clocks go on where they were last, if it has its own.
+    pub(crate) fn spec(&self) -> Option<SandboxSpec> {
+        let mut spec = self.origin()?.spec.clone();
+        let now = Reading::now();
+        let readable = self.stored.values().flatten();
+        let offsets = readable.filter_map(|manifest| {
+            let then = manifest.origin.spec.time_namespace?;
+            let clocks = manifest.clocks.as_ref()?;
+            Some(clocks.continued(then, &now))
+        });
+        spec.time_namespace = offsets.max_by_key(|offsets| offsets.monotonic);
+        Some(spec)
     }
 
     /// The epoch that it wakes up in.

@@ -225,6 +225,7 @@ impl Ground {
         let container = Container::start(Parts {
             name: &place.name,
             hostname: spec.hostname.as_deref().unwrap_or(&place.name),
+            clocks: spec.time_namespace,
             first_id,
             root: volume.mount(),
             cgroup,

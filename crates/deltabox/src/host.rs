@@ -260,7 +260,10 @@ impl Host {
         });
         let places = places.collect::<Result<Vec<_>>>()?;
         let templates = self.ground.templates();
-        let template = templates.get(content.origin(id, origin.family()), n);
+        let template = match origin.takes_templates() {
+            true => templates.get(content.origin(id, origin.family()), n),
+            false => None,
+        };
         let numbered = (1..).zip(places).collect();
         let forks = in_parallel(numbered, |(number, place)| {
             let template = template.as_deref();
@@ -328,7 +331,7 @@ impl Host {
         let (content, _) = origin.origin(id)?;
         let templates = self.ground.templates();
         templates.pin(id, pinned);
-        if pinned && !templates.has(id) {
+        if pinned && !templates.has(id) && origin.takes_templates() {
             let _busy = self.warm.pause();
             templates.make(content.origin(id, origin.family()));
         }

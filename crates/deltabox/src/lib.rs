@@ -12,6 +12,7 @@
 //! ```
 
 mod cgroup;
+mod clocks;
 mod container;
 mod descendants;
 mod doctor;

@@ -314,6 +314,12 @@ impl Sandbox {
         Ok((self.state.lock().content(id)?, self.spec.clone()))
     }
 
+    /// Whether its processes can be copies of a template. A process that shares another's memory, as who makes them does, cannot
+    /// enter a time namespace.
+    pub(crate) fn takes_templates(&self) -> bool {
+        self.spec.time_namespace.is_none()
+    }
+
     /// A volume that shows the files of a checkpoint.
     pub(crate) fn fork_volume(&self, content: &Content, ids: IdMap) -> Result<Volume> {
         Ok(self.volume.fork(content.files(), ids)?)

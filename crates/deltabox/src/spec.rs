@@ -27,6 +27,18 @@ pub struct SandboxSpec {
     pub disk: Option<u64>,
     /// Files and directories that it may have besides those of the base.
     pub inodes: Option<u64>,
+    /// Monotonic clocks of its own, so that they go on where they were when a durable checkpoint is restored after a reboot.
+    pub time_namespace: Option<ClockOffsets>,
+}
+
+/// By how many nanoseconds clocks inside a sandbox are ahead of the host's.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct ClockOffsets {
+    /// `CLOCK_MONOTONIC` and its like.
+    pub monotonic: i64,
+    /// `CLOCK_BOOTTIME` and its like.
+    pub boottime: i64,
 }
 
 impl SandboxSpec {
@@ -50,6 +62,7 @@ impl Default for SandboxSpec {
             hostname: None,
             disk: None,
             inodes: None,
+            time_namespace: None,
         }
     }
 }

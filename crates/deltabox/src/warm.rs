@@ -233,7 +233,9 @@ impl Pool {
                 Task::Template(source, id) => {
                     drop(state);
                     // Without it forks take longer; what is wrong with the checkpoint, they say.
-                    if let Ok((content, _)) = source.origin(id) {
+                    if source.takes_templates()
+                        && let Ok((content, _)) = source.origin(id)
+                    {
                         let origin = content.origin(id, source.family());
                         self.ground.templates().make(origin);
                     }

@@ -8,6 +8,7 @@ use deltalog::{Format, LogReader, LogWriter};
 use serde::{Deserialize, Serialize};
 
 use super::MANIFEST;
+use crate::clocks::Reading;
 use crate::report::CheckpointId;
 use crate::spec::SandboxSpec;
 
@@ -34,6 +35,8 @@ pub(crate) struct Manifest {
     pub(crate) epoch: u64,
     /// The kernel that its processes ran under.
     pub(crate) kernel: String,
+    /// The host's clocks when it was written, if that was taken down.
+    pub(crate) clocks: Option<Reading>,
     pub(crate) files: LayerInfo,
     pub(crate) image: ImageInfo,
 }

@@ -6,6 +6,7 @@ use std::thread::{Builder, Scope, ScopedJoinHandle};
 use super::archive::Archive;
 use super::manifest::{Manifest, Origin, kernel};
 use super::sessions;
+use crate::clocks::Reading;
 use crate::error::{Doing, Result};
 use crate::report::CheckpointId;
 use crate::state::Content;
@@ -56,6 +57,7 @@ pub(crate) fn write(archive: &Archive, draft: &Draft, origin: &Origin, epoch: u6
             origin: origin.clone(),
             epoch,
             kernel: kernel(),
+            clocks: Some(Reading::now()),
             files,
             image,
         };

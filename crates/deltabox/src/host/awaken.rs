@@ -47,43 +47,41 @@ impl Host {
         }
         let held = self.ground.held(name).filter(|_| self.find(name).is_some());
         let place = held.ok_or_else(|| Error::NoSandbox(name.clone()))?;
-        let Some(origin) = dormant.origin() else {
+        let Some(spec) = dormant.spec() else {
             return Err(Error::NotRunning {
                 name: name.clone(),
                 state: dormant.lost().unwrap_or_default(),
             });
         };
         let common = &self.ground.common;
-        let (base, hidden) = names::check_base(&origin.spec.base, &self.ground.state_dir)?;
+        let (base, hidden) = names::check_base(&spec.base, &self.ground.state_dir)?;
         let base = open_directory(&base)?;
         let mut loaded = BTreeMap::new();
         let mut changed = BTreeMap::new();
         let _busy = self.warm.pause();
-        let blank = self
-            .ground
-            .blank(place, origin.spec.clone(), |ids, data_dir| {
-                fs::create_dir_all(&data_dir).doing(format!("making {}", data_dir.display()))?;
-                let mut loader = Loader::new(Options {
-                    base,
-                    hidden,
-                    ids,
-                    data_dir,
-                    threads: FILE_THREADS,
-                })?;
-                let reader = Reader {
-                    archive: &common.archive,
-                    sandbox: name,
-                    pages: &common.pages,
-                };
-                loaded = reader.read(&dormant.stored, &mut loader);
-                changed.clone_from(loader.changed_base());
-                let volume = loader.mount()?;
-                // What is mounted in it is to find the places that it had before, which all checkpoints have.
-                if let Some(newest) = loaded.values().rev().flatten().next() {
-                    volume.rollback(&newest.files)?;
-                }
-                Ok(volume)
+        let blank = self.ground.blank(place, spec, |ids, data_dir| {
+            fs::create_dir_all(&data_dir).doing(format!("making {}", data_dir.display()))?;
+            let mut loader = Loader::new(Options {
+                base,
+                hidden,
+                ids,
+                data_dir,
+                threads: FILE_THREADS,
             })?;
+            let reader = Reader {
+                archive: &common.archive,
+                sandbox: name,
+                pages: &common.pages,
+            };
+            loaded = reader.read(&dormant.stored, &mut loader);
+            changed.clone_from(loader.changed_base());
+            let volume = loader.mount()?;
+            // What is mounted in it is to find the places that it had before, which all checkpoints have.
+            if let Some(newest) = loaded.values().rev().flatten().next() {
+                volume.rollback(&newest.files)?;
+            }
+            Ok(volume)
+        })?;
         let (mut sandbox, place) = self.ground.settle(blank)?;
         sandbox.take_up(dormant, loaded);
         sandbox.warn(changed_base(&changed));

@@ -1,6 +1,7 @@
 //! Checkpoint, rollback and fork of real programs in real sandboxes.
 #![cfg(target_os = "linux")]
 
+mod clocks;
 mod equivalence;
 mod faults;
 mod images;
