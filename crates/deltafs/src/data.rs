@@ -7,11 +7,14 @@ use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::mpsc::Sender;
+use std::sync::{Arc, OnceLock};
 
 use parking_lot::Mutex;
 use rustix::fs::{FallocateFlags, Mode, OFlags};
 use rustix::io::Errno;
+
+use crate::reclaim::Call;
 
 /// Bytes in a block; the page size, so that a page of a mapping is one block.
 pub(crate) const BLOCK: u64 = 4096;
@@ -22,11 +25,16 @@ pub(crate) const BLOCK_LEN: usize = BLOCK as usize;
 /// Freed places are punched out of the file once this many have come together (1 MiB).
 const PUNCH_BATCH: usize = 256;
 
+/// So many freed places (64 MiB) are kept for what is written next; from then on [`DataStore::trim`] is asked for.
+const FREED_ENOUGH: usize = 16 << 10;
+
 /// The file and what is free in it.
 #[derive(Debug)]
 pub(crate) struct DataStore {
     file: File,
     places: Mutex<Places>,
+    /// Who is to trim it.
+    reclaim: OnceLock<Sender<Call>>,
 }
 
 #[derive(Debug, Default)]
@@ -38,6 +46,8 @@ struct Places {
     /// Freed and punched out.
     punched: Vec<u64>,
     used: u64,
+    /// Trimming was asked for; or it cannot be done.
+    asked: bool,
 }
 
 /// One block of data, shared by every version of a file that holds it.
@@ -68,6 +78,13 @@ impl Drop for Slot {
         let mut places = self.store.places.lock();
         places.freed.push(self.index);
         places.used -= 1;
+        if places.freed.len() >= FREED_ENOUGH
+            && !places.asked
+            && let Some(reclaim) = self.store.reclaim.get()
+        {
+            // Who does not listen any more has trimmed for the last time.
+            places.asked = reclaim.send(Call::Work).is_ok();
+        }
     }
 }
 
@@ -79,7 +96,14 @@ impl DataStore {
         Ok(Arc::new(Self {
             file: File::from(fd),
             places: Mutex::default(),
+            reclaim: OnceLock::new(),
         }))
+    }
+
+    /// Asks `reclaim` to trim from now on, when much was freed.
+    pub(crate) fn reclaim_by(&self, reclaim: Sender<Call>) {
+        // A store has one tree, and that one thread for this.
+        let _ = self.reclaim.set(reclaim);
     }
 
     /// Takes `count` places, next to each other where that is possible.
@@ -99,27 +123,21 @@ impl DataStore {
 
     /// Takes `count` places that read as zeros and whose disk space is reserved.
     pub(crate) fn reserve(self: &Arc<Self>, count: u64, epoch: u64) -> Result<Vec<Block>, Errno> {
-        if count == 0 {
-            return Ok(Vec::new());
-        }
-        let first = {
+        let blocks: Vec<Block> = {
             let mut places = self.places.lock();
-            let first = places.end;
-            places.end += count;
-            places.used += count;
-            first
-        };
-        let blocks: Vec<_> = (first..first + count)
-            .map(|index| {
+            let slot = |_| {
                 Arc::new(Slot {
                     store: Arc::clone(self),
-                    index,
+                    index: places.take_zeros(),
                     epoch,
                 })
-            })
-            .collect();
-        let flags = FallocateFlags::empty();
-        rustix::fs::fallocate(&self.file, flags, first * BLOCK, count * BLOCK)?;
+            };
+            (0..count).map(slot).collect()
+        };
+        for run in blocks.chunk_by(|a, b| a.index + 1 == b.index) {
+            let (start, len) = (run[0].position(), run.len() as u64 * BLOCK);
+            rustix::fs::fallocate(&self.file, FallocateFlags::empty(), start, len)?;
+        }
         Ok(blocks)
     }
 
@@ -138,6 +156,7 @@ impl DataStore {
         let mut freed = {
             let mut places = self.places.lock();
             if places.freed.len() < PUNCH_BATCH {
+                places.asked = false;
                 return;
             }
             std::mem::take(&mut places.freed)
@@ -153,6 +172,7 @@ impl DataStore {
             }
         }
         let mut places = self.places.lock();
+        places.asked = !kept.is_empty();
         if kept.is_empty() {
             places.punched.extend(freed.into_iter().rev());
         } else {
@@ -163,6 +183,13 @@ impl DataStore {
     /// Bytes of data that some view or snapshot holds.
     pub(crate) fn used_bytes(&self) -> u64 {
         self.places.lock().used * BLOCK
+    }
+
+    /// What the file takes of the disk.
+    #[cfg(test)]
+    pub(crate) fn disk_bytes(&self) -> io::Result<u64> {
+        use std::os::unix::fs::MetadataExt;
+        Ok(self.file.metadata()?.blocks() * 512)
     }
 
     /// How much more data the disk takes.
@@ -185,6 +212,15 @@ impl Places {
         }
         self.end += 1;
         self.end - 1
+    }
+
+    /// A place that reads as zeros.
+    fn take_zeros(&mut self) -> u64 {
+        self.used += 1;
+        self.punched.pop().unwrap_or_else(|| {
+            self.end += 1;
+            self.end - 1
+        })
     }
 }
 
@@ -223,6 +259,24 @@ mod tests {
         let mut buf = [0; BLOCK_LEN];
         store.read(&mut buf, kept.position()).unwrap();
         assert_eq!(buf, [7; BLOCK_LEN]);
+    }
+
+    #[test]
+    fn what_was_given_back_to_the_disk_is_reserved_again() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = DataStore::create(dir.path()).unwrap();
+        let blocks = store.allocate(1000, 1);
+        let all = vec![7; 1000 * BLOCK_LEN];
+        store.write(&all, blocks[0].position()).unwrap();
+        drop(blocks);
+        store.trim();
+        let blocks = store.reserve(900, 1).unwrap();
+        let mut buf = [1; BLOCK_LEN];
+        for block in &blocks {
+            assert!(block.position() < 1000 * BLOCK);
+            store.read(&mut buf, block.position()).unwrap();
+            assert_eq!(buf, [0; BLOCK_LEN]);
+        }
     }
 
     #[test]

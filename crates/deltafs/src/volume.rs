@@ -133,7 +133,7 @@ impl Volume {
 
     /// The first volume of a tree.
     pub(crate) fn first(view: View, ids: IdMap, threads: usize) -> Result<Self> {
-        let reclaimer = Reclaimer::start().map_err(|source| Error::Mount {
+        let reclaimer = Reclaimer::start(&view.tree().data).map_err(|source| Error::Mount {
             what: "starting a thread",
             source,
         })?;
