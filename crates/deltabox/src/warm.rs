@@ -46,6 +46,11 @@ pub(crate) struct Early {
     pub(crate) pressure: f64,
 }
 
+/// Early births of more than so many forks at a time do not pay, unless there is much memory,
+const FEW: usize = 16;
+/// which is so many bytes.
+const MUCH: u64 = 4 << 20;
+
 /// How many of the last steps are looked at for what is likely to be written to.
 const STEPS: usize = 4;
 
@@ -213,7 +218,8 @@ impl Drop for Warm {
 /// What the thread is to do next.
 enum Task {
     Template(Arc<Sandbox>, CheckpointId),
-    Make(Arc<Sandbox>, CheckpointId, bool),
+    /// Whether it is hot, and how many forks are expected at a time.
+    Make(Arc<Sandbox>, CheckpointId, (bool, usize)),
     Drop(Vec<Blank>),
     WaitForMemory,
     Wait,
@@ -224,9 +230,9 @@ impl Pool {
         let mut state = self.state.lock();
         while !state.closing {
             match self.next(&mut state) {
-                Task::Make(source, id, hot) => {
+                Task::Make(source, id, many) => {
                     drop(state);
-                    let made = self.make(&source, id, hot);
+                    let made = self.make(&source, id, many);
                     state = self.state.lock();
                     self.put(&mut state, &source, made);
                 }
@@ -286,12 +292,13 @@ impl Pool {
             }
             if expected.ready.len() < share && wanted.is_none() {
                 let source = expected.source.upgrade();
-                wanted = source.map(|source| (source, expected.id, expected.hot));
+                let many = (expected.hot, expected.count);
+                wanted = source.map(|source| (source, expected.id, many));
             }
         }
         match wanted {
             _ if !surplus.is_empty() => Task::Drop(surplus),
-            Some((source, id, hot)) => Task::Make(source, id, hot),
+            Some((source, id, many)) => Task::Make(source, id, many),
             None if scarce && !state.expected.is_empty() => Task::WaitForMemory,
             None => Task::Wait,
         }
@@ -311,7 +318,12 @@ impl Pool {
         None
     }
 
-    fn make(&self, source: &Sandbox, id: CheckpointId, hot: bool) -> Result<Blank> {
+    fn make(
+        &self,
+        source: &Sandbox,
+        id: CheckpointId,
+        (hot, count): (bool, usize),
+    ) -> Result<Blank> {
         let (content, spec) = source.origin(id)?;
         let make_files = |ids| source.fork_volume(&content, ids);
         let blank = self.ground.nameless_blank(spec, make_files)?;
@@ -319,6 +331,7 @@ impl Pool {
         if hot
             && self.early.births
             && let Some(template) = self.ground.templates().of(id)
+            && (count <= FEW || template.holding().bytes() >= MUCH)
         {
             self.bear_early(source, (id, &content), &template, &blank);
         }
