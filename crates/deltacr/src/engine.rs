@@ -156,7 +156,15 @@ impl Engine {
             let mut tries = 0;
             let (mut held, captured, mut watch) = loop {
                 let mut watch = Stopwatch::start();
-                let mut held = self.hold(env)?;
+                let mut held = match self.hold(env) {
+                    // A process on its way out has threads left when its first one has ended.
+                    Err(Error::Unsupported { .. }) if tries + 1 < TRIES => {
+                        tries += 1;
+                        std::thread::sleep(FIRST_PAUSE * (1 << (tries - 1)));
+                        continue;
+                    }
+                    held => held?,
+                };
                 watch.lap("stop");
                 let captured = self.capture(env, &mut held, &mut watch);
                 held.remember(&mut self.known);
