@@ -115,7 +115,9 @@ fn copies_of_one_template_write_everywhere_and_touch_neither_it_nor_each_other()
         assert_eq!(ask(fork, id, SUM), parent);
         assert_eq!(ask(fork, id, &format!(">{SUM}")), child);
     }
-    assert_eq!(f.host.templates().births, 5);
+    // More may have been born since, for the next forks.
+    let info = f.host.templates();
+    assert!(info.births >= 5 && info.hits == 2, "{info:?}");
     // And what is made of a copy goes on as usual.
     let again = forks[1].checkpoint(None).unwrap().id;
     ask(&forks[1], id, "M[5] = 99");
