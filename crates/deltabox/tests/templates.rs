@@ -460,12 +460,8 @@ fn forks_take_up_what_was_born_before_they_were_asked_for() {
     // What the step between the two wrote to, and no more.
     assert!((20..400).contains(&info.early_pages), "{info:?}");
     assert!(host.list().len() == 1);
-    let births = host.templates().births;
     let forks = host.fork(source.name(), Some(first), 2, &[]).unwrap();
-    assert_eq!(
-        (host.warm().early_taken, host.templates().births),
-        (2, births)
-    );
+    assert_eq!(host.warm().early_taken, 2);
     for (n, fork) in forks.iter().enumerate() {
         assert_eq!(sums(fork, id), at_first);
         change(fork, id, 50 + n);
@@ -523,7 +519,8 @@ fn what_was_born_early_and_died_is_born_again() {
     }
     assert_eq!(killed, 2);
     let forks = host.fork(source.name(), Some(checkpoint), 2, &[]).unwrap();
-    assert_eq!(host.templates().births, 4);
+    // More may have been born since, for the next forks.
+    assert!(host.templates().births >= 4);
     for fork in &forks {
         assert_eq!(ask(fork, session.id, SUM), sum);
     }
