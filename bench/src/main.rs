@@ -21,6 +21,10 @@ use clap::{Parser, Subcommand};
 use rows::Rows;
 use tempfile::TempDir;
 
+/// Checkpoints and rollbacks make and drop many small things while programs stand still.
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
 /// Measures DeltaBox on this machine. Needs root.
 #[derive(Debug, Parser)]
 #[command(name = "deltabox-bench", version)]

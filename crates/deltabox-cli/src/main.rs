@@ -20,6 +20,10 @@ use args::{Cli, Command, ServiceCommand};
 use clap::Parser;
 use failure::Failure;
 
+/// Checkpoints and rollbacks make and drop many small things while programs stand still.
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
 fn main() -> ExitCode {
     let cli = Cli::parse();
     let json = cli.global.json;

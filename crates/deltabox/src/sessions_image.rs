@@ -92,8 +92,10 @@ impl Shared {
     pub(crate) fn finish_restore(&self, image: &SessionsImage, deaths: Deaths) -> io::Result<()> {
         let done = self.settle(image, deaths);
         self.restoring.store(false, Ordering::Release);
-        // Deadlines have moved.
-        self.wake();
+        if image.0.values().any(|kept| kept.left.is_some()) {
+            // Deadlines have moved.
+            self.wake();
+        }
         done
     }
 

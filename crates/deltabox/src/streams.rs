@@ -1,6 +1,7 @@
 //! The supervisor's ends of a session's pipes and terminal.
 
 use std::io;
+use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use rustix::event::epoll;
@@ -164,12 +165,13 @@ impl Streams {
         };
         let slot = self.slot(channel);
         let Some(end) = slot else { return Ok(false) };
-        let mut buffer = [0; 64 * 1024];
+        // Not zeroed, which would take longer than to find nothing.
+        let mut buffer = [const { MaybeUninit::uninit() }; 64 * 1024];
         let mut moved = 0;
         while moved < limit {
-            match rustix::io::read(&end.fd, &mut buffer) {
+            match rustix::io::read(&end.fd, &mut buffer[..]) {
                 // End of file, or a terminal that nobody has open: it may be opened again after a rollback.
-                Ok(0) | Err(Errno::IO) => {
+                Ok(([], _)) | Err(Errno::IO) => {
                     if channel == Channel::Terminal && keep_terminal {
                         match epoll::delete(poller, &end.fd) {
                             Ok(()) | Err(Errno::NOENT) => {}
@@ -180,11 +182,11 @@ impl Streams {
                     }
                     return Ok(false);
                 }
-                Ok(n) => {
+                Ok((bytes, _)) => {
                     if let Some(log) = log.as_deref_mut() {
-                        log.append(stream, &buffer[..n]);
+                        log.append(stream, bytes);
                     }
-                    moved += n;
+                    moved += bytes.len();
                 }
                 Err(Errno::AGAIN) => return Ok(false),
                 Err(Errno::INTR) => {}

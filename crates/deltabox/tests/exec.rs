@@ -100,7 +100,12 @@ fn what_cannot_be_started_says_why_and_leaves_nothing() {
     long.argv.push("x".repeat(1 << 20));
     assert!(matches!(fails(long), Error::Invalid(_)));
     assert_eq!(sandbox.sessions().len(), 0);
-    assert_eq!(sandbox.info().processes, 0);
+    // The last one is still on its way out of the kernel, perhaps.
+    let gone = std::iter::repeat_with(|| {
+        std::thread::sleep(std::time::Duration::from_millis(20));
+        sandbox.info().processes
+    });
+    assert!(gone.take(500).any(|n| n == 0));
     assert_eq!(output(&sandbox, "echo works"), "works");
 }
 

@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use crate::attributes;
 use crate::background::Background;
@@ -17,13 +17,13 @@ use crate::hold::{Acquaintances, Deaths, Grounds, Held, HeldProcess};
 use crate::ids::{HostPid, InnerPid};
 use crate::image::{ProcessImage, TreeImage};
 use crate::interview::Interview;
-use crate::mem::{Gears, Layout, Memory, SharedObjects, Tracker, Work};
+use crate::mem::{Gears, Layout, Memory, SharedObjects, Tracker, Vma, Work};
 use crate::orphan::Orphans;
 use crate::reconcile::{self, Now, Reconcile};
 use crate::stopwatch::{Phases, Stopwatch};
 use crate::store::PageStore;
-use crate::sys;
 use crate::sysv::{self, SystemV};
+use crate::tracer::trace;
 use crate::waits::Wait;
 
 /// How long the processes may take to stand still. A process in an uninterruptible sleep takes
@@ -63,6 +63,8 @@ pub struct Switched<T> {
 pub struct Rollback<T> {
     /// What the caller's closure returned.
     pub switched: T,
+    /// When the processes ran again.
+    pub running: Instant,
     /// The parts, in order.
     pub phases: Phases,
     /// Memory pages that were written back.
@@ -138,7 +140,7 @@ impl Engine {
     /// Stops all processes.
     fn hold(&mut self, env: &dyn Environment) -> Result<Held> {
         let grounds = open_once(&mut self.grounds, env)?;
-        Held::tree(grounds, &mut self.known, FREEZE_TIMEOUT)
+        Held::tree(grounds, &self.known, FREEZE_TIMEOUT)
     }
 
     /// Stops all processes, captures them, calls `cut` while they stand still, and lets them run on. `cut` is told whether
@@ -152,7 +154,7 @@ impl Engine {
         cut: impl FnOnce(Deaths) -> Result<T> + Send,
     ) -> Result<Checkpoint<T>> {
         self.settle();
-        on_own_thread(|| {
+        trace(|| {
             let mut tries = 0;
             let (mut held, captured, mut watch) = loop {
                 let mut watch = Stopwatch::start();
@@ -217,6 +219,8 @@ impl Engine {
         let interviews = interview_all(held, |_| true)?;
         let descriptors = fd::capture(&remotes(held), env, &self.shared)?;
         watch.lap("descriptors");
+        let mut mapped = self.mappings(env, held, |_| true)?;
+        watch.lap("mappings");
         let mut described = BTreeMap::new();
         // Without a process there is nobody to ask.
         let mut has_system_v = interviews.is_empty();
@@ -246,7 +250,8 @@ impl Engine {
             let process = member(&mut held.processes, pid)?;
             let remote = &mut process.stopped.remote;
             let tracker = self.trackers.entry(remote.host()).or_default();
-            let scan = memory.scan(remote, tracker.as_ref(), layout)?;
+            let vmas = mapped.remove(&pid).unwrap_or_default();
+            let scan = memory.scan_mapped(remote, tracker.as_ref(), vmas, layout)?;
             pages += scan.changed_pages();
             // A new process is like its parent, of which it is a fork.
             let parent = processes
@@ -271,6 +276,35 @@ impl Engine {
             pages,
             work: left,
         })
+    }
+
+    /// What the processes have mapped.
+    fn mappings(
+        &self,
+        env: &dyn Environment,
+        held: &Held,
+        wanted: impl Fn(&InnerPid) -> bool,
+    ) -> Result<BTreeMap<InnerPid, Vec<Vma>>> {
+        let memory = self.memory(env);
+        let processes = held.processes.iter().filter(|(pid, _)| wanted(pid));
+        processes
+            .map(|(pid, process)| {
+                let remote = &process.stopped.remote;
+                let tracker = self.trackers.get(&remote.host());
+                let tracker = tracker.and_then(Option::as_ref);
+                Ok((*pid, memory.mappings(remote, tracker)?))
+            })
+            .collect()
+    }
+
+    fn memory<'a>(&'a self, env: &'a dyn Environment) -> Memory<'a> {
+        Memory {
+            store: &self.store,
+            shared: &self.shared,
+            env,
+            orphans: &self.orphans,
+            gears: self.gears,
+        }
     }
 
     fn forget_the_dead(&mut self, held: &Held) {
@@ -309,7 +343,7 @@ impl Engine {
     ) -> Result<Rollback<T>> {
         self.settle();
         target.complete()?;
-        on_own_thread(|| {
+        trace(|| {
             let mut watch = Stopwatch::start();
             let mut held = self.hold(env)?;
             watch.lap("stop");
@@ -318,7 +352,7 @@ impl Engine {
             let Switched { value, stale } = switch()?;
             watch.lap("files");
             let undone = survey.and_then(|mut now| {
-                now.forget(&stale);
+                now.forget(&stale, target);
                 self.undo(env, &mut held, now, target, &mut watch)
             });
             let done = match undone {
@@ -342,7 +376,7 @@ impl Engine {
     pub fn rebuild(&mut self, env: &dyn Environment, target: &TreeImage) -> Result<Rollback<()>> {
         self.settle();
         target.complete()?;
-        on_own_thread(|| {
+        trace(|| {
             let mut watch = Stopwatch::start();
             let done = self.make_all(env, target, &mut watch)?;
             Ok(done.with((), watch.phases))
@@ -355,7 +389,7 @@ impl Engine {
     /// No process is left of those that were made.
     pub fn build(&mut self, env: &dyn Environment, target: &TreeImage) -> Result<Rollback<()>> {
         target.complete()?;
-        on_own_thread(|| {
+        trace(|| {
             let mut watch = Stopwatch::start();
             let done = self.make_in_empty(env, target, &mut watch)?;
             Ok(done.with((), watch.phases))
@@ -371,7 +405,7 @@ impl Engine {
         self.known.clear();
         self.trackers.clear();
         self.waits.clear();
-        on_own_thread(|| end::all(open_once(&mut self.grounds, env)?))
+        trace(|| end::all(open_once(&mut self.grounds, env)?))
     }
 
     fn make_all(
@@ -418,6 +452,7 @@ impl Engine {
         let keep = reconcile::keepers(held, target, &stuck);
         let interviews = interview_all(held, |pid| keep.contains(pid))?;
         let descriptors = fd::survey(&remotes(held), env, &self.shared)?;
+        let mut mapped = self.mappings(env, held, |pid| keep.contains(pid))?;
         let mut processes = BTreeMap::new();
         let memory = Memory {
             store: &self.store,
@@ -448,17 +483,19 @@ impl Engine {
                 brk: answers.program_break,
                 ..process.bounds
             };
-            let scan = memory.scan(remote, tracker.as_ref(), layout)?;
-            let exe = Place::of(env, &held.procfs, pid, "exe");
-            let cwd = Place::of(env, &held.procfs, pid, "cwd");
-            let root = Place::root(env, &held.procfs, pid);
+            let vmas = mapped.remove(&pid).unwrap_or_default();
+            let scan = memory.scan_mapped(remote, tracker.as_ref(), vmas, layout)?;
+            let procfs = &held.procfs;
+            let exe = image.exe.is_of(env, procfs, pid, "exe");
+            let cwd = image.cwd.is_of(env, procfs, pid, "cwd");
+            let root = Place::is_root_of(image.root.as_ref(), env, procfs, pid);
             let now = Now {
                 attributes,
                 threads: answers.threads,
                 scan: Some(scan),
-                exe: exe.during(pid, "reading its program")?,
-                cwd: cwd.during(pid, "reading its directory")?,
-                root: root.during(pid, "reading its root directory")?,
+                same_program: exe.during(pid, "reading its program")?,
+                same_directory: cwd.during(pid, "reading its directory")?,
+                same_root: root.during(pid, "reading its root directory")?,
             };
             processes.insert(pid, now);
         }
@@ -527,9 +564,8 @@ impl Engine {
         let mut descriptors = survey.descriptors;
         // A process that is to start its program again loses all that it has open by that.
         descriptors.retain(|pid| {
-            let image = target.processes.get(&pid);
             let now = survey.processes.get(&pid);
-            image.zip(now).is_some_and(|(i, n)| n.exe.is(&i.exe))
+            now.is_some_and(|now| now.same_program)
         });
         self.shared
             .restore(&target.shared)
@@ -575,8 +611,10 @@ impl Engine {
         told.during_tree("restoring the sessions")?;
         held.remember(&mut self.known);
         held.release()?;
+        let running = Instant::now();
         watch.lap("resume");
         Ok(Done {
+            running,
             pages,
             kept: keep.len(),
             rebuilt: born.all.len(),
@@ -605,22 +643,23 @@ struct Survey {
 
 impl Survey {
     /// What leads to these inodes is to be opened again.
-    fn forget(&mut self, stale: &[u64]) {
+    fn forget(&mut self, stale: &[u64], target: &TreeImage) {
         if stale.is_empty() {
             return;
         }
         self.descriptors.forget(stale);
-        for now in self.processes.values_mut() {
-            now.cwd.forget(stale);
-            if let Some(root) = &mut now.root {
-                root.forget(stale);
-            }
+        for (pid, now) in &mut self.processes {
+            let image = &target.processes[pid];
+            let stale = |place: &Place| place.is_among(stale);
+            now.same_directory &= !stale(&image.cwd);
+            now.same_root &= !image.root.as_ref().is_some_and(stale);
         }
     }
 }
 
 /// What a rollback did with the processes.
 struct Done {
+    running: Instant,
     pages: u64,
     kept: usize,
     rebuilt: usize,
@@ -632,6 +671,7 @@ struct Done {
 impl Done {
     fn with<T>(self, switched: T, phases: Phases) -> Rollback<T> {
         let Self {
+            running,
             pages,
             kept,
             rebuilt,
@@ -641,6 +681,7 @@ impl Done {
         } = self;
         Rollback {
             switched,
+            running,
             phases,
             pages,
             kept,
@@ -688,22 +729,5 @@ fn member(
     processes.get_mut(&pid).ok_or_else(|| Error::Corrupt {
         pid,
         what: "its parent is not in the image".to_owned(),
-    })
-}
-
-/// Traces from a thread of its own: whatever happens in there, when it ends the kernel lets go of all
-/// that it traced.
-fn on_own_thread<T: Send>(work: impl FnOnce() -> Result<T> + Send) -> Result<T> {
-    std::thread::scope(|scope| {
-        let worker = std::thread::Builder::new()
-            .name("deltacr".to_owned())
-            .spawn_scoped(scope, || {
-                sys::process::sleep_precisely();
-                work()
-            })
-            .during_tree("starting a tracing thread")?;
-        worker
-            .join()
-            .unwrap_or_else(|panic| std::panic::resume_unwind(panic))
     })
 }

@@ -47,6 +47,20 @@ impl Place {
         }
     }
 
+    /// Whether the root directory of a process is this one, or the sandbox's own for `None`.
+    pub(crate) fn is_root_of(
+        root: Option<&Self>,
+        env: &dyn Environment,
+        procfs: &Procfs,
+        pid: InnerPid,
+    ) -> io::Result<bool> {
+        match (root, procfs.link(pid, "root")?.as_slice()) {
+            (None, path) => Ok(path == b"/"),
+            (Some(_), b"/") => Ok(false),
+            (Some(root), _) => root.is_of(env, procfs, pid, "root"),
+        }
+    }
+
     /// Opens the file again; see [`open`].
     pub(crate) fn open(&self, env: &dyn Environment, flags: OFlags) -> io::Result<OwnedFd> {
         open(env, &self.path, self.inode, flags)
@@ -62,20 +76,26 @@ impl Place {
         self.path.strip_suffix(b" (deleted)")
     }
 
-    /// Makes it the same as no other if it is one of these.
-    pub(crate) fn forget(&mut self, stale: &[u64]) {
-        if self.inode.is_some_and(|inode| stale.contains(&inode)) {
-            (self.inode, self.path) = (None, Vec::new());
-        }
+    /// Whether it is one of these.
+    pub(crate) fn is_among(&self, inodes: &[u64]) -> bool {
+        self.inode.is_some_and(|inode| inodes.contains(&inode))
     }
 
-    /// Whether it is the same file, whatever its name.
-    pub(crate) fn is(&self, other: &Self) -> bool {
-        match (self.inode, other.inode) {
+    /// Whether a process' `exe` or `cwd` points to this file, whatever its name.
+    pub(crate) fn is_of(
+        &self,
+        env: &dyn Environment,
+        procfs: &Procfs,
+        pid: InnerPid,
+        link: &str,
+    ) -> io::Result<bool> {
+        let file = procfs.file(pid, link)?;
+        let inode = (file.device == env.fs_device()).then_some(file.inode);
+        Ok(match (self.inode, inode) {
             (Some(a), Some(b)) => a == b,
-            (None, None) => self.path == other.path,
+            (None, None) => self.path == procfs.link(pid, link)?,
             _ => false,
-        }
+        })
     }
 }
 

@@ -48,7 +48,8 @@ impl Freezer {
     pub(crate) fn members(&mut self) -> io::Result<Vec<HostPid>> {
         self.members.rewind()?;
         let mut text = Vec::with_capacity(4096);
-        self.members.read_to_end(&mut text)?;
+        // Not of the file itself, which would be asked for its size first: it has none.
+        (&self.members).take(u64::MAX).read_to_end(&mut text)?;
         let lines = text.split(|b| *b == b'\n');
         let numbers = lines.filter_map(|line| std::str::from_utf8(line).ok()?.parse().ok());
         // What is outside of the reader's pid namespace is called 0.

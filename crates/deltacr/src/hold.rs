@@ -1,38 +1,45 @@
-//! Holding a whole tree: freeze, seize every thread, thaw; seized threads go on standing still.
+//! Holding a whole tree: its threads are seized, and stand still until they are let go.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::fs;
-use std::io;
 use std::time::{Duration, Instant};
 
+use crate::catch::{Catcher, Caught, is_dead};
 use crate::env::Environment;
 use crate::error::{During, Error, Result};
-use crate::freeze::{Freezer, glance};
+use crate::freeze::Freezer;
 use crate::ids::{HostPid, InnerPid};
 use crate::mem::Layout;
-use crate::procfs::{Procfs, Stat};
+use crate::procfs::{OpenFiles, Procfs, Stat};
 use crate::remote::Remote;
 use crate::stop::{Stopped, StoppedThread};
-use crate::sys::ptrace::{self, Stop};
 
-/// How long a thread that cannot stop (it waits for its `vfork` child, say) holds up all others
-/// before they are let go for another try.
-const PATIENCE: Duration = Duration::from_millis(20);
 /// Between two tries.
 const PAUSE: Duration = Duration::from_millis(1);
 
 /// How often it is looked for who did not stop.
 const LOOKS: u32 = 20;
 
+/// Of so many processes the files that are read at every visit stay open, eight of each.
+const KEEP_OPEN: usize = 16;
+
 /// What the engine remembers of a process from one visit to the next.
 pub(crate) struct Acquaintance {
     pub(crate) pid: InnerPid,
     /// With the pid, tells a process from a later one.
-    start: u64,
+    pub(crate) start: u64,
     /// When the process was first born.
-    birth: u64,
+    pub(crate) birth: u64,
     pub(crate) area: Option<u64>,
-    threads: HashMap<HostPid, InnerPid>,
+    pub(crate) threads: HashMap<HostPid, InnerPid>,
+    pub(crate) files: OpenFiles,
+}
+
+impl Acquaintance {
+    /// Whether it had one thread.
+    pub(crate) fn is_single(&self) -> bool {
+        self.threads.len() == 1
+    }
 }
 
 /// All processes that the engine met, by their number outside.
@@ -95,36 +102,43 @@ impl Held {
     /// Holds every process of the sandbox's cgroup.
     pub(crate) fn tree(
         grounds: &mut Grounds,
-        known: &mut Acquaintances,
+        known: &Acquaintances,
         timeout: Duration,
     ) -> Result<Self> {
         let Grounds { procfs, freezer } = grounds;
         let start = Instant::now();
-        // Seized threads that did not stop yet: they are this thread's until they do.
-        let mut late = HashSet::new();
+        let mut catcher = Catcher::new(procfs, freezer, known);
+        if let Some(processes) = catcher.running() {
+            return Self::caught(procfs, processes, start);
+        }
         loop {
             let since = Instant::now();
             let left = timeout.saturating_sub(start.elapsed());
-            if !freezer.freeze(left).during_tree("freezing the processes")? {
-                return Err(not_frozen(freezer, timeout));
+            let frozen = catcher.freezer.freeze(left);
+            if !frozen.during_tree("freezing the processes")? {
+                return Err(not_frozen(catcher.freezer, timeout));
             }
-            match seize_all(procfs, known, freezer, &mut late)? {
-                Some(processes) => {
-                    // From here on it is let go when it is dropped.
-                    let mut held = Self {
-                        procfs: procfs.clone(),
-                        processes,
-                        zombies: BTreeMap::new(),
-                        deaths: Deaths::Reported,
-                        since,
-                    };
-                    held.find_dead()?;
-                    return Ok(held);
+            match catcher.frozen()? {
+                Some(processes) => return Self::caught(procfs, processes, since),
+                None if start.elapsed() > timeout => {
+                    return Err(not_frozen(catcher.freezer, timeout));
                 }
-                None if start.elapsed() > timeout => return Err(not_frozen(freezer, timeout)),
                 None => std::thread::sleep(PAUSE),
             }
         }
+    }
+
+    /// A tree that was stopped; from here on it is let go when it is dropped.
+    fn caught(procfs: &Procfs, processes: Caught, since: Instant) -> Result<Self> {
+        let mut held = Self {
+            procfs: procfs.clone(),
+            processes,
+            zombies: BTreeMap::new(),
+            deaths: Deaths::Reported,
+            since,
+        };
+        held.find_dead()?;
+        Ok(held)
     }
 
     /// An empty tree, to be filled by births.
@@ -228,12 +242,17 @@ impl Held {
                 .iter()
                 .map(|thread| (thread.host, thread.tid))
                 .collect();
+            let files = match self.processes.len() {
+                ..=KEEP_OPEN => process.stopped.remote.files().clone(),
+                _ => OpenFiles::default(),
+            };
             let acquaintance = Acquaintance {
                 pid: *pid,
                 start: process.stat.start,
                 birth: process.birth,
                 area: process.stopped.remote.area_address(),
                 threads,
+                files,
             };
             known.insert(process.stopped.remote.host(), acquaintance);
         }
@@ -244,275 +263,6 @@ impl Drop for Held {
     fn drop(&mut self) {
         let _ = self.release();
     }
-}
-
-/// A frozen process and its threads, not seized yet.
-struct Found {
-    pid: InnerPid,
-    host: HostPid,
-    area: Option<u64>,
-    stat: Stat,
-    bounds: Layout,
-    birth: u64,
-    threads: Vec<(HostPid, InnerPid)>,
-}
-
-/// Whether a process is gone or a zombie.
-fn is_dead(host: HostPid) -> bool {
-    let stat = fs::read(format!("/proc/{host}/stat")).ok();
-    let stat = stat.and_then(|text| crate::procfs::parse_stat(&text));
-    stat.is_none_or(|stat| matches!(stat.state, b'Z' | b'X'))
-}
-
-/// `None` if some thread could not stop although the tree was frozen, or was killed meanwhile; then all run again.
-fn seize_all(
-    procfs: &Procfs,
-    known: &Acquaintances,
-    freezer: &mut Freezer,
-    late: &mut HashSet<HostPid>,
-) -> Result<Option<BTreeMap<InnerPid, HeldProcess>>> {
-    let found = find(freezer, procfs, known).and_then(|found| {
-        let mut seized = Vec::new();
-        let all = found
-            .iter()
-            .flatten()
-            .try_for_each(|process| seize(process, &mut seized, late));
-        if let Err(e) = all {
-            let _ = freezer.thaw();
-            *late = let_go(&seized);
-            return none_if_killed(found.iter().flatten(), e);
-        }
-        Ok(found)
-    });
-    freezer.thaw().during_tree("thawing the processes")?;
-    let Some(found) = found? else {
-        return Ok(None);
-    };
-    let threads: Vec<HostPid> = found
-        .iter()
-        .flat_map(|p| p.threads.iter().map(|(host, _)| *host))
-        .collect();
-    let stops = await_all(&threads);
-    if stops.len() < threads.len() || stops.values().any(|stop| matches!(stop, Stop::Gone(_))) {
-        *late = let_go(&threads);
-        return Ok(None);
-    }
-    let mut processes = BTreeMap::new();
-    for process in &found {
-        match hold(process, &stops).during(process.pid, "reading the registers") {
-            Ok(held) => processes.insert(process.pid, held),
-            Err(e) => {
-                for (_, held) in processes {
-                    // What cannot be let go now is when this thread ends.
-                    let _ = held.stopped.release();
-                }
-                *late = let_go(&threads);
-                return none_if_killed(found.iter(), e);
-            }
-        };
-    }
-    Ok(Some(processes))
-}
-
-/// An error that a death explains is none.
-fn none_if_killed<'a, T>(
-    mut found: impl Iterator<Item = &'a Found>,
-    error: Error,
-) -> Result<Option<T>> {
-    if error.is_death() || found.any(|process| is_dead(process.host)) {
-        return Ok(None);
-    }
-    Err(error)
-}
-
-fn hold(process: &Found, stops: &HashMap<HostPid, Stop>) -> io::Result<HeldProcess> {
-    let user_stop = match stops.get(&process.host) {
-        Some(Stop::GroupStopped(signal)) => Some(*signal),
-        _ => None,
-    };
-    let stopped = Stopped::hold(process.pid, process.host, &process.threads, process.area)?;
-    Ok(HeldProcess {
-        stopped,
-        stat: process.stat.clone(),
-        bounds: process.bounds,
-        birth: process.birth,
-        user_stop,
-        ignores_trap: process.stat.ignores_trap,
-        stop_with: None,
-    })
-}
-
-fn seize(process: &Found, seized: &mut Vec<HostPid>, late: &HashSet<HostPid>) -> Result<()> {
-    for (host, _) in &process.threads {
-        match ptrace::seize(*host) {
-            Err(_) if late.contains(host) => {}
-            other => other.map_err(|source| refusal(process, source))?,
-        }
-        seized.push(*host);
-        ptrace::interrupt(*host).during(process.pid, "stopping a thread")?;
-    }
-    Ok(())
-}
-
-fn refusal(process: &Found, source: io::Error) -> Error {
-    let name = String::from_utf8_lossy(&process.stat.name).into_owned();
-    let tracer = fs::read(format!("/proc/{}/status", process.host))
-        .ok()
-        .and_then(|s| {
-            String::from_utf8_lossy(&s)
-                .lines()
-                .find_map(|l| l.strip_prefix("TracerPid:")?.trim().parse::<i32>().ok())
-        });
-    match tracer {
-        Some(tracer) if tracer != 0 => {
-            let tracer = HostPid(tracer).inner().unwrap_or(InnerPid(tracer));
-            let what = format!("it is traced by process {tracer}; end the debugger first");
-            Error::Unsupported {
-                pid: process.pid,
-                name,
-                what,
-            }
-        }
-        _ => Error::Process {
-            doing: "tracing".to_owned(),
-            pid: process.pid,
-            source,
-        },
-    }
-}
-
-/// How each thread stopped, of those that did in time.
-fn await_all(threads: &[HostPid]) -> HashMap<HostPid, Stop> {
-    let mut stops = HashMap::with_capacity(threads.len());
-    let end = Instant::now() + PATIENCE;
-    let mut glances = 0;
-    loop {
-        for host in threads {
-            if !stops.contains_key(host)
-                && let Ok(Some(stop)) = ptrace::wait(*host, false)
-            {
-                stops.insert(*host, stop);
-            }
-        }
-        if stops.len() == threads.len() || Instant::now() > end {
-            return stops;
-        }
-        glance(&mut glances);
-    }
-}
-
-/// Lets threads run on that were seized and interrupted. Returns those that have not stopped yet, which are let go by the
-/// kernel when this thread ends.
-fn let_go(threads: &[HostPid]) -> HashSet<HostPid> {
-    let end = Instant::now() + PATIENCE;
-    let mut left: HashSet<HostPid> = threads.iter().copied().collect();
-    while !left.is_empty() && Instant::now() < end {
-        left.retain(|host| {
-            // It stopped in an earlier wait already; or it stops, or is found dead, now.
-            if ptrace::detach(*host).is_ok() {
-                return false;
-            }
-            match ptrace::wait(*host, false) {
-                Ok(None) => true,
-                Ok(Some(Stop::Gone(_))) | Err(_) => false,
-                Ok(Some(_)) => ptrace::detach(*host).is_err(),
-            }
-        });
-        std::thread::yield_now();
-    }
-    left
-}
-
-/// `None` if one was killed meanwhile.
-fn find(
-    freezer: &mut Freezer,
-    procfs: &Procfs,
-    known: &Acquaintances,
-) -> Result<Option<Vec<Found>>> {
-    let hosts = freezer.members().during_tree("listing the processes")?;
-    let mut found = Vec::with_capacity(hosts.len());
-    for host in hosts {
-        match meet(procfs, host, known) {
-            Ok(process) => found.push(process),
-            Err(e) if e.kind() == io::ErrorKind::NotFound || is_dead(host) => return Ok(None),
-            Err(e) => return Err(e).during_tree("looking at a process"),
-        }
-    }
-    // A parent's area is where its children have theirs.
-    let areas: HashMap<InnerPid, Option<u64>> = found.iter().map(|p| (p.pid, p.area)).collect();
-    for process in &mut found {
-        if process.area.is_none() {
-            process.area = areas.get(&process.stat.parent).copied().flatten();
-        }
-        if process.stat.state == b'Z' {
-            let what = "its first thread has ended, and others go on".to_owned();
-            let name = String::from_utf8_lossy(&process.stat.name).into_owned();
-            return Err(Error::Unsupported {
-                pid: process.pid,
-                name,
-                what,
-            });
-        }
-    }
-    Ok(Some(found))
-}
-
-fn meet(procfs: &Procfs, host: HostPid, known: &Acquaintances) -> io::Result<Found> {
-    let acquaintance = known.get(&host);
-    let again = acquaintance.and_then(|k| {
-        let (stat, bounds) = procfs.stat_and_bounds(k.pid).ok()?;
-        (stat.start == k.start).then_some((k.pid, stat, bounds))
-    });
-    let (pid, stat, bounds, acquaintance) = match again {
-        Some((pid, stat, bounds)) => (pid, stat, bounds, acquaintance),
-        None => {
-            let pid = host.inner()?;
-            let (stat, bounds) = procfs.stat_and_bounds(pid)?;
-            (pid, stat, bounds, None)
-        }
-    };
-    let threads = match stat.threads {
-        1 => vec![(host, pid)],
-        _ => threads(procfs, host, pid, acquaintance)?,
-    };
-    let birth = acquaintance.map_or(stat.start, |k| k.birth);
-    Ok(Found {
-        birth,
-        pid,
-        host,
-        area: acquaintance.and_then(|k| k.area),
-        stat,
-        bounds,
-        threads,
-    })
-}
-
-/// The threads of a process, its first one first.
-fn threads(
-    procfs: &Procfs,
-    host: HostPid,
-    pid: InnerPid,
-    known: Option<&Acquaintance>,
-) -> io::Result<Vec<(HostPid, InnerPid)>> {
-    let mut threads = vec![(host, pid)];
-    for entry in fs::read_dir(format!("/proc/{host}/task"))? {
-        let name = entry?.file_name();
-        let tid = name
-            .to_str()
-            .and_then(|n| n.parse().ok())
-            .ok_or(io::ErrorKind::InvalidData)?;
-        let tid = HostPid(tid);
-        if tid == host {
-            continue;
-        }
-        // The number outside may have been used again since, by a thread with another number inside.
-        let inner = match known.and_then(|k| k.threads.get(&tid)) {
-            Some(inner) if procfs.has_thread(pid, *inner) => *inner,
-            _ => tid.inner()?,
-        };
-        threads.push((tid, inner));
-    }
-    Ok(threads)
 }
 
 fn not_frozen(freezer: &mut Freezer, timeout: Duration) -> Error {

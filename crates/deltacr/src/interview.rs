@@ -9,14 +9,15 @@ use std::sync::LazyLock;
 use crate::attributes::{self, Attributes};
 use crate::error::{During, Result};
 use crate::ids::{HostPid, InnerPid};
-use crate::remote::{Batch, FlightId, Outcome, Remote};
+use crate::remote::{Batch, FlightId, Outcome, Remote, Standing};
 use crate::stop::{Stopped, StoppedThread};
+use crate::sys::process;
 use crate::sysv;
 use crate::threads;
 
 /// The questions to a process and its first thread.
 struct First {
-    batch: Batch,
+    batch: Standing,
     process: attributes::Questions,
     thread: threads::Questions,
     system_v: sysv::Questions,
@@ -24,27 +25,43 @@ struct First {
 
 /// The questions to any other thread.
 struct Other {
-    batch: Batch,
+    batch: Standing,
     thread: threads::Questions,
 }
 
-static FIRST: LazyLock<First> = LazyLock::new(|| {
-    let mut batch = Batch::new();
-    let process = attributes::Questions::ask(&mut batch);
-    let thread = threads::Questions::ask(&mut batch);
-    let system_v = sysv::Questions::ask(&mut batch);
-    First {
-        batch,
-        process,
-        thread,
-        system_v,
+impl First {
+    fn new(ambient_too: bool) -> Self {
+        let mut batch = Batch::new();
+        let process = attributes::Questions::ask(&mut batch, ambient_too);
+        let thread = threads::Questions::ask(&mut batch);
+        let system_v = sysv::Questions::ask(&mut batch);
+        Self {
+            batch: Standing::new(batch),
+            process,
+            thread,
+            system_v,
+        }
     }
-});
+
+    /// What is to be asked of this process.
+    fn of(host: HostPid) -> io::Result<&'static Self> {
+        Ok(match process::inheritable(host)? {
+            0 => &FIRST,
+            _ => &FIRST_WITH_AMBIENT,
+        })
+    }
+}
+
+static FIRST: LazyLock<First> = LazyLock::new(|| First::new(false));
+static FIRST_WITH_AMBIENT: LazyLock<First> = LazyLock::new(|| First::new(true));
 
 static OTHER: LazyLock<Other> = LazyLock::new(|| {
     let mut batch = Batch::new();
     let thread = threads::Questions::ask(&mut batch);
-    Other { batch, thread }
+    Other {
+        batch: Standing::new(batch),
+        thread,
+    }
 });
 
 /// What a process answered.
@@ -60,6 +77,7 @@ pub(crate) struct Answers {
 
 /// Questions that a process is answering.
 pub(crate) struct Interview {
+    questions: &'static First,
     first: FlightId,
     others: Vec<(Thread, Option<FlightId>)>,
 }
@@ -89,13 +107,18 @@ impl Interview {
     fn launch(Stopped { remote, threads }: &mut Stopped) -> io::Result<Self> {
         remote.clear_flights()?;
         let host = remote.host();
-        let first = remote.launch(host, &FIRST.batch)?;
+        let questions = First::of(host)?;
+        let first = remote.launch(host, &questions.batch)?;
         let first = first.ok_or(io::ErrorKind::ArgumentListTooLong)?;
         let mut others = Vec::with_capacity(threads.len().saturating_sub(1));
         for thread in threads.iter().filter(|thread| thread.host != host) {
             others.push((thread.into(), remote.launch(thread.host, &OTHER.batch)?));
         }
-        Ok(Self { first, others })
+        Ok(Self {
+            questions,
+            first,
+            others,
+        })
     }
 
     /// Waits for the answers.
@@ -105,8 +128,8 @@ impl Interview {
     }
 
     fn land(mut self, remote: &mut Remote) -> io::Result<Answers> {
-        let outcome = remote.land(&self.first, &FIRST.batch)?;
-        let mut answers = Answers::of(remote, &outcome)?;
+        let outcome = remote.land(&self.first, &self.questions.batch)?;
+        let mut answers = Answers::of(remote, self.questions, &outcome)?;
         loop {
             let mut waiting = Vec::new();
             for (thread, flight) in self.others {
@@ -134,13 +157,18 @@ impl Interview {
 }
 
 impl Answers {
-    fn of(remote: &Remote, outcome: &Outcome) -> io::Result<Self> {
-        let first = FIRST.thread.answers(outcome)?;
+    fn of(remote: &Remote, questions: &First, outcome: &Outcome) -> io::Result<Self> {
+        let First {
+            process,
+            thread,
+            system_v,
+            ..
+        } = questions;
         Ok(Self {
-            attributes: FIRST.process.attributes(outcome, remote.host())?,
-            program_break: FIRST.process.program_break(outcome)?,
-            threads: BTreeMap::from([(remote.pid(), first)]),
-            system_v: FIRST.system_v.answers(outcome),
+            attributes: process.attributes(outcome, remote)?,
+            program_break: process.program_break(outcome)?,
+            threads: BTreeMap::from([(remote.pid(), thread.answers(outcome)?)]),
+            system_v: system_v.answers(outcome),
         })
     }
 }

@@ -5,6 +5,7 @@
 mod attributes;
 mod background;
 mod birth;
+mod catch;
 mod describe;
 mod disk;
 mod end;
@@ -34,6 +35,7 @@ mod sys;
 mod sysv;
 mod threads;
 mod timers;
+mod tracer;
 mod waits;
 
 pub use disk::{ImageInfo, verify_image};

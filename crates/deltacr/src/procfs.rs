@@ -1,12 +1,13 @@
 //! Reads the sandbox's own `/proc`, which counts processes as the sandbox does.
 
+use std::fs::File;
 use std::io;
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, OwnedFd};
-use std::sync::Arc;
+use std::os::unix::fs::FileExt;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use rustix::fs::{AtFlags, Mode, OFlags, RawDir, ResolveFlags, SeekFrom, openat, openat2, statat};
-use rustix::io::read;
 use serde::{Deserialize, Serialize};
 
 use crate::env::Environment;
@@ -46,6 +47,39 @@ pub(crate) struct Stat {
     pub(crate) exit_status: i32,
     /// It ignores `SIGTRAP`.
     pub(crate) ignores_trap: bool,
+}
+
+/// Files below `/proc/PID` of one process that are read at every visit. They stay open from one to the next: opening one takes
+/// longer than reading it. If the process is gone, reading them fails, whoever has its number.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct OpenFiles(Arc<Mutex<Vec<Named>>>);
+
+type Named = (&'static str, Arc<File>);
+
+/// Those that show the address space which the process had when they were opened.
+const OF_MEMORY: [&str; 3] = ["auxv", "maps", "pagemap"];
+
+impl OpenFiles {
+    /// The file of this name, which is opened if it is not yet.
+    pub(crate) fn get(
+        &self,
+        name: &'static str,
+        open: impl FnOnce() -> io::Result<File>,
+    ) -> io::Result<Arc<File>> {
+        let mut files = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some((_, file)) = files.iter().find(|(known, _)| *known == name) {
+            return Ok(Arc::clone(file));
+        }
+        let file = Arc::new(open()?);
+        files.push((name, Arc::clone(&file)));
+        Ok(file)
+    }
+
+    /// The process has another address space.
+    pub(crate) fn forget_memory(&self) {
+        let mut files = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        files.retain(|(name, _)| !OF_MEMORY.contains(name));
+    }
 }
 
 /// A file, by device and inode.
@@ -95,12 +129,22 @@ impl Procfs {
     }
 
     pub(crate) fn stat(&self, pid: InnerPid) -> io::Result<Stat> {
-        self.stat_and_bounds(pid).map(|(stat, _)| stat)
+        let files = OpenFiles::default();
+        self.stat_and_bounds(pid, &files).map(|(stat, _)| stat)
+    }
+
+    /// Opens a file to read it.
+    pub(crate) fn open_file(&self, path: &str) -> io::Result<File> {
+        open_file(&*self.0, path)
     }
 
     /// The same with the bounds of the address space, which the same file shows.
-    pub(crate) fn stat_and_bounds(&self, pid: InnerPid) -> io::Result<(Stat, Layout)> {
-        let text = self.read(&format!("{pid}/stat"))?;
+    pub(crate) fn stat_and_bounds(
+        &self,
+        pid: InnerPid,
+        files: &OpenFiles,
+    ) -> io::Result<(Stat, Layout)> {
+        let text = read_all(&*files.get("stat", || self.open_file(&format!("{pid}/stat")))?)?;
         parse_stat(&text)
             .zip(Layout::parse(&text))
             .ok_or_else(|| io::Error::new(io::ErrorKind::InvalidData, "unreadable stat"))
@@ -139,12 +183,20 @@ impl Procfs {
 
 /// The content of a file of a proc filesystem, `dir` or the caller's own.
 pub(crate) fn read_file(dir: impl AsFd, path: &str) -> io::Result<Vec<u8>> {
+    read_all(&open_file(dir, path)?)
+}
+
+fn open_file(dir: impl AsFd, path: &str) -> io::Result<File> {
     let flags = OFlags::RDONLY | OFlags::CLOEXEC;
-    let file = openat(dir, path, flags, Mode::empty())?;
+    Ok(openat(dir, path, flags, Mode::empty())?.into())
+}
+
+/// The content of a file of a proc filesystem, from its beginning on.
+pub(crate) fn read_all(file: &File) -> io::Result<Vec<u8>> {
     let mut bytes = vec![0; FILE_MAX];
     let mut filled = 0;
     loop {
-        let n = read(&file, &mut bytes[filled..])?;
+        let n = file.read_at(&mut bytes[filled..], filled as u64)?;
         filled += n;
         // A record that does not fit is left for the next call, and none is as long as half the room: what is read in one go
         // and leaves so much of it is all.

@@ -36,9 +36,12 @@ pub(crate) struct Now {
     pub(crate) threads: BTreeMap<InnerPid, threads::Answers>,
     /// Taken when it is used.
     pub(crate) scan: Option<Scan>,
-    pub(crate) exe: Place,
-    pub(crate) cwd: Place,
-    pub(crate) root: Option<Place>,
+    /// Whether it runs the image's program.
+    pub(crate) same_program: bool,
+    /// Whether it has the image's root directory.
+    pub(crate) same_root: bool,
+    /// Whether it stands in the image's directory.
+    pub(crate) same_directory: bool,
 }
 
 /// The processes that can be undone in place: those of the image that are still there, at their place in the family,
@@ -97,7 +100,7 @@ impl Reconcile<'_> {
     ) -> Result<u64> {
         self.end_extra_threads()?;
         let scan = match now {
-            Some(now) if now.exe.is(&self.image.exe) => now.scan.take(),
+            Some(now) if now.same_program => now.scan.take(),
             Some(_) => {
                 self.start_program()?;
                 None
@@ -171,26 +174,21 @@ impl Reconcile<'_> {
     /// The root and working directory, by which descriptors are then made that are named relative to it.
     pub(crate) fn directory(&mut self, now: Option<&Now>) -> Result<()> {
         let pid = self.process.stopped.remote.pid();
-        let found;
-        let (cwd, root) = match now {
-            Some(now) => (&now.cwd, &now.root),
+        let (same_root, same_directory) = match now {
+            Some(now) => (now.same_root, now.same_directory),
             None => {
-                found = (
-                    Place::of(self.env, self.procfs, pid, "cwd")
-                        .during(pid, "reading its directory")?,
-                    Place::root(self.env, self.procfs, pid)
-                        .during(pid, "reading its root directory")?,
-                );
-                (&found.0, &found.1)
+                let (env, procfs) = (self.env, self.procfs);
+                let root = Place::is_root_of(self.image.root.as_ref(), env, procfs, pid);
+                let cwd = self.image.cwd.is_of(env, procfs, pid, "cwd");
+                (
+                    root.during(pid, "reading its root directory")?,
+                    cwd.during(pid, "reading its directory")?,
+                )
             }
-        };
-        let same_root = match (root, &self.image.root) {
-            (Some(root), Some(wanted)) => root.is(wanted),
-            (root, wanted) => root.is_none() && wanted.is_none(),
         };
         if !same_root {
             self.change_root()?;
-        } else if cwd.is(&self.image.cwd) {
+        } else if same_directory {
             return Ok(());
         }
         self.change_directory()
@@ -203,7 +201,7 @@ impl Reconcile<'_> {
         remote.forget_strays();
         let (attributes, answers) = match now {
             // A new program has reset some of them.
-            Some(now) if now.exe.is(&self.image.exe) => (now.attributes, now.threads),
+            Some(now) if now.same_program => (now.attributes, now.threads),
             _ => {
                 let answers = interview::ask(&mut self.process.stopped)?;
                 (answers.attributes, answers.threads)

@@ -3,6 +3,7 @@
 use std::io;
 
 use crate::ids::{HostPid, InnerPid};
+use crate::procfs::OpenFiles;
 use crate::remote::{Remote, await_stop, block_signals};
 use crate::sys::ptrace::{self, Registers, Stop};
 
@@ -50,7 +51,7 @@ impl Stopped {
         }
         let inner = |tid: &HostPid| if *tid == host { pid } else { InnerPid(tid.0) };
         let threads: Vec<_> = threads.iter().map(|tid| (*tid, inner(tid))).collect();
-        Self::hold(pid, host, &threads, None)
+        Self::hold(pid, host, &threads, None, OpenFiles::default())
     }
 
     /// Takes up a process whose threads are all stopped; the first one is its leader. If that fails, those that were taken
@@ -60,8 +61,9 @@ impl Stopped {
         host: HostPid,
         threads: &[(HostPid, InnerPid)],
         area: Option<u64>,
+        files: OpenFiles,
     ) -> io::Result<Self> {
-        let remote = Remote::new(pid, host, area)?;
+        let remote = Remote::again(pid, host, area, files)?;
         let mut held = Self::take(remote, Vec::with_capacity(threads.len()));
         for (host, tid) in threads {
             match hold_thread(*tid, *host) {

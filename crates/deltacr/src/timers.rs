@@ -5,7 +5,7 @@ use std::io;
 use serde::{Deserialize, Serialize};
 
 use crate::error::{During, Error, Result};
-use crate::procfs::Procfs;
+use crate::procfs::{self, Procfs};
 use crate::remote::{Batch, CallId, Remote, longs};
 
 /// `prctl`: a new timer gets the id that is asked for (Linux 6.15).
@@ -57,7 +57,10 @@ impl Timer {
 pub(crate) fn capture(procfs: &Procfs, remote: &mut Remote) -> Result<Vec<Timer>> {
     let pid = remote.pid();
     let doing = "reading the POSIX timers";
-    let text = procfs.read(&format!("{pid}/timers")).during(pid, doing)?;
+    let files = remote.files();
+    let file = files.get("timers", || procfs.open_file(&format!("{pid}/timers")));
+    let text = file.and_then(|file| procfs::read_all(&file));
+    let text = text.during(pid, doing)?;
     let mut timers = parse(&text)
         .ok_or(io::ErrorKind::InvalidData)
         .during(pid, doing)?;

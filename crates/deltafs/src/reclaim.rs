@@ -55,10 +55,36 @@ impl Reclaimer {
     }
 
     /// Has a view dropped.
-    pub(crate) fn drop_later(&self, view: View) {
+    fn drop_later(&self, view: View) {
         self.left.lock().push(view);
         // The thread listens until it is told to end.
         let _ = self.calls.send(Call::Work);
+    }
+}
+
+/// A view that a switch has left behind. When this is dropped, a thread begins to free it.
+#[derive(Debug)]
+pub struct LeftBehind {
+    /// None only while this is dropped.
+    view: Option<View>,
+    reclaimer: Arc<Reclaimer>,
+}
+
+impl LeftBehind {
+    pub(crate) fn new(view: View, reclaimer: &Arc<Reclaimer>) -> Self {
+        Self {
+            view: Some(view),
+            reclaimer: Arc::clone(reclaimer),
+        }
+    }
+}
+
+impl Drop for LeftBehind {
+    fn drop(&mut self) {
+        self.view
+            .take()
+            .into_iter()
+            .for_each(|view| self.reclaimer.drop_later(view));
     }
 }
 

@@ -19,7 +19,7 @@ use crate::fuse::{Notice, Server, Session, refresh_size, settle};
 use crate::ids::IdMap;
 use crate::invalidate::{Plan, Switch};
 use crate::node::{Ino, Name, ROOT};
-use crate::reclaim::Reclaimer;
+use crate::reclaim::{LeftBehind, Reclaimer};
 use crate::sys;
 use crate::tree::Tree;
 use crate::view::{Quota, View};
@@ -80,7 +80,7 @@ impl Drop for TrimOnDrop {
 }
 
 /// What a rollback did.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Debug)]
 #[non_exhaustive]
 pub struct RollbackStats {
     /// Inodes that differed.
@@ -93,6 +93,8 @@ pub struct RollbackStats {
     /// again. The kernel never revives a removed directory object, so every descriptor and working directory of such an
     /// inode number must be opened again ([`Volume::open_inode_in`]); the old ones give `EIO`.
     pub reborn: Vec<u64>,
+    /// The state that is shown no more, to be dropped when time matters less: then it is freed.
+    pub left: LeftBehind,
 }
 
 /// What a volume holds.
@@ -232,9 +234,9 @@ impl Volume {
             notices: plan.notices.len(),
             later: plan.later.len(),
             reborn,
+            left: LeftBehind::new(old, &self.reclaimer),
         };
         self.finish(plan)?;
-        self.reclaimer.drop_later(old);
         Ok(stats)
     }
 

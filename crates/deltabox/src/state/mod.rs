@@ -21,7 +21,8 @@ use deltacr::ids::InnerPid;
 use deltacr::mem::Gears;
 use deltacr::store::PageStore;
 use deltacr::{Deaths, During, Engine, ProcessSummary, Rollback, Switched, TreeImage};
-use deltafs::{ChangeKind, Snapshot, Volume};
+use deltafs::{ChangeKind, LeftBehind, Snapshot, Volume};
+use parking_lot::Mutex;
 
 use crate::dormant::unreadable;
 use crate::durable::{Archive, Ids};
@@ -113,8 +114,8 @@ impl<'a> Subject<'a> {
         Ok((self.volume.checkpoint(), sessions))
     }
 
-    /// Gives files and sessions the state of `target`.
-    fn switch(self, target: &Content, epoch: u64) -> deltacr::Result<Switched<()>> {
+    /// Gives files and sessions the state of `target`. Returns what it leaves behind, and [`Switched::stale`].
+    fn switch(self, target: &Content, epoch: u64) -> deltacr::Result<(LeftBehind, Vec<u64>)> {
         let held = || match held::inodes(&self.shared.container, self.volume.device()) {
             Ok(held) => Some(held),
             Err(error) => {
@@ -127,10 +128,7 @@ impl<'a> Subject<'a> {
         let done = done.map_err(io::Error::other);
         let stats = done.during_tree("switching the files")?;
         self.shared.begin_restore(&target.sessions, epoch);
-        Ok(Switched {
-            value: (),
-            stale: stats.reborn,
-        })
+        Ok((stats.left, stats.reborn))
     }
 }
 
@@ -240,9 +238,13 @@ impl DeltaState {
         target.complete().map_err(Failure::Untouched)?;
         let epoch = subject.shared.epoch.load(Ordering::Acquire) + 1;
         let switched = AtomicBool::new(false);
+        // Dropped when the processes run.
+        let left = Mutex::new(None);
         let switch = || {
             switched.store(true, Ordering::Relaxed);
-            subject.switch(&target, epoch)
+            let (behind, stale) = subject.switch(&target, epoch)?;
+            *left.lock() = Some(behind);
+            Ok(Switched { value: (), stale })
         };
         let template = self.template(id, &target, alive);
         let env = subject.surroundings(Some(&target.sessions), template.as_deref());
@@ -275,7 +277,7 @@ impl DeltaState {
         match done {
             Ok(done) => {
                 self.checkpoints.move_to(id);
-                let mut report = report(id, epoch, begin.elapsed(), done);
+                let mut report = report(id, epoch, done.running - begin, done);
                 report.notes.extend_from_slice(&self.notes);
                 Ok(report)
             }

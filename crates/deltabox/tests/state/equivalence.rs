@@ -314,6 +314,7 @@ macro_rules! second_gear {
 
 /// Everything that can be is done in the second gear.
 const LOW: Gears = Gears {
+    protect: 1,
     sort_later: 1,
     snapshot: 1,
     lazy: 1,

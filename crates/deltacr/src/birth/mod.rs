@@ -435,7 +435,7 @@ fn end_as(mut child: Remote, stat: &Stat) -> io::Result<()> {
 fn admit(held: &Held, remote: Remote, birth: u64) -> Result<HeldProcess> {
     let (pid, host) = (remote.pid(), remote.host());
     let thread = hold_thread(pid, host).during(pid, "holding it")?;
-    let found = held.procfs.stat_and_bounds(pid);
+    let found = held.procfs.stat_and_bounds(pid, remote.files());
     let (stat, bounds) = found.during(pid, "reading what it is")?;
     let stopped = Stopped::take(remote, vec![thread]);
     Ok(HeldProcess {

@@ -208,8 +208,8 @@ pub(crate) struct Capture<'a> {
 
 impl Capture<'_> {
     fn process(&mut self, remote: &Remote) -> Result<()> {
-        let (pid, host) = (remote.pid(), remote.host());
-        let fds = ProcFds::open(host).during(pid, "opening the descriptor table")?;
+        let pid = remote.pid();
+        let fds = ProcFds::of(remote).during(pid, "opening the descriptor table")?;
         let raws = fds.slots().during(pid, "reading the descriptor table")?;
         let mut slots = BTreeMap::new();
         for raw in &raws {

@@ -1,14 +1,17 @@
 //! Reading the descriptor table of a process from `/proc/PID/fd` and `/proc/PID/fdinfo`.
 
 use std::ffi::{CStr, CString};
+use std::fs::File;
 use std::io;
 use std::mem::MaybeUninit;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::sync::Arc;
 
-use rustix::fs::{AtFlags, CWD, Mode, OFlags, RawDir, Statx, StatxFlags};
+use rustix::fs::{AtFlags, Mode, OFlags, RawDir, SeekFrom, Statx, StatxFlags};
 
 use super::fdinfo::FdInfo;
 use crate::ids::HostPid;
+use crate::remote::Remote;
 
 /// What `stat(2)` says of an open file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -29,30 +32,32 @@ pub(crate) struct RawSlot {
 
 /// The open `/proc` directories of one process.
 pub(crate) struct ProcFds {
-    fds: OwnedFd,
-    infos: OwnedFd,
+    fds: Arc<File>,
+    infos: Arc<File>,
 }
 
 impl ProcFds {
     pub(crate) fn open(pid: HostPid) -> io::Result<Self> {
-        let dir = |name: &str| {
-            rustix::fs::openat(
-                CWD,
-                format!("/proc/{pid}/{name}"),
-                OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC,
-                Mode::empty(),
-            )
-        };
+        let dir = |name: &str| File::open(format!("/proc/{pid}/{name}")).map(Arc::new);
         Ok(Self {
             fds: dir("fd")?,
             infos: dir("fdinfo")?,
         })
     }
 
+    /// Those of a process that was met before may be open already.
+    pub(crate) fn of(remote: &Remote) -> io::Result<Self> {
+        Ok(Self {
+            fds: remote.proc_file("fd")?,
+            infos: remote.proc_file("fdinfo")?,
+        })
+    }
+
     /// Every open descriptor, in ascending order.
     pub(crate) fn slots(&self) -> io::Result<Vec<RawSlot>> {
+        rustix::fs::seek(&self.fds, SeekFrom::Start(0))?;
         let mut buffer = [MaybeUninit::uninit(); 4096];
-        let mut names = RawDir::new(&self.fds, &mut buffer);
+        let mut names = RawDir::new(&*self.fds, &mut buffer);
         let mut slots = Vec::new();
         while let Some(entry) = names.next() {
             let entry = entry?;
@@ -73,7 +78,7 @@ impl ProcFds {
 
     fn slot(&self, fd: i32, name: &CStr) -> io::Result<RawSlot> {
         let flags = AtFlags::STATX_DONT_SYNC;
-        let stat = rustix::fs::statx(&self.fds, name, flags, StatxFlags::BASIC_STATS)?;
+        let stat = rustix::fs::statx(&*self.fds, name, flags, StatxFlags::BASIC_STATS)?;
         Ok(RawSlot {
             fd,
             file: FileId::of(&stat),
@@ -83,7 +88,7 @@ impl ProcFds {
 
     fn info(&self, name: &CStr) -> io::Result<FdInfo> {
         let file = rustix::fs::openat(
-            &self.infos,
+            &*self.infos,
             name,
             OFlags::RDONLY | OFlags::CLOEXEC,
             Mode::empty(),
@@ -102,7 +107,7 @@ impl ProcFds {
 
     /// What the descriptor's link says: a path as the process' mount namespace has it, or `anon_inode:[…]`.
     pub(crate) fn link(&self, fd: i32) -> io::Result<Vec<u8>> {
-        let link = rustix::fs::readlinkat(&self.fds, fd.to_string(), Vec::new())?;
+        let link = rustix::fs::readlinkat(&*self.fds, fd.to_string(), Vec::new())?;
         Ok(link.into_bytes())
     }
 }

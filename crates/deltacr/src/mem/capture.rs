@@ -69,6 +69,7 @@ impl Memory<'_> {
             Arc::clone(&state),
             scan.reset,
             &mut pagemap,
+            self.gears.protect,
         )?;
         Ok((state, work))
     }

@@ -86,7 +86,9 @@ impl Layout {
 
 /// Reads the auxiliary vector.
 pub(crate) fn auxv(remote: &Remote) -> Result<Vec<u8>> {
-    procfs::read_file(CWD, &format!("/proc/{}/auxv", remote.host()))
+    let vector = remote.proc_file("auxv");
+    vector
+        .and_then(|file| procfs::read_all(&file))
         .during(remote.pid(), "reading the auxiliary vector")
 }
 

@@ -90,7 +90,14 @@ impl Memory<'_> {
         let mut reset = to_reset(&scan, target, &plan.fresh, &runs);
         reset.untracked = outside(&merged(reset.untracked, 0), &ranges);
         let base = Arc::clone(target);
-        tracker::reset(remote, tracker, base, reset, &mut scan.pagemap)
+        tracker::reset(
+            remote,
+            tracker,
+            base,
+            reset,
+            &mut scan.pagemap,
+            self.gears.protect,
+        )
     }
 
     /// Which ranges are to be given back when the process runs: none with pages that it needs at once, those of the addresses

@@ -401,6 +401,7 @@ fn random_changes_are_undone_to_any_earlier_state_read_from_snapshots() {
 
 /// Everything is done in the second gear.
 const LOW: Gears = Gears {
+    protect: 1,
     sort_later: 1,
     snapshot: 1,
     lazy: 1,

@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use crate::error::{During, Result};
 use crate::mem::lazy::Lazy;
-use crate::mem::{AddressSpace, merged, overlap};
+use crate::mem::{AddressSpace, PAGE, merged, overlap};
 use crate::remote::{Batch, Remote};
 use crate::sys::pagemap::{self, Pagemap};
 use crate::sys::uffd;
@@ -119,14 +119,16 @@ pub(crate) struct Reset {
     pub(crate) written: Vec<Range<u64>>,
 }
 
-/// Makes the process, which is in state `base` and has this page map, count as unchanged from now on. If that fails, the
-/// process is left without a tracker, so that everything counts as changed.
+/// Makes the process, which is in state `base` and has this page map, count as unchanged from now on, but for its written
+/// pages if they are fewer than `protect`. If that fails, the process is left without a tracker, so that everything counts
+/// as changed.
 pub(crate) fn reset(
     remote: &mut Remote,
     tracker: &mut Option<Tracker>,
     base: Arc<AddressSpace>,
     reset: Reset,
     pagemap: &mut Pagemap,
+    protect: u64,
 ) -> Result<()> {
     let pid = remote.pid();
     let kept = tracker.take().map(|t| Tracker {
@@ -144,8 +146,12 @@ pub(crate) fn reset(
         }
     };
     let doing = "forgetting the written pages";
-    for range in merged(reset.written, NEAR) {
-        pagemap.protect_written(range).during(pid, doing)?;
+    let written = merged(reset.written, 0);
+    let bytes: u64 = written.iter().map(|run| run.end - run.start).sum();
+    if bytes / PAGE >= protect {
+        for range in merged(written, NEAR) {
+            pagemap.protect_written(range).during(pid, doing)?;
+        }
     }
     *tracker = Some(new);
     Ok(())

@@ -18,14 +18,14 @@ use crate::sys::pagemap::{self, Mapping};
 
 /// Reads the mappings of a stopped process, without the engine's area. `known` are those of an
 /// earlier time: what is still the same is not looked into again.
-pub(crate) fn read(memory: &Memory<'_>, remote: &Remote, known: &[Vma]) -> Result<Vec<Vma>> {
+pub(super) fn read(memory: &Memory<'_>, remote: &Remote, known: &[Vma]) -> Result<Vec<Vma>> {
     let (pid, host) = (remote.pid(), remote.host());
     let doing = "reading the mappings";
     let reader = Reader {
         memory,
         pid,
         host,
-        maps: File::open(format!("/proc/{host}/maps")).during(pid, doing)?,
+        maps: remote.proc_file("maps").during(pid, doing)?,
         known,
     };
     let mut vmas = Vec::with_capacity(known.len() + 16);
@@ -71,7 +71,7 @@ struct Reader<'a> {
     memory: &'a Memory<'a>,
     pid: InnerPid,
     host: HostPid,
-    maps: File,
+    maps: Arc<File>,
     known: &'a [Vma],
 }
 

@@ -162,7 +162,7 @@ impl Batch {
         (0..self.calls.len()).map(CallId)
     }
 
-    pub(crate) fn count(&self) -> usize {
+    fn count(&self) -> usize {
         self.calls.len()
     }
 
@@ -175,8 +175,16 @@ impl Batch {
         self.calls.len() * RECORD
     }
 
-    /// The bytes for the target's area, which begins at `area` there.
-    pub(crate) fn encode(&self, area: u64) -> Vec<u8> {
+    /// Lays it out for the target's area at `at`.
+    pub(crate) fn lay(&self, at: u64) -> Laid {
+        Laid {
+            at,
+            bytes: self.encode(at),
+            calls: self.count(),
+        }
+    }
+
+    fn encode(&self, area: u64) -> Vec<u8> {
         let heap = area + self.heap_offset() as u64;
         let mut out = Vec::with_capacity(self.encoded_len());
         for call in &self.calls {
@@ -207,10 +215,104 @@ impl Batch {
         out
     }
 
+    /// Where in its bytes there are addresses that depend on where the batch is laid out.
+    fn addresses(&self) -> impl Iterator<Item = usize> {
+        let arguments = self.calls.iter().enumerate().flat_map(|(index, call)| {
+            let args = call.args.iter().enumerate();
+            args.filter(|(_, arg)| !matches!(arg, Arg::Value(_)))
+                .map(move |(i, _)| index * RECORD + 16 + 8 * i)
+        });
+        let links = self.links.iter();
+        arguments.chain(links.map(|(at, _)| self.heap_offset() + at.offset))
+    }
+
     pub(crate) fn outcome(&self, bytes: Vec<u8>) -> Outcome {
         Outcome {
             heap: self.heap_offset(),
             bytes,
+        }
+    }
+}
+
+/// A batch as it is to stand in the target's area.
+pub(crate) struct Laid {
+    /// Where it begins there.
+    pub(crate) at: u64,
+    pub(crate) bytes: Vec<u8>,
+    /// How many calls it has.
+    pub(crate) calls: usize,
+}
+
+/// A batch that is run again and again: laid out once, then only moved to where it is to run.
+#[derive(Clone, Debug)]
+pub(crate) struct Standing {
+    batch: Batch,
+    /// As for an area at address zero.
+    bytes: Vec<u8>,
+    /// Where in them there are addresses.
+    addresses: Vec<usize>,
+}
+
+impl Standing {
+    pub(crate) fn new(batch: Batch) -> Self {
+        Self {
+            bytes: batch.encode(0),
+            addresses: batch.addresses().collect(),
+            batch,
+        }
+    }
+
+    pub(crate) fn encoded_len(&self) -> usize {
+        self.bytes.len()
+    }
+
+    /// Lays it out for the target's area at `at`.
+    pub(crate) fn lay(&self, at: u64) -> Laid {
+        Laid {
+            at,
+            bytes: self.encode(at),
+            calls: self.batch.count(),
+        }
+    }
+
+    fn encode(&self, area: u64) -> Vec<u8> {
+        let mut bytes = self.bytes.clone();
+        for at in &self.addresses {
+            let field = &mut bytes[*at..*at + 8];
+            let value = u64::from_le_bytes(field.try_into().expect("eight bytes"));
+            field.copy_from_slice(&(value + area).to_le_bytes());
+        }
+        bytes
+    }
+
+    pub(crate) fn outcome(&self, bytes: Vec<u8>) -> Outcome {
+        self.batch.outcome(bytes)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_standing_batch_is_laid_out_like_any_other() {
+        let mut batch = Batch::new();
+        let input = batch.input(b"some bytes");
+        let output = batch.output(24);
+        let first = batch.call(
+            libc::SYS_openat,
+            &[7.into(), input.into(), Arg::Int(output)],
+        );
+        batch.must(
+            libc::SYS_read,
+            &[first.into(), output.at(8, 8).into(), u64::MAX.into()],
+        );
+        batch.link(output, &[(16, input)]);
+        for area in [0, 4096, 0x7fff_1234_5000] {
+            assert_eq!(
+                Standing::new(batch.clone()).encode(area),
+                batch.encode(area)
+            );
         }
     }
 }

@@ -7,6 +7,8 @@
 
 mod batch;
 
+use batch::Laid;
+pub(crate) use batch::Standing;
 pub use batch::{Arg, Batch, CAPACITY, CallId, DataRef, Outcome};
 
 use std::fs;
@@ -15,11 +17,12 @@ use std::mem::MaybeUninit;
 use std::ops::Range;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::FileExt;
-use std::sync::OnceLock;
+use std::sync::{Arc, OnceLock};
 
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
 
 use crate::ids::{HostPid, InnerPid};
+use crate::procfs::OpenFiles;
 use crate::sys::process::{self, SYSCALL};
 use crate::sys::ptrace::{self, RawSiginfo, Registers, Stop};
 
@@ -58,6 +61,7 @@ pub struct Remote {
     flights: Vec<Flight>,
     /// Signals of the program's own that came while its threads ran for the engine.
     strays: Vec<Stray>,
+    files: OpenFiles,
 }
 
 /// A batch that a thread of the process runs while the engine does other things.
@@ -93,6 +97,16 @@ impl Remote {
     /// all signals but `SIGTRAP` blocked ([`block_signals`]).
     /// `area` is where an earlier visit mapped the area, if it did.
     pub(crate) fn new(pid: InnerPid, host: HostPid, area: Option<u64>) -> io::Result<Self> {
+        Self::again(pid, host, area, OpenFiles::default())
+    }
+
+    /// The same, with the files that an earlier visit opened.
+    pub(crate) fn again(
+        pid: InnerPid,
+        host: HostPid,
+        area: Option<u64>,
+        files: OpenFiles,
+    ) -> io::Result<Self> {
         let pidfd = process::pidfd_open(host)?;
         let base = ptrace::registers(host)?;
         let mut remote = Self {
@@ -105,15 +119,31 @@ impl Remote {
             stub_there: false,
             flights: Vec::new(),
             strays: Vec::new(),
+            files,
         };
         remote.area = area.filter(|at| remote.holds_stub(*at));
         remote.stub_there = remote.area.is_some();
+        if remote.area.is_none() {
+            // It may have executed a program since.
+            remote.files.forget_memory();
+        }
         Ok(remote)
     }
 
     /// The process, as the sandbox counts.
     pub fn pid(&self) -> InnerPid {
         self.pid
+    }
+
+    /// Its files below `/proc` that are open.
+    pub(crate) fn files(&self) -> &OpenFiles {
+        &self.files
+    }
+
+    /// One of them, which shows the same to whoever opens it.
+    pub(crate) fn proc_file(&self, name: &'static str) -> io::Result<Arc<fs::File>> {
+        let path = || format!("/proc/{}/{name}", self.host);
+        self.files.get(name, || fs::File::open(path()))
     }
 
     /// The process, as the supervisor counts.
@@ -146,7 +176,7 @@ impl Remote {
     pub(crate) fn start(&mut self, tid: HostPid, batch: &Batch) -> io::Result<usize> {
         self.land_all()?;
         let area = self.map_area()?;
-        self.set_going(tid, batch, area + STUB_ROOM)
+        self.set_going(tid, &batch.lay(area + STUB_ROOM))
     }
 
     /// Makes a thread run a batch as soon as it runs on. The batch is laid out at `place` if that is told: memory that has
@@ -159,30 +189,29 @@ impl Remote {
     ) -> io::Result<()> {
         let area = self.map_area()?;
         let at = place.unwrap_or(area + STUB_ROOM);
-        self.aim_at(tid, batch, at).map(drop)
+        self.aim_at(tid, &batch.lay(at))
     }
 
-    fn set_going(&mut self, tid: HostPid, batch: &Batch, at: u64) -> io::Result<usize> {
+    fn set_going(&mut self, tid: HostPid, laid: &Laid) -> io::Result<usize> {
         let area = self.map_area()?;
-        if at + batch.encoded_len() as u64 > area + STUB_ROOM + CAPACITY as u64 {
+        if laid.at + laid.bytes.len() as u64 > area + STUB_ROOM + CAPACITY as u64 {
             return Err(io::Error::new(
                 io::ErrorKind::ArgumentListTooLong,
                 "batch too long",
             ));
         }
-        let len = self.aim_at(tid, batch, at)?;
+        self.aim_at(tid, laid)?;
         ptrace::resume(tid)?;
-        Ok(len)
+        Ok(laid.bytes.len())
     }
 
-    fn aim_at(&mut self, tid: HostPid, batch: &Batch, at: u64) -> io::Result<usize> {
+    fn aim_at(&mut self, tid: HostPid, laid: &Laid) -> io::Result<()> {
         let area = self.map_area()?;
-        let bytes = batch.encode(at);
-        self.load(area, at, &bytes)?;
+        self.load(area, laid)?;
         let mut regs = self.base;
         regs.rip = area;
-        regs.rbx = at;
-        regs.r12 = batch.count() as u64;
+        regs.rbx = laid.at;
+        regs.r12 = laid.calls as u64;
         // Not in a system call, so the kernel has none to restart.
         regs.orig_rax = u64::MAX;
         // Nothing of the program's own: the calls must not find the thread on its signal stack.
@@ -191,28 +220,31 @@ impl Remote {
             true => (self.base.fs_base, self.base.gs_base),
             false => ptrace::registers(tid).map(|own| (own.fs_base, own.gs_base))?,
         };
-        ptrace::set_registers(tid, &regs)?;
-        Ok(bytes.len())
+        ptrace::set_registers(tid, &regs)
     }
 
-    fn load(&mut self, area: u64, at: u64, bytes: &[u8]) -> io::Result<()> {
+    fn load(&mut self, area: u64, laid: &Laid) -> io::Result<()> {
         if !self.stub_there {
             process::write_memory(self.host, area, &[IoSlice::new(process::stub())])?;
             self.stub_there = true;
         }
-        process::write_memory(self.host, at, &[IoSlice::new(bytes)])
+        process::write_memory(self.host, laid.at, &[IoSlice::new(&laid.bytes)])
     }
 
     /// Sets a thread going on a batch, and does not wait for its end; other threads may run theirs meanwhile. `None` if the
     /// area has no room for it beside those.
-    pub(crate) fn launch(&mut self, tid: HostPid, batch: &Batch) -> io::Result<Option<FlightId>> {
+    pub(crate) fn launch(
+        &mut self,
+        tid: HostPid,
+        batch: &Standing,
+    ) -> io::Result<Option<FlightId>> {
         let begin = self.map_area()? + STUB_ROOM;
         let last = self.flights.last();
         let at = last.map_or(begin, |f| (f.at + f.len as u64).next_multiple_of(64));
         if at + batch.encoded_len() as u64 > begin + CAPACITY as u64 {
             return Ok(None);
         }
-        let len = self.set_going(tid, batch, at)?;
+        let len = self.set_going(tid, &batch.lay(at))?;
         self.flights.push(Flight {
             tid,
             at,
@@ -223,7 +255,7 @@ impl Remote {
     }
 
     /// What a launched batch brought; waits for its end. Once for each.
-    pub(crate) fn land(&mut self, flight: &FlightId, batch: &Batch) -> io::Result<Outcome> {
+    pub(crate) fn land(&mut self, flight: &FlightId, batch: &Standing) -> io::Result<Outcome> {
         self.await_landing(flight.0)?;
         match std::mem::replace(&mut self.flights[flight.0].state, FlightState::Over) {
             FlightState::Landed(bytes) => Ok(batch.outcome(bytes)),
@@ -328,6 +360,7 @@ impl Remote {
     /// The process has a new address space, so the area is gone.
     pub(crate) fn forget_area(&mut self) -> io::Result<()> {
         self.area = None;
+        self.files.forget_memory();
         self.stub_there = false;
         self.base = ptrace::registers(self.host)?;
         self.memory = OnceLock::new();

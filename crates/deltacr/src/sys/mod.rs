@@ -4,6 +4,7 @@ pub(crate) mod arena;
 pub(crate) mod fd;
 pub(crate) mod ipc;
 pub(crate) mod keeper;
+pub(crate) mod lend;
 pub(crate) mod pagemap;
 pub(crate) mod process;
 pub(crate) mod ptrace;

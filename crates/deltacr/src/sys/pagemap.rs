@@ -6,6 +6,7 @@ use std::fs::File;
 use std::io;
 use std::ops::Range;
 use std::os::fd::{AsRawFd, BorrowedFd};
+use std::sync::Arc;
 
 use crate::ids::HostPid;
 
@@ -64,7 +65,7 @@ const RUNS: usize = 1024;
 /// The pages of a process, as `/proc/PID/pagemap` tells them.
 #[derive(Debug)]
 pub(crate) struct Pagemap {
-    file: File,
+    file: Arc<File>,
     /// Where the kernel puts what it found.
     runs: Vec<PageRun>,
 }
@@ -72,10 +73,16 @@ pub(crate) struct Pagemap {
 impl Pagemap {
     /// Opens the page map of a process.
     pub(crate) fn open(pid: HostPid) -> io::Result<Self> {
-        Ok(Self {
-            file: File::open(format!("/proc/{pid}/pagemap"))?,
+        let file = File::open(format!("/proc/{pid}/pagemap"))?;
+        Ok(Self::of(Arc::new(file)))
+    }
+
+    /// The page map that this file is.
+    pub(crate) fn of(file: Arc<File>) -> Self {
+        Self {
+            file,
             runs: vec![PageRun::default(); RUNS],
-        })
+        }
     }
 
     /// Adds every run of pages within `range` that has some of the facts `any_of` to `found`, with

@@ -44,6 +44,34 @@ pub(crate) fn pidfd_signal(pidfd: BorrowedFd<'_>, signal: i32) -> io::Result<()>
     }
 }
 
+/// `_LINUX_CAPABILITY_VERSION_3`, which has two words for each set.
+const CAPABILITY_VERSION: u32 = 0x2008_0522;
+
+/// The inheritable capabilities of a process, as bits.
+pub(crate) fn inheritable(pid: HostPid) -> io::Result<u64> {
+    #[repr(C)]
+    struct Header {
+        version: u32,
+        pid: i32,
+    }
+    #[repr(C)]
+    #[derive(Clone, Copy, Default)]
+    struct Word {
+        effective: u32,
+        permitted: u32,
+        inheritable: u32,
+    }
+    let header = Header {
+        version: CAPABILITY_VERSION,
+        pid: pid.0,
+    };
+    let mut words = [Word::default(); 2];
+    // SAFETY: both have the layout that the kernel defines for this version.
+    done(unsafe { libc::syscall(libc::SYS_capget, &raw const header, words.as_mut_ptr()) })?;
+    let [low, high] = words.map(|word| u64::from(word.inheritable));
+    Ok(low | high << 32)
+}
+
 /// Sends a signal to one thread of a process.
 pub(crate) fn thread_signal(pid: HostPid, tid: HostPid, signal: i32) -> io::Result<()> {
     // SAFETY: takes three integers.

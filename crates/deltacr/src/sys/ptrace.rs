@@ -50,6 +50,17 @@ pub(crate) fn seize(tid: HostPid) -> io::Result<()> {
     request(libc::PTRACE_SEIZE, tid, 0, OPTIONS as usize).map(drop)
 }
 
+/// The same for a thread that runs: nothing that it still does stops it. When it has stopped, [`set_options`] makes up for
+/// that.
+pub(crate) fn seize_plainly(tid: HostPid) -> io::Result<()> {
+    request(libc::PTRACE_SEIZE, tid, 0, 0).map(drop)
+}
+
+/// Has a tracee that stands still be traced like one of [`seize`].
+pub(crate) fn set_options(tid: HostPid) -> io::Result<()> {
+    request(libc::PTRACE_SETOPTIONS, tid, 0, OPTIONS as usize).map(drop)
+}
+
 /// Asks for a stop, which [`wait`] then reports.
 pub(crate) fn interrupt(tid: HostPid) -> io::Result<()> {
     request(libc::PTRACE_INTERRUPT, tid, 0, 0).map(drop)
@@ -277,8 +288,8 @@ pub(crate) fn wait(tid: HostPid, patient: bool) -> io::Result<Option<Stop>> {
 }
 
 /// Takes note of the end of every tracee of the calling thread that has ended; lets those that stop on the way
-/// there go on.
-pub(crate) fn reap_tracees() -> io::Result<()> {
+/// there go on. Tells whether there are others.
+pub(crate) fn reap_tracees() -> io::Result<bool> {
     loop {
         let mut status = 0;
         // __WNOTHREAD keeps other threads' tracees and children out of it.
@@ -286,12 +297,12 @@ pub(crate) fn reap_tracees() -> io::Result<()> {
         // SAFETY: `status` is a live integer.
         let got = unsafe { libc::waitpid(-1, &raw mut status, flags) };
         if got == 0 {
-            return Ok(());
+            return Ok(true);
         }
         if got < 0 {
             let e = io::Error::last_os_error();
             return if e.raw_os_error() == Some(libc::ECHILD) {
-                Ok(())
+                Ok(false)
             } else {
                 Err(e)
             };
