@@ -3,8 +3,7 @@
 
 mod common;
 
-use common::{Fixture, output};
-use deltabox::CommandSpec;
+use common::{Fixture, output, read_until, sh};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
 fn open_files() -> u64 {
@@ -26,12 +25,11 @@ fn forks_for_which_descriptors_run_out_fail_whole_and_later_ones_work() {
     let usual = getrlimit(Resource::Nofile).current;
     let source = f.sandbox();
     output(&source, "echo kept > /file");
-    let argv = ["sleep", "1000"].map(str::to_owned).to_vec();
-    let command = CommandSpec {
-        argv,
-        ..CommandSpec::default()
-    };
-    source.spawn(command).unwrap();
+    let program = source
+        .spawn(sh("echo ready; read forever; read more"))
+        .unwrap();
+    // While a program starts, the files that it reads are opened: without descriptors that fails, and so does the program.
+    read_until(&mut program.events(0), "ready");
     let checkpoint = source.checkpoint(None).unwrap().id;
     let mut failed = 0;
     for left in (4..100).step_by(12) {

@@ -14,7 +14,7 @@ use crate::hold::{Acquaintance, Acquaintances, HeldProcess};
 use crate::ids::{HostPid, InnerPid};
 use crate::mem::Layout;
 use crate::procfs::{self, OpenFiles, Procfs, Stat};
-use crate::stop::Stopped;
+use crate::stop::{Stopped, let_run};
 use crate::sys::ptrace::{self, Stop};
 
 /// How long a thread that cannot stop (it waits for its `vfork` child, say) holds up all others
@@ -303,13 +303,13 @@ fn let_go(threads: &[HostPid]) -> HashSet<HostPid> {
     while !left.is_empty() && Instant::now() < end {
         left.retain(|host| {
             // It stopped in an earlier wait already; or it stops, or is found dead, now.
-            if ptrace::detach(*host).is_ok() {
+            if let_run(*host).is_ok() {
                 return false;
             }
             match ptrace::wait(*host, false) {
                 Ok(None) => true,
                 Ok(Some(Stop::Gone(_))) | Err(_) => false,
-                Ok(Some(_)) => ptrace::detach(*host).is_err(),
+                Ok(Some(_)) => let_run(*host).is_err(),
             }
         });
         std::thread::yield_now();

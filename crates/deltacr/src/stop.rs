@@ -5,6 +5,8 @@ use std::io;
 use crate::ids::{HostPid, InnerPid};
 use crate::procfs::OpenFiles;
 use crate::remote::{Remote, await_stop, block_signals};
+use crate::resume;
+use crate::signals::{Queue, Scope};
 use crate::sys::ptrace::{self, Registers, Stop};
 
 /// A thread that stands still, with what it is to go on with.
@@ -107,10 +109,35 @@ fn unless_gone(e: io::Error) -> io::Result<()> {
 
 impl StoppedThread {
     pub(crate) fn release(&self) -> io::Result<()> {
-        ptrace::set_registers(self.host, &self.regs)?;
+        let regs = undisturbed(self.host, &self.regs, self.mask)?;
+        ptrace::set_registers(self.host, &regs)?;
         ptrace::set_signal_mask(self.host, self.mask)?;
         ptrace::detach(self.host)
     }
+}
+
+/// Lets a thread go that stands still and was not taken up.
+pub(crate) fn let_run(host: HostPid) -> io::Result<()> {
+    let regs = ptrace::registers(host)?;
+    let calm = undisturbed(host, &regs, ptrace::signal_mask(host)?)?;
+    if calm.rip != regs.rip {
+        ptrace::set_registers(host, &calm)?;
+    }
+    ptrace::detach(host)
+}
+
+/// The registers that a thread goes on with so that it cannot tell that it was stopped: a call that nothing but the stop has
+/// interrupted begins again. Of one that was captured that was seen to already; not so where a checkpoint failed before.
+fn undisturbed(host: HostPid, regs: &Registers, mask: u64) -> io::Result<Registers> {
+    let mut regs = *regs;
+    if resume::is_interrupted(&regs, false) {
+        let own = Queue::capture(host, Scope::Thread)?;
+        let shared = Queue::capture(host, Scope::Process)?;
+        if (own.set() | shared.set()) & !mask == 0 {
+            resume::restart(&mut regs);
+        }
+    }
+    Ok(regs)
 }
 
 /// Waits until a thread that was interrupted stands still.

@@ -77,6 +77,28 @@ fn shared_memory_of_system_v_is_named() {
     refused_and_unharmed(&script(make, mend), &["System V"]);
 }
 
+/// A child waits in a call that the kernel ends with `EINTR` when it stops the thread, and hears of that if it happens: it
+/// calls the C library itself, for Python would call again.
+#[test]
+fn a_refused_checkpoint_interrupts_no_call() {
+    let script = "import ctypes, os, select, sys\nlibc = ctypes.CDLL(None)\nlibc.shmat.restype = ctypes.c_void_p\n\
+                  libc.shmat(libc.shmget(0, 4096, 0o1600), None, 0)\nr, w = os.pipe()\npid = os.fork()\n\
+                  if pid == 0:\n  ep = select.epoll()\n  ep.register(r, select.EPOLLIN)\n  \
+                  room = ctypes.create_string_buffer(12)\n  \
+                  os._exit(0 if libc.epoll_wait(ep.fileno(), room, 1, -1) == 1 else 1)\n\
+                  print('ready', flush=True)\nsys.stdin.readline()\nos.write(w, b'x')\n\
+                  print(os.waitpid(pid, 0)[1], flush=True)\nsys.stdin.readline()\n";
+    let lab = Lab::new();
+    let sandbox = lab.sandbox();
+    let mut program = Program::start(&sandbox, &[PYTHON, "-c", script]).unwrap();
+    assert_eq!(program.hear().unwrap(), "ready");
+    for _ in 0..20 {
+        std::thread::sleep(std::time::Duration::from_millis(10));
+        sandbox.checkpoint(None).unwrap_err();
+    }
+    assert_eq!(program.ask("go").unwrap(), "0");
+}
+
 /// Those that the checkpoint does not have, neither in place nor when all processes are made again.
 #[test]
 fn semaphores_and_queues_made_since_go_with_a_rollback() {

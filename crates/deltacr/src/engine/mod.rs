@@ -1,28 +1,26 @@
 //! Checkpoint and rollback of a whole tree.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
+mod capture;
+mod undo;
+
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use crate::attributes;
+use self::capture::Captured;
 use crate::background::Background;
-use crate::birth::{self, terminal::Terminals};
-use crate::describe::describe;
 use crate::end;
 use crate::env::Environment;
 use crate::error::{During, Error, Result};
-use crate::fd::{self, Descriptors};
-use crate::files::Place;
+use crate::fd;
 use crate::hold::{Acquaintances, Deaths, Grounds, Held, HeldProcess};
 use crate::ids::{HostPid, InnerPid};
-use crate::image::{ProcessImage, TreeImage};
+use crate::image::TreeImage;
 use crate::interview::Interview;
-use crate::mem::{Gears, Layout, Memory, SharedObjects, Tracker, Vma, Work};
+use crate::mem::{Gears, Memory, SharedObjects, Tracker, Vma};
 use crate::orphan::Orphans;
-use crate::reconcile::{self, Now, Reconcile};
 use crate::stopwatch::{Phases, Stopwatch};
 use crate::store::PageStore;
-use crate::sysv::{self, SystemV};
 use crate::tracer::trace;
 use crate::waits::Wait;
 
@@ -207,77 +205,6 @@ impl Engine {
         })
     }
 
-    fn capture(
-        &mut self,
-        env: &dyn Environment,
-        held: &mut Held,
-        watch: &mut Stopwatch,
-    ) -> Result<Captured> {
-        self.forget_the_dead(held);
-        self.end_lazy(held)?;
-        // While the processes answer, their descriptors are looked at.
-        let interviews = interview_all(held, |_| true)?;
-        let descriptors = fd::capture(&remotes(held), env, &self.shared)?;
-        watch.lap("descriptors");
-        let mut mapped = self.mappings(env, held, |_| true)?;
-        watch.lap("mappings");
-        let mut described = BTreeMap::new();
-        // Without a process there is nobody to ask.
-        let mut has_system_v = interviews.is_empty();
-        for (pid, interview) in interviews {
-            let process = member(&mut held.processes, pid)?;
-            let answers = interview.end(&mut process.stopped.remote)?;
-            has_system_v |= answers.system_v;
-            let state = describe(env, &held.procfs, process, answers, &mut self.waits)?;
-            described.insert(pid, state);
-        }
-        let system_v = match has_system_v {
-            true => sysv::capture(env)?,
-            false => SystemV::default(),
-        };
-        watch.lap("processes");
-        let memory = Memory {
-            store: &self.store,
-            shared: &self.shared,
-            env,
-            orphans: &self.orphans,
-            gears: self.gears,
-        };
-        let mut pages = 0;
-        let mut left = Vec::new();
-        let mut processes: BTreeMap<InnerPid, Arc<ProcessImage>> = BTreeMap::new();
-        for (pid, (mut state, layout)) in described {
-            let process = member(&mut held.processes, pid)?;
-            let remote = &mut process.stopped.remote;
-            let tracker = self.trackers.entry(remote.host()).or_default();
-            let vmas = mapped.remove(&pid).unwrap_or_default();
-            let scan = memory.scan_mapped(remote, tracker.as_ref(), vmas, layout)?;
-            pages += scan.changed_pages();
-            // A new process is like its parent, of which it is a fork.
-            let parent = processes
-                .get(&state.stat.parent)
-                .filter(|_| tracker.is_none());
-            let like = parent.map(|p| p.memory.clone());
-            let (captured, work) = memory.capture(remote, tracker, scan, like.as_deref())?;
-            state.memory = captured;
-            left.extend(work);
-            processes.insert(pid, Arc::new(state));
-        }
-        watch.lap("memory");
-        let image = TreeImage {
-            processes,
-            zombies: held.zombies.clone(),
-            descriptors: Arc::new(descriptors),
-            shared: Arc::default(),
-            system_v,
-        };
-        Ok(Captured {
-            image,
-            pages,
-            work: left,
-        })
-    }
-
     /// What the processes have mapped.
     fn mappings(
         &self,
@@ -406,290 +333,6 @@ impl Engine {
         self.trackers.clear();
         self.waits.clear();
         trace(|| end::all(open_once(&mut self.grounds, env)?))
-    }
-
-    fn make_all(
-        &mut self,
-        env: &dyn Environment,
-        target: &TreeImage,
-        watch: &mut Stopwatch,
-    ) -> Result<Done> {
-        end::all(open_once(&mut self.grounds, env)?)?;
-        self.known.clear();
-        self.trackers.clear();
-        self.waits.clear();
-        watch.lap("kill");
-        self.make_in_empty(env, target, watch)
-    }
-
-    fn make_in_empty(
-        &mut self,
-        env: &dyn Environment,
-        target: &TreeImage,
-        watch: &mut Stopwatch,
-    ) -> Result<Done> {
-        let mut held = Held::empty(open_once(&mut self.grounds, env)?);
-        let nothing = Survey::default();
-        let made = self.undo(env, &mut held, nothing, target, watch);
-        if made.is_err() {
-            held.abandon();
-            end::all(open_once(&mut self.grounds, env)?)?;
-        }
-        made
-    }
-
-    /// Looks at what there is, as far as it may stay. Changes nothing.
-    fn survey(
-        &mut self,
-        env: &dyn Environment,
-        held: &mut Held,
-        target: &TreeImage,
-    ) -> Result<Survey> {
-        self.forget_the_dead(held);
-        self.end_lazy(held)?;
-        fd::check(&target.descriptors)?;
-        let mut stuck = BTreeSet::new();
-        let keep = reconcile::keepers(held, target, &stuck);
-        let interviews = interview_all(held, |pid| keep.contains(pid))?;
-        let descriptors = fd::survey(&remotes(held), env, &self.shared)?;
-        let mut mapped = self.mappings(env, held, |pid| keep.contains(pid))?;
-        let mut processes = BTreeMap::new();
-        let memory = Memory {
-            store: &self.store,
-            shared: &self.shared,
-            env,
-            orphans: &self.orphans,
-            gears: self.gears,
-        };
-        let mut system_v = false;
-        for (pid, interview) in interviews {
-            let process = member(&mut held.processes, pid)?;
-            let remote = &mut process.stopped.remote;
-            let answers = interview.end(remote)?;
-            system_v |= answers.system_v;
-            let attributes = answers.attributes;
-            let image = &target.processes[&pid];
-            let may_be_filtered = image.threads.iter().all(|wanted| {
-                let mut threads = process.stopped.threads.iter();
-                let thread = threads.find(|thread| thread.tid == wanted.tid);
-                thread.is_none_or(|thread| wanted.is_within_filters(thread.host, env))
-            });
-            if !may_be_filtered || !attributes::reachable(&attributes, &image.attributes) {
-                stuck.insert(pid);
-                continue;
-            }
-            let tracker = self.trackers.entry(remote.host()).or_default();
-            let layout = Layout {
-                brk: answers.program_break,
-                ..process.bounds
-            };
-            let vmas = mapped.remove(&pid).unwrap_or_default();
-            let scan = memory.scan_mapped(remote, tracker.as_ref(), vmas, layout)?;
-            let procfs = &held.procfs;
-            let exe = image.exe.is_of(env, procfs, pid, "exe");
-            let cwd = image.cwd.is_of(env, procfs, pid, "cwd");
-            let root = Place::is_root_of(image.root.as_ref(), env, procfs, pid);
-            let now = Now {
-                attributes,
-                threads: answers.threads,
-                scan: Some(scan),
-                same_program: exe.during(pid, "reading its program")?,
-                same_directory: cwd.during(pid, "reading its directory")?,
-                same_root: root.during(pid, "reading its root directory")?,
-            };
-            processes.insert(pid, now);
-        }
-        if !stuck.is_empty() {
-            let keep = reconcile::keepers(held, target, &stuck);
-            processes.retain(|pid, _| keep.contains(pid));
-        }
-        Ok(Survey {
-            processes,
-            descriptors,
-            system_v,
-        })
-    }
-
-    /// The work on one process of those that are held.
-    fn reconcile<'a>(
-        &'a mut self,
-        env: &'a dyn Environment,
-        held: &'a mut Held,
-        pid: InnerPid,
-        image: &'a Arc<ProcessImage>,
-    ) -> Result<Reconcile<'a>> {
-        let process = member(&mut held.processes, pid)?;
-        let host = process.stopped.remote.host();
-        Ok(Reconcile {
-            env,
-            memory: Memory {
-                store: &self.store,
-                shared: &self.shared,
-                env,
-                orphans: &self.orphans,
-                gears: self.gears,
-            },
-            procfs: &held.procfs,
-            process,
-            tracker: self.trackers.entry(host).or_default(),
-            image,
-            waits: &mut self.waits,
-        })
-    }
-
-    /// Makes what is held the same as `target`.
-    fn undo(
-        &mut self,
-        env: &dyn Environment,
-        held: &mut Held,
-        survey: Survey,
-        target: &TreeImage,
-        watch: &mut Stopwatch,
-    ) -> Result<Done> {
-        let keep = survey.processes.keys().copied().collect();
-        let killed = end::others(held, &keep, target)?;
-        watch.lap("kill");
-        let born = birth::deliver(env, held, target)?;
-        watch.lap("births");
-        let mut there_is = survey.system_v || !target.system_v.is_empty();
-        if survey.processes.is_empty() && !there_is {
-            there_is = match held.processes.values_mut().next() {
-                Some(process) => sysv::are_there(&mut process.stopped.remote)?,
-                None => true,
-            };
-        }
-        if there_is {
-            sysv::restore(env, &target.system_v)?;
-        }
-        let mut descriptors = survey.descriptors;
-        // A process that is to start its program again loses all that it has open by that.
-        descriptors.retain(|pid| {
-            let now = survey.processes.get(&pid);
-            now.is_some_and(|now| now.same_program)
-        });
-        self.shared
-            .restore(&target.shared)
-            .during_tree("restoring the shared memory")?;
-        let mut before = survey.processes;
-        let mut pages = 0;
-        for (pid, image) in &target.processes {
-            let mut work = self.reconcile(env, held, *pid, image)?;
-            let template = env.template().filter(|_| born.copies.contains(pid));
-            pages += work.memory(before.get_mut(pid), template)?;
-            work.directory(before.get(pid))?;
-        }
-        watch.lap("memory");
-        let terminals = Terminals::missing(held, target, &born.all)?;
-        let notes = fd::restore(
-            &descriptors,
-            &target.descriptors,
-            &mut remotes(held),
-            env,
-            &self.shared,
-            &|procs| terminals.restore(env, procs),
-        )?;
-        watch.lap("descriptors");
-        let mut attributes = BTreeMap::new();
-        for (pid, image) in &target.processes {
-            let mut work = self.reconcile(env, held, *pid, image)?;
-            attributes.insert(*pid, work.state(before.remove(pid))?);
-        }
-        for (pid, image) in &target.processes {
-            let process = member(&mut held.processes, *pid)?;
-            let now = &attributes[pid];
-            attributes::restore_credentials(&mut process.stopped.remote, now, &image.attributes)?;
-            process.ignores_trap = image.attributes.ignores_trap();
-            process.stop_with = image.user_stop.filter(|_| process.user_stop.is_none());
-        }
-        watch.lap("processes");
-        // Stand-ins that were children of init may have died just now.
-        let deaths = match born.all.is_empty() {
-            true => held.deaths,
-            false => Deaths::Pending,
-        };
-        let told = env.before_resume(deaths);
-        told.during_tree("restoring the sessions")?;
-        held.remember(&mut self.known);
-        held.release()?;
-        let running = Instant::now();
-        watch.lap("resume");
-        Ok(Done {
-            running,
-            pages,
-            kept: keep.len(),
-            rebuilt: born.all.len(),
-            killed,
-            notes,
-            fallback: None,
-        })
-    }
-}
-
-/// What was captured of a tree that stands still, and what is left to be done when it runs again.
-struct Captured {
-    image: TreeImage,
-    pages: u64,
-    work: Vec<Work>,
-}
-
-/// What there is before a rollback, of the processes that may stay.
-#[derive(Default)]
-struct Survey {
-    processes: BTreeMap<InnerPid, Now>,
-    descriptors: Descriptors,
-    /// Whether there are System V semaphores or message queues.
-    system_v: bool,
-}
-
-impl Survey {
-    /// What leads to these inodes is to be opened again.
-    fn forget(&mut self, stale: &[u64], target: &TreeImage) {
-        if stale.is_empty() {
-            return;
-        }
-        self.descriptors.forget(stale);
-        for (pid, now) in &mut self.processes {
-            let image = &target.processes[pid];
-            let stale = |place: &Place| place.is_among(stale);
-            now.same_directory &= !stale(&image.cwd);
-            now.same_root &= !image.root.as_ref().is_some_and(stale);
-        }
-    }
-}
-
-/// What a rollback did with the processes.
-struct Done {
-    running: Instant,
-    pages: u64,
-    kept: usize,
-    rebuilt: usize,
-    killed: usize,
-    notes: Vec<String>,
-    fallback: Option<String>,
-}
-
-impl Done {
-    fn with<T>(self, switched: T, phases: Phases) -> Rollback<T> {
-        let Self {
-            running,
-            pages,
-            kept,
-            rebuilt,
-            killed,
-            notes,
-            fallback,
-        } = self;
-        Rollback {
-            switched,
-            running,
-            phases,
-            pages,
-            kept,
-            rebuilt,
-            killed,
-            fallback,
-            notes,
-        }
     }
 }
 

@@ -1,0 +1,96 @@
+//! Taking down a tree that stands still.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use super::{Engine, interview_all, member, remotes};
+use crate::describe::describe;
+use crate::env::Environment;
+use crate::error::Result;
+use crate::fd;
+use crate::hold::Held;
+use crate::ids::InnerPid;
+use crate::image::{ProcessImage, TreeImage};
+use crate::mem::{Memory, Work};
+use crate::stopwatch::Stopwatch;
+use crate::sysv::{self, SystemV};
+
+/// What was captured of a tree that stands still, and what is left to be done when it runs again.
+pub(super) struct Captured {
+    pub(super) image: TreeImage,
+    pub(super) pages: u64,
+    pub(super) work: Vec<Work>,
+}
+
+impl Engine {
+    pub(super) fn capture(
+        &mut self,
+        env: &dyn Environment,
+        held: &mut Held,
+        watch: &mut Stopwatch,
+    ) -> Result<Captured> {
+        self.forget_the_dead(held);
+        self.end_lazy(held)?;
+        // While the processes answer, their descriptors are looked at.
+        let interviews = interview_all(held, |_| true)?;
+        let descriptors = fd::capture(&remotes(held), env, &self.shared)?;
+        watch.lap("descriptors");
+        let mut mapped = self.mappings(env, held, |_| true)?;
+        watch.lap("mappings");
+        let mut described = BTreeMap::new();
+        // Without a process there is nobody to ask.
+        let mut has_system_v = interviews.is_empty();
+        for (pid, interview) in interviews {
+            let process = member(&mut held.processes, pid)?;
+            let answers = interview.end(&mut process.stopped.remote)?;
+            has_system_v |= answers.system_v;
+            let state = describe(env, &held.procfs, process, answers, &mut self.waits)?;
+            described.insert(pid, state);
+        }
+        let system_v = match has_system_v {
+            true => sysv::capture(env)?,
+            false => SystemV::default(),
+        };
+        watch.lap("processes");
+        let memory = Memory {
+            store: &self.store,
+            shared: &self.shared,
+            env,
+            orphans: &self.orphans,
+            gears: self.gears,
+        };
+        let mut pages = 0;
+        let mut left = Vec::new();
+        let mut processes: BTreeMap<InnerPid, Arc<ProcessImage>> = BTreeMap::new();
+        for (pid, (mut state, layout)) in described {
+            let process = member(&mut held.processes, pid)?;
+            let remote = &mut process.stopped.remote;
+            let tracker = self.trackers.entry(remote.host()).or_default();
+            let vmas = mapped.remove(&pid).unwrap_or_default();
+            let scan = memory.scan_mapped(remote, tracker.as_ref(), vmas, layout)?;
+            pages += scan.changed_pages();
+            // A new process is like its parent, of which it is a fork.
+            let parent = processes
+                .get(&state.stat.parent)
+                .filter(|_| tracker.is_none());
+            let like = parent.map(|p| p.memory.clone());
+            let (captured, work) = memory.capture(remote, tracker, scan, like.as_deref())?;
+            state.memory = captured;
+            left.extend(work);
+            processes.insert(pid, Arc::new(state));
+        }
+        watch.lap("memory");
+        let image = TreeImage {
+            processes,
+            zombies: held.zombies.clone(),
+            descriptors: Arc::new(descriptors),
+            shared: Arc::default(),
+            system_v,
+        };
+        Ok(Captured {
+            image,
+            pages,
+            work: left,
+        })
+    }
+}

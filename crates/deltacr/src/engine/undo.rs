@@ -1,0 +1,300 @@
+//! Making a tree that stands still the same as an image.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+use std::time::Instant;
+
+use super::{Engine, Rollback, interview_all, member, open_once, remotes};
+use crate::attributes;
+use crate::birth::{self, terminal::Terminals};
+use crate::end;
+use crate::env::Environment;
+use crate::error::{During, Result};
+use crate::fd::{self, Descriptors};
+use crate::files::Place;
+use crate::hold::{Deaths, Held};
+use crate::ids::InnerPid;
+use crate::image::{ProcessImage, TreeImage};
+use crate::mem::{Layout, Memory};
+use crate::reconcile::{self, Now, Reconcile};
+use crate::stopwatch::{Phases, Stopwatch};
+use crate::sysv;
+
+/// What there is before a rollback, of the processes that may stay.
+#[derive(Default)]
+pub(super) struct Survey {
+    processes: BTreeMap<InnerPid, Now>,
+    descriptors: Descriptors,
+    /// Whether there are System V semaphores or message queues.
+    system_v: bool,
+}
+
+impl Survey {
+    /// What leads to these inodes is to be opened again.
+    pub(super) fn forget(&mut self, stale: &[u64], target: &TreeImage) {
+        if stale.is_empty() {
+            return;
+        }
+        self.descriptors.forget(stale);
+        for (pid, now) in &mut self.processes {
+            let image = &target.processes[pid];
+            let stale = |place: &Place| place.is_among(stale);
+            now.same_directory &= !stale(&image.cwd);
+            now.same_root &= !image.root.as_ref().is_some_and(stale);
+        }
+    }
+}
+
+/// What a rollback did with the processes.
+pub(super) struct Done {
+    running: Instant,
+    pages: u64,
+    kept: usize,
+    rebuilt: usize,
+    killed: usize,
+    notes: Vec<String>,
+    pub(super) fallback: Option<String>,
+}
+
+impl Done {
+    pub(super) fn with<T>(self, switched: T, phases: Phases) -> Rollback<T> {
+        let Self {
+            running,
+            pages,
+            kept,
+            rebuilt,
+            killed,
+            notes,
+            fallback,
+        } = self;
+        Rollback {
+            switched,
+            running,
+            phases,
+            pages,
+            kept,
+            rebuilt,
+            killed,
+            fallback,
+            notes,
+        }
+    }
+}
+
+impl Engine {
+    pub(super) fn make_all(
+        &mut self,
+        env: &dyn Environment,
+        target: &TreeImage,
+        watch: &mut Stopwatch,
+    ) -> Result<Done> {
+        end::all(open_once(&mut self.grounds, env)?)?;
+        self.known.clear();
+        self.trackers.clear();
+        self.waits.clear();
+        watch.lap("kill");
+        self.make_in_empty(env, target, watch)
+    }
+
+    pub(super) fn make_in_empty(
+        &mut self,
+        env: &dyn Environment,
+        target: &TreeImage,
+        watch: &mut Stopwatch,
+    ) -> Result<Done> {
+        let mut held = Held::empty(open_once(&mut self.grounds, env)?);
+        let nothing = Survey::default();
+        let made = self.undo(env, &mut held, nothing, target, watch);
+        if made.is_err() {
+            held.abandon();
+            end::all(open_once(&mut self.grounds, env)?)?;
+        }
+        made
+    }
+
+    /// Looks at what there is, as far as it may stay. Changes nothing.
+    pub(super) fn survey(
+        &mut self,
+        env: &dyn Environment,
+        held: &mut Held,
+        target: &TreeImage,
+    ) -> Result<Survey> {
+        self.forget_the_dead(held);
+        self.end_lazy(held)?;
+        fd::check(&target.descriptors)?;
+        let mut stuck = BTreeSet::new();
+        let keep = reconcile::keepers(held, target, &stuck);
+        let interviews = interview_all(held, |pid| keep.contains(pid))?;
+        let descriptors = fd::survey(&remotes(held), env, &self.shared)?;
+        let mut mapped = self.mappings(env, held, |pid| keep.contains(pid))?;
+        let mut processes = BTreeMap::new();
+        let memory = Memory {
+            store: &self.store,
+            shared: &self.shared,
+            env,
+            orphans: &self.orphans,
+            gears: self.gears,
+        };
+        let mut system_v = false;
+        for (pid, interview) in interviews {
+            let process = member(&mut held.processes, pid)?;
+            let remote = &mut process.stopped.remote;
+            let answers = interview.end(remote)?;
+            system_v |= answers.system_v;
+            let attributes = answers.attributes;
+            let image = &target.processes[&pid];
+            let may_be_filtered = image.threads.iter().all(|wanted| {
+                let mut threads = process.stopped.threads.iter();
+                let thread = threads.find(|thread| thread.tid == wanted.tid);
+                thread.is_none_or(|thread| wanted.is_within_filters(thread.host, env))
+            });
+            if !may_be_filtered || !attributes::reachable(&attributes, &image.attributes) {
+                stuck.insert(pid);
+                continue;
+            }
+            let tracker = self.trackers.entry(remote.host()).or_default();
+            let layout = Layout {
+                brk: answers.program_break,
+                ..process.bounds
+            };
+            let vmas = mapped.remove(&pid).unwrap_or_default();
+            let scan = memory.scan_mapped(remote, tracker.as_ref(), vmas, layout)?;
+            let procfs = &held.procfs;
+            let exe = image.exe.is_of(env, procfs, pid, "exe");
+            let cwd = image.cwd.is_of(env, procfs, pid, "cwd");
+            let root = Place::is_root_of(image.root.as_ref(), env, procfs, pid);
+            let now = Now {
+                attributes,
+                threads: answers.threads,
+                scan: Some(scan),
+                same_program: exe.during(pid, "reading its program")?,
+                same_directory: cwd.during(pid, "reading its directory")?,
+                same_root: root.during(pid, "reading its root directory")?,
+            };
+            processes.insert(pid, now);
+        }
+        if !stuck.is_empty() {
+            let keep = reconcile::keepers(held, target, &stuck);
+            processes.retain(|pid, _| keep.contains(pid));
+        }
+        Ok(Survey {
+            processes,
+            descriptors,
+            system_v,
+        })
+    }
+
+    /// The work on one process of those that are held.
+    fn reconcile<'a>(
+        &'a mut self,
+        env: &'a dyn Environment,
+        held: &'a mut Held,
+        pid: InnerPid,
+        image: &'a Arc<ProcessImage>,
+    ) -> Result<Reconcile<'a>> {
+        let process = member(&mut held.processes, pid)?;
+        let host = process.stopped.remote.host();
+        Ok(Reconcile {
+            env,
+            memory: Memory {
+                store: &self.store,
+                shared: &self.shared,
+                env,
+                orphans: &self.orphans,
+                gears: self.gears,
+            },
+            procfs: &held.procfs,
+            process,
+            tracker: self.trackers.entry(host).or_default(),
+            image,
+            waits: &mut self.waits,
+        })
+    }
+
+    /// Makes what is held the same as `target`.
+    pub(super) fn undo(
+        &mut self,
+        env: &dyn Environment,
+        held: &mut Held,
+        survey: Survey,
+        target: &TreeImage,
+        watch: &mut Stopwatch,
+    ) -> Result<Done> {
+        let keep = survey.processes.keys().copied().collect();
+        let killed = end::others(held, &keep, target)?;
+        watch.lap("kill");
+        let born = birth::deliver(env, held, target)?;
+        watch.lap("births");
+        let mut there_is = survey.system_v || !target.system_v.is_empty();
+        if survey.processes.is_empty() && !there_is {
+            there_is = match held.processes.values_mut().next() {
+                Some(process) => sysv::are_there(&mut process.stopped.remote)?,
+                None => true,
+            };
+        }
+        if there_is {
+            sysv::restore(env, &target.system_v)?;
+        }
+        let mut descriptors = survey.descriptors;
+        // A process that is to start its program again loses all that it has open by that.
+        descriptors.retain(|pid| {
+            let now = survey.processes.get(&pid);
+            now.is_some_and(|now| now.same_program)
+        });
+        self.shared
+            .restore(&target.shared)
+            .during_tree("restoring the shared memory")?;
+        let mut before = survey.processes;
+        let mut pages = 0;
+        for (pid, image) in &target.processes {
+            let mut work = self.reconcile(env, held, *pid, image)?;
+            let template = env.template().filter(|_| born.copies.contains(pid));
+            pages += work.memory(before.get_mut(pid), template)?;
+            work.directory(before.get(pid))?;
+        }
+        watch.lap("memory");
+        let terminals = Terminals::missing(held, target, &born.all)?;
+        let notes = fd::restore(
+            &descriptors,
+            &target.descriptors,
+            &mut remotes(held),
+            env,
+            &self.shared,
+            &|procs| terminals.restore(env, procs),
+        )?;
+        watch.lap("descriptors");
+        let mut attributes = BTreeMap::new();
+        for (pid, image) in &target.processes {
+            let mut work = self.reconcile(env, held, *pid, image)?;
+            attributes.insert(*pid, work.state(before.remove(pid))?);
+        }
+        for (pid, image) in &target.processes {
+            let process = member(&mut held.processes, *pid)?;
+            let now = &attributes[pid];
+            attributes::restore_credentials(&mut process.stopped.remote, now, &image.attributes)?;
+            process.ignores_trap = image.attributes.ignores_trap();
+            process.stop_with = image.user_stop.filter(|_| process.user_stop.is_none());
+        }
+        watch.lap("processes");
+        // Stand-ins that were children of init may have died just now.
+        let deaths = match born.all.is_empty() {
+            true => held.deaths,
+            false => Deaths::Pending,
+        };
+        let told = env.before_resume(deaths);
+        told.during_tree("restoring the sessions")?;
+        held.remember(&mut self.known);
+        held.release()?;
+        let running = Instant::now();
+        watch.lap("resume");
+        Ok(Done {
+            running,
+            pages,
+            kept: keep.len(),
+            rebuilt: born.all.len(),
+            killed,
+            notes,
+            fallback: None,
+        })
+    }
+}
