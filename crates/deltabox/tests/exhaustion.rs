@@ -26,7 +26,7 @@ fn forks_for_which_descriptors_run_out_fail_whole_and_later_ones_work() {
     let source = f.sandbox();
     output(&source, "echo kept > /file");
     let program = source
-        .spawn(sh("echo ready; read forever; read more"))
+        .spawn(sh("mkfifo /f; exec 3<>/f; echo ready; read -r forever <&3"))
         .unwrap();
     // While a program starts, the files that it reads are opened: without descriptors that fails, and so does the program.
     read_until(&mut program.events(0), "ready");

@@ -254,6 +254,18 @@ impl Questions {
         o.result(self.program_break)
     }
 
+    /// The kernel starts a real-time timer with an interval again when the process takes the signal of the last time; until
+    /// then it shows nothing that is left.
+    fn timers(&self, o: &Outcome) -> Vec<Vec<u8>> {
+        let mut timers: Vec<_> = self.timers.iter().map(|d| o.bytes(*d).to_vec()).collect();
+        if let Some((interval, left)) = timers.first_mut().and_then(|t| t.split_at_mut_checked(16))
+            && left.iter().all(|byte| *byte == 0)
+        {
+            left.copy_from_slice(interval);
+        }
+        timers
+    }
+
     pub(crate) fn attributes(&self, o: &Outcome, remote: &Remote) -> io::Result<Attributes> {
         let copies = |list: &[DataRef]| list.iter().map(|d| o.bytes(*d).to_vec()).collect();
         Ok(Attributes {
@@ -265,7 +277,7 @@ impl Questions {
                 .map(|d| [o.long(*d), o.long(d.at(8, 8))])
                 .collect(),
             actions: copies(&self.actions),
-            timers: copies(&self.timers),
+            timers: self.timers(o),
             dumpable: o.result(self.dumpable)?,
             death_signal: o.int(self.death_signal),
             subreaper: o.int(self.subreaper),

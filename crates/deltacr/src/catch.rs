@@ -20,6 +20,8 @@ use crate::sys::ptrace::{self, Stop};
 /// How long a thread that cannot stop (it waits for its `vfork` child, say) holds up all others
 /// before they are let go for another try.
 const PATIENCE: Duration = Duration::from_millis(20);
+/// For so long, other threads of a process whose first thread has ended may be on their way out as well: it was killed.
+const DYING: Duration = Duration::from_millis(50);
 /// How often it is looked for new threads before the cgroup is frozen.
 const ROUNDS: usize = 3;
 
@@ -33,6 +35,7 @@ pub(crate) struct Catcher<'a> {
     pub(crate) known: &'a Acquaintances,
     /// Threads that were seized and did not stop in time: they are this thread's until they do.
     late: HashSet<HostPid>,
+    begun: Instant,
 }
 
 /// A process and its threads.
@@ -58,6 +61,7 @@ impl<'a> Catcher<'a> {
             freezer,
             known,
             late: HashSet::new(),
+            begun: Instant::now(),
         }
     }
 
@@ -167,6 +171,9 @@ impl<'a> Catcher<'a> {
                 process.area = areas.get(&process.stat.parent).copied().flatten();
             }
             if process.stat.state == b'Z' {
+                if self.begun.elapsed() < DYING {
+                    return Ok(None);
+                }
                 let what = "its first thread has ended, and others go on".to_owned();
                 let name = String::from_utf8_lossy(&process.stat.name).into_owned();
                 return Err(Error::Unsupported {

@@ -91,6 +91,8 @@ fn bury(held: &mut Held, keep: &BTreeSet<InnerPid>, target: &TreeImage) -> Resul
             return Err(io::Error::from(io::ErrorKind::TimedOut))
                 .during(left[0], "waiting for the end");
         }
+        // One that died before it could be held may still be this thread's: its parent cannot wait for it before.
+        ptrace::reap_tracees().during_tree("waiting for the processes' end")?;
         std::thread::sleep(PAUSE);
     }
 }
