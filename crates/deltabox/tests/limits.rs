@@ -20,7 +20,10 @@ fn a_fork_bomb_ends_at_the_process_limit_and_the_sandbox_can_be_removed() {
         return;
     }
     let bomb = sandbox
-        .spawn(sh("bomb() { bomb | bomb & }; bomb; sleep 1000"))
+        // Bash tries again where a fork fails; a shell that gives up would let the bomb burn out.
+        .spawn(sh(
+            "exec bash -c 'bomb() { bomb | bomb & }; bomb; sleep 1000'",
+        ))
         .unwrap();
     let full = std::iter::repeat_with(|| {
         std::thread::sleep(std::time::Duration::from_millis(20));
