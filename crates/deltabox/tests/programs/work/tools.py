@@ -16,6 +16,7 @@ class bash:
     trap 'let ticks+=1' USR1
     beat() { while kill -USR1 $1; do sleep 0.01; done; }
     count() { n=0; while :; do n=$((n + 1)); echo $n > /tmp/count.$1.new; mv /tmp/count.$1.new /tmp/count.$1; sleep 0.005; done; }
+    echo 0 > /tmp/count.one; echo 0 > /tmp/count.two
     count one & count two & beat $$ &
     coproc sed -u 's/^/told /'
     echo ready
