@@ -26,8 +26,6 @@ const GROUPS_MAX: usize = 256;
 const CAPABILITIES: i32 = 41;
 /// `membarrier(2)`: what a process is registered for, as a set of commands (Linux 6.3).
 const MEMBARRIER_GET_REGISTRATIONS: i32 = 1 << 9;
-/// `_LINUX_CAPABILITY_VERSION_3`
-const CAPABILITY_VERSION: u32 = 0x2008_0522;
 /// `personality(2)`: ask only.
 const PERSONALITY_ASK: u64 = 0xffff_ffff;
 
@@ -138,7 +136,7 @@ fn ids(batch: &mut Batch, three: i64, fourth: i64) -> (DataRef, CallId) {
 }
 
 fn capability_header() -> Vec<u8> {
-    [CAPABILITY_VERSION.to_le_bytes(), [0; 4]].concat()
+    [process::CAPABILITY_VERSION.to_le_bytes(), [0; 4]].concat()
 }
 
 impl Questions {

@@ -14,7 +14,7 @@ use crate::hold::{Acquaintance, Acquaintances, HeldProcess};
 use crate::ids::{HostPid, InnerPid};
 use crate::mem::Layout;
 use crate::procfs::{self, OpenFiles, Procfs, Stat};
-use crate::stop::{Stopped, let_run};
+use crate::stop::{Stopped, let_run, task_ids};
 use crate::sys::ptrace::{self, Stop};
 
 /// How long a thread that cannot stop (it waits for its `vfork` child, say) holds up all others
@@ -30,9 +30,9 @@ pub(crate) type Caught = BTreeMap<InnerPid, HeldProcess>;
 
 /// What stops a tree.
 pub(crate) struct Catcher<'a> {
-    pub(crate) procfs: &'a Procfs,
+    procfs: &'a Procfs,
     pub(crate) freezer: &'a mut Freezer,
-    pub(crate) known: &'a Acquaintances,
+    known: &'a Acquaintances,
     /// Threads that were seized and did not stop in time: they are this thread's until they do.
     late: HashSet<HostPid>,
     begun: Instant,
@@ -373,19 +373,6 @@ fn threads(
         threads.push((tid, inner));
     }
     Ok(threads)
-}
-
-/// The numbers of the threads of a process.
-fn task_ids(host: HostPid) -> io::Result<Vec<HostPid>> {
-    let number = |entry: io::Result<fs::DirEntry>| {
-        let name = entry?.file_name();
-        let tid = name.to_str().and_then(|n| n.parse().ok());
-        tid.map(HostPid)
-            .ok_or_else(|| io::ErrorKind::InvalidData.into())
-    };
-    fs::read_dir(format!("/proc/{host}/task"))?
-        .map(number)
-        .collect()
 }
 
 /// Whether a process is gone or a zombie.

@@ -34,15 +34,7 @@ impl Stopped {
     /// # Errors
     /// The process is gone, is traced by another, or the caller may not trace it.
     pub fn seize(pid: InnerPid, host: HostPid) -> io::Result<Self> {
-        let mut threads = Vec::new();
-        for entry in std::fs::read_dir(format!("/proc/{host}/task"))? {
-            let name = entry?.file_name();
-            let tid = name
-                .to_str()
-                .and_then(|n| n.parse().ok())
-                .ok_or(io::ErrorKind::InvalidData)?;
-            threads.push(HostPid(tid));
-        }
+        let mut threads = task_ids(host)?;
         threads.sort_by_key(|t| *t != host);
         for tid in &threads {
             ptrace::seize(*tid)?;
@@ -114,6 +106,19 @@ impl StoppedThread {
         ptrace::set_signal_mask(self.host, self.mask)?;
         ptrace::detach(self.host)
     }
+}
+
+/// The numbers of the threads of a process.
+pub(crate) fn task_ids(host: HostPid) -> io::Result<Vec<HostPid>> {
+    let number = |entry: io::Result<std::fs::DirEntry>| {
+        let name = entry?.file_name();
+        let tid = name.to_str().and_then(|n| n.parse().ok());
+        tid.map(HostPid)
+            .ok_or_else(|| io::ErrorKind::InvalidData.into())
+    };
+    std::fs::read_dir(format!("/proc/{host}/task"))?
+        .map(number)
+        .collect()
 }
 
 /// Lets a thread go that stands still and was not taken up.

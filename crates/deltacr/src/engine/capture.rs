@@ -11,7 +11,7 @@ use crate::fd;
 use crate::hold::Held;
 use crate::ids::InnerPid;
 use crate::image::{ProcessImage, TreeImage};
-use crate::mem::{Memory, Work};
+use crate::mem::Work;
 use crate::stopwatch::Stopwatch;
 use crate::sysv::{self, SystemV};
 
@@ -33,7 +33,7 @@ impl Engine {
         self.end_lazy(held)?;
         // While the processes answer, their descriptors are looked at.
         let interviews = interview_all(held, |_| true)?;
-        let descriptors = fd::capture(&remotes(held), env, &self.shared)?;
+        let descriptors = fd::capture(&remotes(held), env, &self.means.shared)?;
         watch.lap("descriptors");
         let mut mapped = self.mappings(env, held, |_| true)?;
         watch.lap("mappings");
@@ -52,13 +52,7 @@ impl Engine {
             false => SystemV::default(),
         };
         watch.lap("processes");
-        let memory = Memory {
-            store: &self.store,
-            shared: &self.shared,
-            env,
-            orphans: &self.orphans,
-            gears: self.gears,
-        };
+        let memory = self.means.memory(env);
         let mut pages = 0;
         let mut left = Vec::new();
         let mut processes: BTreeMap<InnerPid, Arc<ProcessImage>> = BTreeMap::new();

@@ -82,15 +82,32 @@ pub struct Rollback<T> {
 /// The engine of one sandbox: remembers what it has seen of the processes, so that each visit costs what
 /// changed since the last.
 pub struct Engine {
-    store: Arc<PageStore>,
+    means: Means,
     grounds: Option<Grounds>,
     known: Acquaintances,
     trackers: HashMap<HostPid, Option<Tracker>>,
     waits: HashMap<HostPid, Option<Wait>>,
-    shared: SharedObjects,
-    gears: Gears,
-    orphans: Orphans,
     background: Background,
+}
+
+/// What the memory of all processes is captured and restored with.
+struct Means {
+    store: Arc<PageStore>,
+    shared: SharedObjects,
+    orphans: Orphans,
+    gears: Gears,
+}
+
+impl Means {
+    fn memory<'a>(&'a self, env: &'a dyn Environment) -> Memory<'a> {
+        Memory {
+            store: &self.store,
+            shared: &self.shared,
+            env,
+            orphans: &self.orphans,
+            gears: self.gears,
+        }
+    }
 }
 
 impl Engine {
@@ -109,21 +126,23 @@ impl Engine {
     pub fn with_gears(store: Arc<PageStore>, gears: Gears) -> Result<Self> {
         let shared = SharedObjects::new(store.clone()).during_tree("looking for shared memory")?;
         Ok(Self {
-            store,
+            means: Means {
+                store,
+                shared,
+                orphans: Orphans::default(),
+                gears,
+            },
             grounds: None,
             known: HashMap::new(),
             trackers: HashMap::new(),
             waits: HashMap::new(),
-            shared,
-            gears,
-            orphans: Orphans::default(),
             background: Background::default(),
         })
     }
 
     /// Processes of the engine's own, for whoever lists those of the sandbox.
     pub fn orphans(&self) -> Orphans {
-        self.orphans.clone()
+        self.means.orphans.clone()
     }
 
     /// Waits until what the last checkpoint or rollback left to be done is done, and nothing of it is left among the processes.
@@ -156,20 +175,12 @@ impl Engine {
             let mut tries = 0;
             let (mut held, captured, mut watch) = loop {
                 let mut watch = Stopwatch::start();
-                let mut held = match self.hold(env) {
-                    // A process on its way out has threads left when its first one has ended.
-                    Err(Error::Unsupported { .. }) if tries + 1 < TRIES => {
-                        tries += 1;
-                        std::thread::sleep(FIRST_PAUSE * (1 << (tries - 1)));
-                        continue;
-                    }
-                    held => held?,
-                };
+                let mut held = self.hold(env)?;
                 watch.lap("stop");
                 let captured = self.capture(env, &mut held, &mut watch);
                 held.remember(&mut self.known);
                 // What was captured of the shared memory is good for this checkpoint only.
-                let shared = self.shared.take();
+                let shared = self.means.shared.take();
                 tries += 1;
                 match captured {
                     Ok(mut captured) => {
@@ -212,7 +223,7 @@ impl Engine {
         held: &Held,
         wanted: impl Fn(&InnerPid) -> bool,
     ) -> Result<BTreeMap<InnerPid, Vec<Vma>>> {
-        let memory = self.memory(env);
+        let memory = self.means.memory(env);
         let processes = held.processes.iter().filter(|(pid, _)| wanted(pid));
         processes
             .map(|(pid, process)| {
@@ -222,16 +233,6 @@ impl Engine {
                 Ok((*pid, memory.mappings(remote, tracker)?))
             })
             .collect()
-    }
-
-    fn memory<'a>(&'a self, env: &'a dyn Environment) -> Memory<'a> {
-        Memory {
-            store: &self.store,
-            shared: &self.shared,
-            env,
-            orphans: &self.orphans,
-            gears: self.gears,
-        }
     }
 
     fn forget_the_dead(&mut self, held: &Held) {

@@ -15,7 +15,7 @@ use crate::files::Place;
 use crate::hold::{Deaths, Held};
 use crate::ids::InnerPid;
 use crate::image::{ProcessImage, TreeImage};
-use crate::mem::{Layout, Memory};
+use crate::mem::Layout;
 use crate::reconcile::{self, Now, Reconcile};
 use crate::stopwatch::{Phases, Stopwatch};
 use crate::sysv;
@@ -125,16 +125,10 @@ impl Engine {
         let mut stuck = BTreeSet::new();
         let keep = reconcile::keepers(held, target, &stuck);
         let interviews = interview_all(held, |pid| keep.contains(pid))?;
-        let descriptors = fd::survey(&remotes(held), env, &self.shared)?;
+        let descriptors = fd::survey(&remotes(held), env, &self.means.shared)?;
         let mut mapped = self.mappings(env, held, |pid| keep.contains(pid))?;
         let mut processes = BTreeMap::new();
-        let memory = Memory {
-            store: &self.store,
-            shared: &self.shared,
-            env,
-            orphans: &self.orphans,
-            gears: self.gears,
-        };
+        let memory = self.means.memory(env);
         let mut system_v = false;
         for (pid, interview) in interviews {
             let process = member(&mut held.processes, pid)?;
@@ -196,13 +190,7 @@ impl Engine {
         let host = process.stopped.remote.host();
         Ok(Reconcile {
             env,
-            memory: Memory {
-                store: &self.store,
-                shared: &self.shared,
-                env,
-                orphans: &self.orphans,
-                gears: self.gears,
-            },
+            memory: self.means.memory(env),
             procfs: &held.procfs,
             process,
             tracker: self.trackers.entry(host).or_default(),
@@ -241,7 +229,8 @@ impl Engine {
             let now = survey.processes.get(&pid);
             now.is_some_and(|now| now.same_program)
         });
-        self.shared
+        self.means
+            .shared
             .restore(&target.shared)
             .during_tree("restoring the shared memory")?;
         let mut before = survey.processes;
@@ -259,7 +248,7 @@ impl Engine {
             &target.descriptors,
             &mut remotes(held),
             env,
-            &self.shared,
+            &self.means.shared,
             &|procs| terminals.restore(env, procs),
         )?;
         watch.lap("descriptors");

@@ -290,33 +290,6 @@ impl Standing {
     }
 }
 
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_standing_batch_is_laid_out_like_any_other() {
-        let mut batch = Batch::new();
-        let input = batch.input(b"some bytes");
-        let output = batch.output(24);
-        let first = batch.call(
-            libc::SYS_openat,
-            &[7.into(), input.into(), Arg::Int(output)],
-        );
-        batch.must(
-            libc::SYS_read,
-            &[first.into(), output.at(8, 8).into(), u64::MAX.into()],
-        );
-        batch.link(output, &[(16, input)]);
-        for area in [0, 4096, 0x7fff_1234_5000] {
-            assert_eq!(
-                Standing::new(batch.clone()).encode(area),
-                batch.encode(area)
-            );
-        }
-    }
-}
-
 /// What a batch brought: the result of each call, and the heap as the calls left it.
 /// The bytes come from the target and are to be checked like any input.
 #[derive(Debug)]
@@ -350,5 +323,32 @@ impl Outcome {
     /// A 64-bit integer that a call wrote.
     pub fn long(&self, data: DataRef) -> u64 {
         u64::from_le_bytes(self.bytes(data.at(0, 8)).try_into().expect("eight bytes"))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_standing_batch_is_laid_out_like_any_other() {
+        let mut batch = Batch::new();
+        let input = batch.input(b"some bytes");
+        let output = batch.output(24);
+        let first = batch.call(
+            libc::SYS_openat,
+            &[7.into(), input.into(), Arg::Int(output)],
+        );
+        batch.must(
+            libc::SYS_read,
+            &[first.into(), output.at(8, 8).into(), u64::MAX.into()],
+        );
+        batch.link(output, &[(16, input)]);
+        for area in [0, 4096, 0x7fff_1234_5000] {
+            assert_eq!(
+                Standing::new(batch.clone()).encode(area),
+                batch.encode(area)
+            );
+        }
     }
 }

@@ -45,7 +45,7 @@ pub(crate) fn pidfd_signal(pidfd: BorrowedFd<'_>, signal: i32) -> io::Result<()>
 }
 
 /// `_LINUX_CAPABILITY_VERSION_3`, which has two words for each set.
-const CAPABILITY_VERSION: u32 = 0x2008_0522;
+pub(crate) const CAPABILITY_VERSION: u32 = 0x2008_0522;
 
 /// The inheritable capabilities of a process, as bits.
 pub(crate) fn inheritable(pid: HostPid) -> io::Result<u64> {
