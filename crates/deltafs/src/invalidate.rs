@@ -5,13 +5,13 @@ use std::collections::HashSet;
 use imbl::ordmap::DiffItem;
 
 use crate::fuse::{Absent, Kernel, Notice};
-use crate::node::{Body, DIRECTORY, DirBody, EntryKey, Ino, Link, Name, Node, NodeRef};
+use crate::node::{Body, DIRECTORY, DirBody, EntryKey, Ino, Link, Name, Node, NodeRef, ROOT};
 use crate::view::View;
 
 /// More changed ranges of one file than this are dropped as one.
 const MAX_RANGES: usize = 16;
 
-/// What is to be done after a switch.
+/// What the kernel is to be told of a switch.
 #[derive(Debug, Default)]
 pub(crate) struct Plan {
     pub(crate) notices: Vec<Notice>,
@@ -21,10 +21,17 @@ pub(crate) struct Plan {
     /// Directories that got another name, as parent and name: their dentries, in which somebody may stand, find
     /// their new place when they are looked up.
     pub(crate) look_up: Vec<(Ino, Name)>,
-    /// Inodes that differ.
-    pub(crate) changed: usize,
-    /// What can wait until the sandbox runs again.
-    pub(crate) later: Later,
+}
+
+/// The part of a switch that may wait until the sandbox runs again: all but what is in use.
+#[derive(Debug)]
+pub(crate) struct Rest {
+    old: View,
+    new: View,
+    /// Inodes that the kernel has been told of.
+    told: HashSet<Ino>,
+    /// Where walks begin: the root and the directories in use. Nobody may walk from them before everything was compared.
+    pub(crate) starts: HashSet<Ino>,
 }
 
 /// The two states, and what the kernel may have cached of the one that is left.
@@ -33,10 +40,9 @@ pub(crate) struct Switch<'a> {
     pub(crate) old: &'a View,
     pub(crate) new: &'a View,
     pub(crate) kernel: &'a Kernel,
-    pub(crate) absent: &'a Absent,
 }
 
-/// Files that nothing has in use and of which the kernel is told after the switch.
+/// Files that nothing has in use, of which the kernel is told last.
 #[derive(Debug, Default)]
 pub(crate) struct Later {
     changed: Vec<Changed>,
@@ -56,6 +62,42 @@ impl Switch<'_> {
     /// Whether more than `few` inodes differ.
     pub(crate) fn exceeds(&self, few: usize) -> bool {
         self.old.nodes().diff(self.new.nodes()).nth(few).is_some()
+    }
+
+    /// The versions of one inode, if they differ.
+    fn changed_inode(&self, ino: Ino) -> Option<Changed> {
+        let (before, after) = (self.old.nodes().get(&ino), self.new.nodes().get(&ino));
+        let same = match (before, after) {
+            (Some(before), Some(after)) => before == after,
+            (before, after) => before.is_none() && after.is_none(),
+        };
+        (!same).then(|| Changed {
+            ino,
+            before: self.old.node(ino).ok(),
+            after: self.new.node(ino).ok(),
+        })
+    }
+
+    /// Whether one of the states has a directory of this number.
+    fn has_dir(&self, ino: Ino) -> bool {
+        let is_dir = |view: &View| {
+            let node = view.node(ino);
+            node.is_ok_and(|node| node.meta.kind() == DIRECTORY)
+        };
+        is_dir(self.new) || is_dir(self.old)
+    }
+
+    /// Adds the directories above a directory, as both states have them.
+    fn add_above(&self, dir: Ino, to: &mut HashSet<Ino>) {
+        for view in [self.old, self.new] {
+            let mut at = dir;
+            while at != ROOT
+                && let Ok(parent) = view.parent(at)
+            {
+                to.insert(parent);
+                at = parent;
+            }
+        }
     }
 
     fn changed(&self) -> impl Iterator<Item = Changed> {
@@ -113,11 +155,6 @@ impl Changed {
 }
 
 impl Later {
-    /// How many files.
-    pub(crate) fn len(&self) -> usize {
-        self.changed.len()
-    }
-
     fn add(&mut self, changed: Changed) {
         // Mostly the names of the two versions are of one directory.
         let mut last = None;
@@ -148,38 +185,28 @@ impl Later {
     }
 }
 
-impl Plan {
-    /// What makes the kernel see the new state at once; costs what differs. What the kernel does not know needs nothing.
-    pub(crate) fn complete(switch: Switch<'_>) -> Self {
-        let mut plan = Self::default();
-        for changed in switch.changed() {
-            plan.changed += 1;
-            if switch.kernel.knows(changed.ino) {
-                plan.inode(&changed);
-                plan.entries(&changed, |_| true);
-            }
-        }
-        plan
-    }
-
-    /// What makes the kernel see the new state at once through what is `held` and wherever a directory is walked
-    /// through; the rest of the files is left for later. `held` are the inodes that anything has open, has mapped or
-    /// stands in. Directories are never left for later.
-    pub(crate) fn sparing(switch: Switch<'_>, held: &HashSet<Ino>) -> Self {
-        let mut plan = Self::default();
+impl Rest {
+    /// Compares the two states. What the plan says makes the kernel see the new one wherever a directory is walked through, but for
+    /// the files that are left for later; directories never are.
+    pub(crate) fn compare(&self, kernel: &Kernel, absent: &Absent) -> (Plan, Later) {
+        let (old, new) = (&self.old, &self.new);
+        let switch = Switch { old, new, kernel };
+        let (mut plan, mut later) = (Plan::default(), Later::default());
         let mut directories = Vec::new();
         let mut all_entries = false;
         for changed in switch.changed() {
-            plan.changed += 1;
             let (is_dir, loose) = (changed.is_dir(), changed.is_loose());
-            if !is_dir && !loose && !held.contains(&changed.ino) {
-                plan.later.add(changed);
+            let told = self.told.contains(&changed.ino);
+            if !is_dir && !loose && !told {
+                later.add(changed);
                 continue;
             }
-            if !switch.kernel.knows(changed.ino) {
+            if !kernel.knows(changed.ino) {
                 continue;
             }
-            plan.inode(&changed);
+            if !told {
+                plan.inode(&changed);
+            }
             let lost = changed.lost_names().map(|link| Notice::Entry {
                 parent: link.parent,
                 name: link.name.clone(),
@@ -191,12 +218,55 @@ impl Plan {
             }
         }
         for dir in &directories {
-            let absent = |name: &Name| switch.absent.may_hold(dir.ino, name);
-            if all_entries || switch.absent.may_hold_any(dir.ino) {
-                plan.entries(dir, |name| all_entries || absent(name));
+            let may_be_absent = |name: &Name| absent.may_hold(dir.ino, name);
+            if all_entries || absent.may_hold_any(dir.ino) {
+                plan.entries(dir, |name| all_entries || may_be_absent(name));
+            }
+        }
+        (plan, later)
+    }
+}
+
+impl Plan {
+    /// What makes the kernel see the new state at once; costs what differs. What the kernel does not know needs nothing.
+    pub(crate) fn complete(switch: Switch<'_>) -> Self {
+        let mut plan = Self::default();
+        for changed in switch.changed() {
+            if switch.kernel.knows(changed.ino) {
+                plan.inode(&changed);
+                plan.entries(&changed, |_| true);
             }
         }
         plan
+    }
+
+    /// What makes the kernel see the new state through what is `held`, the inodes that anything has open, has mapped or
+    /// stands in, and how to know the directories among them; costs what is held, however much differs.
+    pub(crate) fn of_held(switch: Switch<'_>, held: &HashSet<Ino>) -> (Self, Rest) {
+        let dirs = held.iter().copied().filter(|ino| switch.has_dir(*ino));
+        let starts: HashSet<Ino> = dirs.chain([ROOT]).collect();
+        let mut told = held | &starts;
+        // Somebody stands below them too, and may ask where.
+        for dir in &starts {
+            switch.add_above(*dir, &mut told);
+        }
+        let mut plan = Self::default();
+        for changed in told.iter().filter_map(|ino| switch.changed_inode(*ino)) {
+            if switch.kernel.knows(changed.ino) {
+                plan.inode(&changed);
+            }
+        }
+        // The kernel may remember that the name is not there, or is another's.
+        let places = plan.look_up.iter().cloned();
+        let dropped = places.map(|(parent, name)| Notice::Entry { parent, name });
+        plan.notices.extend(dropped);
+        let rest = Rest {
+            old: switch.old.clone(),
+            new: switch.new.clone(),
+            told,
+            starts,
+        };
+        (plan, rest)
     }
 
     /// Attributes and content.

@@ -15,9 +15,9 @@ use rustix::fs::{AtFlags, Mode, OFlags, ResolveFlags, StatxFlags};
 use crate::base::Base;
 use crate::data::DataStore;
 use crate::error::{Error, Result};
-use crate::fuse::{Notice, Server, Session, refresh_size, settle};
+use crate::fuse::{Server, Session, refresh_size, settle};
 use crate::ids::IdMap;
-use crate::invalidate::{Plan, Switch};
+use crate::invalidate::{Plan, Rest, Switch};
 use crate::node::{Ino, Name, ROOT};
 use crate::reclaim::{LeftBehind, Reclaimer};
 use crate::sys;
@@ -83,12 +83,10 @@ impl Drop for TrimOnDrop {
 #[derive(Debug)]
 #[non_exhaustive]
 pub struct RollbackStats {
-    /// Inodes that differed.
-    pub changed: usize,
     /// Notices that were sent to the kernel, to drop names, attributes and pages.
-    pub notices: usize,
-    /// Inodes that the kernel is told to drop while the sandbox runs again.
-    pub later: usize,
+    pub told: usize,
+    /// Whether the kernel is told of what nothing has in use only now, while the sandbox runs again.
+    pub sparing: bool,
     /// Directories that had been removed while something stood in them or held them open, and that are there
     /// again. The kernel never revives a removed directory object, so every descriptor and working directory of such an
     /// inode number must be opened again ([`Volume::open_inode_in`]); the old ones give `EIO`.
@@ -191,11 +189,12 @@ impl Volume {
         self.rollback_sparing(to, usize::MAX, || None)
     }
 
-    /// As [`Volume::rollback`], but where more than `few` inodes differ, the kernel is told of most of them after this
-    /// returns; for fewer than [`Volume::FEW`] that does not pay. Until then whoever walks through a directory with such files waits, so nobody can see the difference.
+    /// As [`Volume::rollback`], but where more than `few` inodes differ, it costs what is in use, and the kernel is told of the rest
+    /// after this returns; for fewer than [`Volume::FEW`] that does not pay. Until then whoever walks through a directory with such
+    /// files waits, and for the first moment, in which the states are compared, whoever walks at all; so nobody can see the difference.
     ///
     /// `held` is asked if it matters: it tells the numbers of all inodes of the volume that anything has open
-    /// (with `O_PATH` too) or mapped, or nothing if it cannot tell; then this is [`Volume::rollback`].
+    /// (with `O_PATH` too) or mapped, or stands in or has as its root; or nothing if it cannot tell; then this is [`Volume::rollback`].
     /// Inodes that are held in another way, as by a watch, do not matter. Needs Linux 6.18 to have an effect.
     ///
     /// # Errors
@@ -218,25 +217,21 @@ impl Volume {
         let mut new = target.branch();
         new.set_quota(self.server.view().read().quota());
         let old = std::mem::replace(&mut *self.server.view().write(), new.clone());
-        let plan = self.plan(&old, &new, few, held);
+        let (plan, rest) = self.plan(&old, &new, few, held);
         let lives = |ino| new.node(ino).is_ok_and(|node| node.meta.nlink > 0);
         let reborn = self.server.kernel().revive(lives);
         drop(new);
         for notice in &plan.notices {
-            let sent = notice.send(self.session.device().as_fd());
-            sent.map_err(|errno| invalidate((notice.ino(), errno)))?;
-            if let Notice::Entry { parent, name } = notice {
-                self.server.absent().remove(*parent, name);
-            }
+            let sent = self.server.tell(notice, self.session.device().as_fd());
+            sent.map_err(invalidate)?;
         }
         let stats = RollbackStats {
-            changed: plan.changed,
-            notices: plan.notices.len(),
-            later: plan.later.len(),
+            told: plan.notices.len(),
+            sparing: rest.is_some(),
             reborn,
             left: LeftBehind::new(old, &self.reclaimer),
         };
-        self.finish(plan)?;
+        self.finish(&plan, rest)?;
         Ok(stats)
     }
 
@@ -246,35 +241,33 @@ impl Volume {
         new: &View,
         few: usize,
         held: impl FnOnce() -> Option<HashSet<u64>>,
-    ) -> Plan {
+    ) -> (Plan, Option<Rest>) {
         let switch = Switch {
             old,
             new,
             kernel: self.server.kernel(),
-            absent: self.server.absent(),
         };
         if switch.exceeds(few)
             && self.session.prunes()
             && let Some(held) = held()
         {
-            return Plan::sparing(switch, &held);
+            let (plan, rest) = Plan::of_held(switch, &held);
+            return (plan, Some(rest));
         }
-        Plan::complete(switch)
+        (Plan::complete(switch), None)
     }
 
     /// Does what is left when all notices are sent.
-    fn finish(&self, plan: Plan) -> Result<()> {
-        let later = plan.later.len();
-        let idle = plan.refresh.is_empty() && plan.look_up.is_empty() && later == 0;
-        if idle {
+    fn finish(&self, plan: &Plan, rest: Option<Rest>) -> Result<()> {
+        if plan.refresh.is_empty() && plan.look_up.is_empty() && rest.is_none() {
             return Ok(());
         }
         let root = self.root().map_err(opening_root)?;
-        self.refresh(&plan, root);
-        if later > 0 {
+        self.refresh(plan, root);
+        if let Some(rest) = rest {
             let device = self.session.device();
             let root = root.try_clone().map_err(opening_root)?;
-            let started = settle(plan.later, &self.server, device, root);
+            let started = settle(rest, &self.server, device, root);
             *self.settling.lock() = started.map_err(invalidate)?;
         }
         Ok(())

@@ -199,12 +199,9 @@ impl Worlds {
         let which = which % self.saved.len();
         let saved = &self.saved[which];
         let held = || {
-            Some(
-                self.open
-                    .iter()
-                    .map(|open| open.ino)
-                    .collect::<HashSet<_>>(),
-            )
+            let files = self.open.iter().map(|open| open.ino);
+            let dirs = self.dirs.iter().map(|dir| dir.ino);
+            Some(files.chain(dirs).collect::<HashSet<_>>())
         };
         let volume = &self.ours.volume;
         let few = if sparing { 0 } else { usize::MAX };

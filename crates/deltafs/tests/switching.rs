@@ -449,10 +449,10 @@ fn a_handle_opened_by_number_tells_the_name_of_the_file() {
 }
 
 /// Rolls back as if very many files differed, with nothing in use but `held`.
-fn roll_back_sparing(v: &common::Mounted, to: &deltafs::Snapshot, held: &[&File]) -> usize {
+fn roll_back_sparing(v: &common::Mounted, to: &deltafs::Snapshot, held: &[&File]) -> bool {
     let held = held.iter().map(|file| file.metadata().unwrap().ino());
     let held = Some(held.collect());
-    v.rollback_sparing(to, 0, || held).unwrap().later
+    v.rollback_sparing(to, 0, || held).unwrap().sparing
 }
 
 #[test]
@@ -492,7 +492,7 @@ fn nobody_sees_what_the_kernel_has_yet_to_drop() {
     fs::remove_file(v.at("dir/7")).unwrap();
     v.write("dir/more", "more");
     for (state, text) in [(&first, "first"), (&other, "other"), (&first, "first")] {
-        assert!(roll_back_sparing(v, state, &[]) as u64 >= FILES);
+        assert!(roll_back_sparing(v, state, &[&handle]));
         // At once, by path and from a directory that was open, by many threads.
         std::thread::scope(|scope| {
             for thread in 0..4 {
@@ -510,6 +510,30 @@ fn nobody_sees_what_the_kernel_has_yet_to_drop() {
             }
             scope.spawn(|| assert_eq!(names(v.at("dir")).len() as u64, FILES));
         });
+    }
+}
+
+#[test]
+fn who_stands_below_a_renamed_directory_knows_where_at_once() {
+    let f = fixture(|base| fs::create_dir_all(base.join("top/a/b")).unwrap());
+    let v = &f.volume;
+    let handle = File::open(v.at("top/a/b")).unwrap();
+    let place = || fs::read_link(format!("/proc/self/fd/{}", handle.as_raw_fd())).unwrap();
+    let first = v.checkpoint();
+    fs::create_dir(v.at("other")).unwrap();
+    fs::rename(v.at("top/a"), v.at("other/c")).unwrap();
+    (0..500).for_each(|i| v.write(&format!("other/c/b/{i}"), "x"));
+    assert!(!v.at("top/a").exists());
+    let second = v.checkpoint();
+    for _ in 0..3 {
+        assert!(roll_back_sparing(v, &first, &[&handle]));
+        assert!(place().ends_with("top/a/b"), "{}", place().display());
+        assert!(names(v.at("top/a/b")).is_empty() && !v.at("other").exists());
+        assert!(roll_back_sparing(v, &second, &[&handle]));
+        assert!(place().ends_with("other/c/b"), "{}", place().display());
+        let found = rustix::fs::openat(&handle, "499", OFlags::RDONLY, Mode::empty());
+        assert_eq!(content(&File::from(found.unwrap())), "x");
+        assert!(!v.at("top/a").exists());
     }
 }
 
@@ -532,7 +556,7 @@ fn files_in_use_are_right_before_anything_is_dropped_later() {
         fs::remove_file(v.at("linked")).unwrap();
         fs::rename(v.at("dir/own"), v.at("elsewhere")).unwrap();
         (0..100).for_each(|i| v.write(&format!("dir/{i}"), "x"));
-        assert!(roll_back_sparing(v, &snapshot, &[&base, &own]) >= 100);
+        assert!(roll_back_sparing(v, &snapshot, &[&base, &own]));
         assert_eq!(mapper.get(mapping, 5000), b'a');
         assert_eq!(mapper.get(mapping, 8000), b'a');
         assert_eq!(content(&own), "first");
@@ -554,7 +578,7 @@ fn a_file_that_stays_in_the_kernel_without_being_told_of_is_right_in_the_end() {
     let snapshot = v.checkpoint();
     let old = open_rw(v.at("a"));
     v.write("a", "longer than before");
-    assert_eq!(roll_back_sparing(v, &snapshot, &[]), 1);
+    assert!(roll_back_sparing(v, &snapshot, &[]));
     assert_eq!(v.read("a"), "first");
     assert_eq!(content(&old), "first");
     old.write_all_at(b"F", 0).unwrap();

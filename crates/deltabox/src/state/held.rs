@@ -11,7 +11,8 @@ use rustix::io::Errno;
 use crate::cgroup;
 use crate::container::Container;
 
-/// The numbers of all inodes on the filesystem `device` that a process of the sandbox has open, has mapped or runs.
+/// The numbers of all inodes on the filesystem `device` that a process of the sandbox has open, has mapped or
+/// runs, or stands in or has as its root.
 /// All of them must be stopped.
 ///
 /// # Errors
@@ -47,9 +48,12 @@ impl Held {
                 self.inodes.insert(inode);
             }
         }
-        // A thread may have descriptors of its own.
+        // A thread may have descriptors and a working directory of its own.
         for thread in fs::read_dir(proc.join("task"))? {
-            for descriptor in fs::read_dir(thread?.path().join("fd"))? {
+            let thread = thread?.path();
+            self.file(&thread.join("cwd"))?;
+            self.file(&thread.join("root"))?;
+            for descriptor in fs::read_dir(thread.join("fd"))? {
                 self.file(&descriptor?.path())?;
             }
         }

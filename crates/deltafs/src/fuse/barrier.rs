@@ -1,7 +1,8 @@
 //! Holding back requests about directories below which the kernel's caches are not right yet.
 //!
-//! Every walk through a directory asks for its permissions first, and the kernel asks us if its attributes were
-//! dropped. So whoever would find something stale below such a directory waits here, without holding up a thread.
+//! Every walk through a directory asks for its permissions first, and the kernel asks us for its attributes if they were
+//! dropped. So whoever would find something stale below such a directory waits here, without holding up a thread. He
+//! holds no lock of the directory then, which telling the kernel of a name needs; so nothing but attributes may be held back.
 
 use std::collections::HashSet;
 use std::os::fd::OwnedFd;
@@ -29,15 +30,16 @@ struct State {
 /// A request that is answered later, and where.
 #[derive(Debug)]
 pub(crate) struct Waiting {
+    ino: Ino,
     pub(super) bytes: Vec<u8>,
     pub(super) channel: Arc<OwnedFd>,
 }
 
 impl Barrier {
-    /// Holds back requests about these directories from now on. The kernel must have been told to drop their
-    /// attributes before anybody can make requests.
-    pub(crate) fn raise(&self, behind: HashSet<Ino>) {
-        self.state.lock().behind = behind;
+    /// Holds back requests about these directories too from now on. The kernel must have been told to drop their
+    /// attributes before anybody can come to them.
+    pub(crate) fn raise(&self, behind: &HashSet<Ino>) {
+        self.state.lock().behind.extend(behind);
         self.up.store(true, Ordering::Release);
     }
 
@@ -47,7 +49,7 @@ impl Barrier {
         self.up.load(Ordering::Acquire) && self.state.lock().behind.contains(&ino)
     }
 
-    /// Takes a request if it has to wait.
+    /// Takes a request for the attributes of an inode if it has to wait.
     pub(super) fn take(&self, ino: Ino, bytes: &[u8], channel: &Arc<OwnedFd>) -> bool {
         if !self.up.load(Ordering::Acquire) {
             return false;
@@ -56,11 +58,23 @@ impl Barrier {
         let waits = state.behind.contains(&ino);
         if waits {
             state.waiting.push(Waiting {
+                ino,
                 bytes: bytes.to_vec(),
                 channel: Arc::clone(channel),
             });
         }
         waits
+    }
+
+    /// From now on holds back requests about these directories, which it did before, and about no others; gives what waited for
+    /// the others, to be answered.
+    pub(super) fn narrow(&self, to: &HashSet<Ino>) -> Vec<Waiting> {
+        let mut state = self.state.lock();
+        state.behind.retain(|ino| to.contains(ino));
+        let State { behind, waiting } = &mut *state;
+        waiting
+            .extract_if(.., |waiting| !behind.contains(&waiting.ino))
+            .collect()
     }
 
     /// Holds nothing back any more; gives what waited, to be answered.
@@ -76,18 +90,23 @@ impl Barrier {
 mod tests {
     use super::*;
 
+    fn requests(waited: &[Waiting]) -> Vec<&[u8]> {
+        waited.iter().map(|waiting| &waiting.bytes[..]).collect()
+    }
+
     #[test]
     fn what_is_behind_waits_until_the_barrier_is_lowered() {
         let channel = Arc::new(OwnedFd::from(std::fs::File::open("/dev/null").unwrap()));
         let barrier = Barrier::default();
         assert!(!barrier.take(7, b"early", &channel));
-        barrier.raise(HashSet::from([7]));
-        assert!(barrier.covers(7) && !barrier.covers(8));
-        assert!(barrier.take(7, b"late", &channel));
+        barrier.raise(&HashSet::from([7]));
+        barrier.raise(&HashSet::from([9]));
+        assert!(barrier.covers(7) && !barrier.covers(8) && barrier.covers(9));
+        assert!(barrier.take(7, b"late", &channel) && barrier.take(9, b"later", &channel));
         assert!(!barrier.take(8, b"other", &channel));
-        let waited = barrier.lower();
-        assert_eq!(waited.len(), 1);
-        assert_eq!(waited[0].bytes, b"late");
-        assert!(!barrier.take(7, b"after", &channel) && !barrier.covers(7));
+        assert_eq!(requests(&barrier.narrow(&HashSet::from([9, 8]))), [b"late"]);
+        assert!(!barrier.covers(7) && !barrier.covers(8) && barrier.covers(9));
+        assert_eq!(requests(&barrier.lower()), [b"later"]);
+        assert!(!barrier.take(9, b"after", &channel) && !barrier.covers(9));
     }
 }

@@ -33,14 +33,14 @@ const MAX_NARROW_COPY: u64 = 0xffff_f000;
 impl Server {
     pub(super) fn get_attr(&self, request: Request<'_>, reply: &mut Reply) -> Result<(), Errno> {
         let node = self.view().read().node(request.node)?;
-        reply.attr_out(request.node, &node, self.ids());
+        self.attributes(request.node, &node, reply);
         Ok(())
     }
 
     pub(super) fn set_attr(&self, request: Request<'_>, reply: &mut Reply) -> Result<(), Errno> {
         let change = self.attr_change(request)?;
         let node = self.view().write().set_attr(request.node, &change)?;
-        reply.attr_out(request.node, &node, self.ids());
+        self.attributes(request.node, &node, reply);
         Ok(())
     }
 

@@ -33,7 +33,7 @@ impl Server {
             opcode::GETATTR => {
                 let outer = NodeRef::gone(DIRECTORY | 0o555, Body::Dir(DirBody::default()));
                 // It is the host's own: only we ever walk through it.
-                reply.attr_out(OUTER, &outer, IdMap::IDENTITY);
+                reply.attr_out(OUTER, true, &outer, IdMap::IDENTITY);
                 Ok(())
             }
             opcode::GETXATTR => Err(Errno::NODATA),

@@ -1,5 +1,6 @@
 //! What answers the kernel's requests: the current view behind one lock.
 
+use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -9,10 +10,11 @@ use rustix::io::Errno;
 use super::absent::Absent;
 use super::barrier::Barrier;
 use super::kernel::Kernel;
+use super::notify::Notice;
 use super::outer::OUTER;
 use super::wire::{Reply, Request, opcode};
 use crate::ids::IdMap;
-use crate::node::{Ino, NodeRef};
+use crate::node::{Ino, Node, NodeRef};
 use crate::tree::Tree;
 use crate::view::{Caller, View};
 
@@ -197,6 +199,22 @@ impl Server {
         let keep_attributes = !self.barrier.covers(ino);
         let generation = self.kernel.count(ino);
         reply.entry_out(ino, generation, keep_attributes, node, self.ids);
+    }
+
+    /// Answers with the attributes of an inode.
+    pub(super) fn attributes(&self, ino: Ino, node: &Node, reply: &mut Reply) {
+        let keep_attributes = !self.barrier.covers(ino);
+        reply.attr_out(ino, keep_attributes, node, self.ids);
+    }
+
+    /// Has the kernel drop something. As for [`Notice::send`].
+    pub(crate) fn tell(&self, notice: &Notice, device: BorrowedFd<'_>) -> Result<(), (Ino, Errno)> {
+        let sent = notice.send(device);
+        sent.map_err(|errno| (notice.ino(), errno))?;
+        if let Notice::Entry { parent, name } = notice {
+            self.absent.remove(*parent, name);
+        }
+        Ok(())
     }
 
     /// Takes look-ups back; an inode without a name that nobody knows any more is gone.

@@ -12,7 +12,7 @@ use rustix::mount::{FsMountFlags, FsOpenFlags, MountAttrFlags};
 
 use super::control::Control;
 use super::server::{MAX_WRITE, Server};
-use super::wire::{IN_HEADER, Reply, Request};
+use super::wire::{IN_HEADER, Reply, Request, opcode};
 use crate::error::{Error, Result};
 use crate::sys;
 
@@ -216,7 +216,8 @@ pub(super) fn answer(
         tracing::error!(len = bytes.len(), "a FUSE request is malformed");
         return;
     };
-    if may_wait && server.barrier().take(request.node, bytes, channel) {
+    let asks = request.opcode == opcode::GETATTR;
+    if may_wait && asks && server.barrier().take(request.node, bytes, channel) {
         return;
     }
     reply.clear();

@@ -1,5 +1,6 @@
 //! What is left to do after a switch while the sandbox runs again.
 
+use std::collections::HashSet;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
@@ -9,12 +10,13 @@ use std::time::Duration;
 use rustix::fs::{AtFlags, StatxFlags};
 use rustix::io::Errno;
 
+use super::barrier::Waiting;
 use super::notify::{Notice, prune};
 use super::server::Server;
 use super::session::answer;
 use super::wire::Reply;
-use crate::invalidate::Later;
-use crate::node::Ino;
+use crate::invalidate::{Later, Rest};
+use crate::node::{Ino, ROOT};
 use crate::sys;
 
 /// How many inodes are pruned by one notice.
@@ -24,14 +26,14 @@ const SILENCE: Duration = Duration::from_millis(4);
 
 /// What the work needs.
 struct Settle {
-    later: Later,
+    rest: Rest,
     server: Arc<Server>,
     device: Arc<OwnedFd>,
     root: OwnedFd,
 }
 
-/// Raises the barrier before the directories of `later`, and has a thread of its own do what is left and lower it
-/// again; without a thread that is done before this returns. `root` is a descriptor of the mount's root.
+/// Raises the barrier before the directories from which walks begin, and has a thread of its own do the rest of a switch and
+/// lower it again; without a thread that is done before this returns. `root` is a descriptor of the mount's root.
 ///
 /// Nothing may be told the attributes of those directories between this and the end of the work, so this comes last in
 /// a switch.
@@ -39,22 +41,18 @@ struct Settle {
 /// # Errors
 /// If the kernel does not take a notice.
 pub(crate) fn settle(
-    later: Later,
+    rest: Rest,
     server: &Arc<Server>,
     device: &Arc<OwnedFd>,
     root: OwnedFd,
 ) -> Result<Option<JoinHandle<()>>, (Ino, Errno)> {
-    server.barrier().raise(later.behind.clone());
-    for ino in &later.behind {
-        let dropped = Notice::Attributes(*ino).send(device.as_fd());
-        dropped.map_err(|errno| (*ino, errno))?;
-    }
     let work = Arc::new(Settle {
-        later,
+        rest,
         server: Arc::clone(server),
         device: Arc::clone(device),
         root,
     });
+    work.hold_back(&work.rest.starts)?;
     let shared = Arc::clone(&work);
     let thread = std::thread::Builder::new()
         .name("deltafs-settle".to_owned())
@@ -68,17 +66,49 @@ pub(crate) fn settle(
 impl Settle {
     fn run(&self) {
         // That a notice is not taken means that the connection has ended, and with it all who might look.
-        let _ = self.drop_stale();
+        if let Err((ino, error)) = self.tell() {
+            tracing::debug!(ino, %error, "the rest of a switch was not told to the kernel");
+        }
+        self.let_go(self.server.barrier().lower());
+    }
+
+    fn tell(&self) -> Result<(), (Ino, Errno)> {
+        let (kernel, absent) = (self.server.kernel(), self.server.absent());
+        let (plan, later) = self.rest.compare(kernel, absent);
+        for notice in &plan.notices {
+            self.server.tell(notice, self.device.as_fd())?;
+        }
+        for ino in plan.refresh {
+            let _ = refresh_size(&self.root, ino, kernel.generation(ino));
+        }
+        self.hold_back(&later.behind)?;
+        self.let_go(self.server.barrier().narrow(&later.behind));
+        let dropped = self.drop_stale(&later);
+        dropped.map_err(|errno| (ROOT, errno))
+    }
+
+    /// Has whoever walks through these directories wait.
+    fn hold_back(&self, dirs: &HashSet<Ino>) -> Result<(), (Ino, Errno)> {
+        self.server.barrier().raise(dirs);
+        for ino in dirs {
+            let dropped = Notice::Attributes(*ino);
+            self.server.tell(&dropped, self.device.as_fd())?;
+        }
+        Ok(())
+    }
+
+    /// Answers who has waited.
+    fn let_go(&self, waited: Vec<Waiting>) {
         let mut reply = Reply::new();
-        for waiting in self.server.barrier().lower() {
+        for waiting in waited {
             let (channel, bytes) = (&waiting.channel, &waiting.bytes);
             answer(&self.server, channel, bytes, &mut reply, false);
         }
     }
 
-    fn drop_stale(&self) -> Result<(), Errno> {
+    fn drop_stale(&self, later: &Later) -> Result<(), Errno> {
         let device = self.device.as_fd();
-        let (notices, mut pruned) = self.later.sort();
+        let (notices, mut pruned) = later.sort();
         for notice in notices {
             notice.send(device)?;
         }

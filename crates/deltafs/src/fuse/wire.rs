@@ -214,8 +214,10 @@ impl Reply {
     }
 
     /// `struct fuse_attr_out`.
-    pub(crate) fn attr_out(&mut self, ino: Ino, node: &Node, ids: IdMap) -> &mut Self {
-        self.u64(FOREVER).u64(0).attr(ino, node, ids)
+    pub(crate) fn attr_out(&mut self, ino: Ino, keep: bool, node: &Node, ids: IdMap) -> &mut Self {
+        self.u64(if keep { FOREVER } else { 0 })
+            .u64(0)
+            .attr(ino, node, ids)
     }
 
     /// `struct fuse_entry_out`.
