@@ -256,6 +256,10 @@ pub(crate) fn layers(layers: &[LayerReport]) -> io::Result<()> {
             (None, true) => "good".to_owned(),
             (None, false) => "durable".to_owned(),
         };
+        let state = match layer.deleted {
+            true => format!("{state}, deleted (others build on it)"),
+            false => state,
+        };
         table.add_row([
             layer.sandbox.clone(),
             layer.id.to_string(),

@@ -34,15 +34,15 @@ impl Dormant {
 
     /// What it was created as, if any of its checkpoints can tell.
     pub(crate) fn origin(&self) -> Option<&Origin> {
-        let mut readable = self.stored.values().rev().flatten();
-        readable.next().map(|manifest| &manifest.origin)
+        let newest = self.stored.readable().last();
+        newest.map(|manifest| &manifest.origin)
     }
 
     /// What it is to be made as again. Its clocks go on where they were last, if it has its own.
     pub(crate) fn spec(&self) -> Option<SandboxSpec> {
         let mut spec = self.origin()?.spec.clone();
         let now = Reading::now();
-        let readable = self.stored.values().flatten();
+        let readable = self.stored.readable();
         let offsets = readable.filter_map(|manifest| {
             let then = manifest.origin.spec.time_namespace?;
             let clocks = manifest.clocks.as_ref()?;
@@ -54,7 +54,7 @@ impl Dormant {
 
     /// The epoch that it wakes up in.
     pub(crate) fn epoch(&self) -> u64 {
-        let epochs = self.stored.values().flatten().map(|m| m.epoch);
+        let epochs = self.stored.readable().map(|m| m.epoch);
         (epochs.max().unwrap_or(0) / EPOCHS + 1) * EPOCHS
     }
 
@@ -65,6 +65,7 @@ impl Dormant {
         }
         let why = self
             .stored
+            .used
             .values()
             .find_map(|stored| stored.as_ref().err());
         Some(format!(
@@ -78,7 +79,7 @@ impl Dormant {
             Some(reason) => SandboxState::Failed { reason },
             None => SandboxState::Stopped,
         };
-        let readable = || self.stored.values().flatten();
+        let readable = || self.stored.used.values().flatten();
         let origin = self.origin();
         SandboxInfo {
             name: self.name.clone(),
@@ -87,7 +88,7 @@ impl Dormant {
             current: None,
             epoch: self.epoch(),
             created: origin.map_or(0, |origin| origin.created),
-            checkpoints: self.stored.len(),
+            checkpoints: self.stored.used.len(),
             durable: readable().count(),
             processes: 0,
             file_bytes: readable().map(|m| m.files.data_bytes).sum(),
@@ -97,12 +98,12 @@ impl Dormant {
     }
 
     pub(crate) fn tree(&self) -> Tree {
-        let nodes = self.stored.iter();
+        let nodes = self.stored.used.iter();
         let nodes = nodes.map(|(id, stored)| match stored {
             Err(why) => unreadable(*id, why),
             Ok(manifest) => CheckpointInfo {
                 id: *id,
-                parent: manifest.parent.filter(|id| self.stored.contains_key(id)),
+                parent: self.stored.used_ancestor(manifest),
                 message: manifest.message.clone(),
                 created: manifest.created,
                 processes: manifest.processes,

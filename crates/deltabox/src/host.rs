@@ -18,6 +18,7 @@ use rustix::fs::{FlockOperation, Mode, OFlags};
 use deltacr::mem::Gears;
 
 use crate::cgroup::{self, Hierarchies};
+use crate::compactor::Running;
 use crate::doctor;
 use crate::dormant::Dormant;
 use crate::durable::{Archive, Ids};
@@ -25,7 +26,7 @@ use crate::error::{Doing, Error, Result};
 use crate::generation::Generation;
 use crate::ground::{Ground, Reserved};
 use crate::names;
-use crate::report::{CheckpointId, Feature, TemplatesInfo, WarmInfo};
+use crate::report::{CheckpointId, CompactionInfo, Feature, TemplatesInfo, WarmInfo};
 use crate::sandbox::Sandbox;
 use crate::spec::SandboxSpec;
 use crate::state::{Common, Content};
@@ -81,6 +82,7 @@ impl Default for HostConfig {
 pub struct Host {
     ground: Arc<Ground>,
     warm: Warm,
+    compactor: Running,
     /// Sandboxes that are on disk only.
     dormant: Mutex<BTreeMap<String, Arc<Dormant>>>,
     cleaned_up: Vec<String>,
@@ -129,6 +131,7 @@ impl Host {
         };
         let mut host = Self {
             warm: Warm::start(Arc::clone(&ground), config.warm, early)?,
+            compactor: Running::start(Arc::clone(&ground))?,
             ground,
             dormant: Mutex::default(),
             cleaned_up,
@@ -308,6 +311,7 @@ impl Host {
     /// Ends all sandboxes. Their durable checkpoints stay.
     pub fn shutdown(&self) {
         self.warm.close();
+        self.compactor.close();
         for sandbox in self.list() {
             if let Err(e) = self.end(sandbox.name()).and_then(|(ended, _)| ended) {
                 tracing::warn!("ending sandbox {:?}: {e}", sandbox.name());
@@ -356,6 +360,11 @@ impl Host {
     /// The blank sandboxes that are kept ready for forks.
     pub fn warm(&self) -> WarmInfo {
         self.warm.info()
+    }
+
+    /// How deleted checkpoints on disk are merged into those that build on them.
+    pub fn compaction(&self) -> CompactionInfo {
+        self.ground.common.compactor.info()
     }
 
     /// Says which kernel features are there and what to do about those that are not. Needs no state directory.

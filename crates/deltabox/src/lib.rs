@@ -13,6 +13,7 @@
 
 mod cgroup;
 mod clocks;
+mod compactor;
 mod container;
 mod descendants;
 mod doctor;

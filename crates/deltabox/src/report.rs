@@ -332,6 +332,22 @@ pub struct LayerReport {
     pub verified: bool,
     /// What is wrong with it, if anything was found.
     pub damage: Option<String>,
+    /// Whether it was deleted, and is there for what builds on it until that is merged with it.
+    #[serde(default)]
+    pub deleted: bool,
+}
+
+/// How deleted checkpoints on disk are merged into those that build on them.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CompactionInfo {
+    /// Sandboxes that wait to be looked at, or are being so.
+    pub waiting: usize,
+    /// Checkpoints that were written anew.
+    pub merges: u64,
+    /// Bytes that were written for that.
+    pub written_bytes: u64,
+    /// Attempts that failed.
+    pub failures: u64,
 }
 
 /// The checkpoints of a sandbox, parents before children.

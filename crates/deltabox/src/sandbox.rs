@@ -1,5 +1,6 @@
 //! One sandbox: what its user can do with it.
 
+mod compact;
 mod durable;
 
 use std::ops::Range;
@@ -38,6 +39,8 @@ pub struct Sandbox {
     common: Arc<Common>,
     /// Held by whatever changes the checkpoints on disk.
     disk: Mutex<()>,
+    /// Held by whoever merges them. Before `disk`.
+    merging: Mutex<()>,
     /// What its user is warned of besides what the container lacks.
     warnings: Mutex<Vec<String>>,
 }
@@ -118,6 +121,7 @@ impl Sandbox {
             making: Mutex::default(),
             common,
             disk: Mutex::default(),
+            merging: Mutex::default(),
             warnings: Mutex::default(),
         })
     }

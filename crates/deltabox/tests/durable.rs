@@ -40,6 +40,25 @@ fn durable(sandbox: &Sandbox) -> CheckpointId {
     sandbox.checkpoint_durable(None).unwrap().id
 }
 
+/// Waits until nothing is to be merged any more.
+fn compacted(fixture: &Fixture) {
+    let end = std::time::Instant::now() + common::PATIENCE;
+    while fixture.host.compaction().waiting > 0 {
+        let info = fixture.host.compaction();
+        assert!(std::time::Instant::now() < end, "it does not end: {info:?}");
+        std::thread::sleep(std::time::Duration::from_millis(5));
+    }
+    assert_eq!(fixture.host.compaction().failures, 0);
+}
+
+/// What is on disk, checked: each checkpoint, what it builds on, and whether it was deleted.
+fn on_disk(fixture: &Fixture) -> Vec<(CheckpointId, Option<CheckpointId>, bool)> {
+    let layers = fixture.host.layers(None, true).unwrap();
+    assert!(layers.iter().all(|l| l.damage.is_none()), "{layers:?}");
+    let layers = layers.into_iter();
+    layers.map(|l| (l.id, l.parent, l.deleted)).collect()
+}
+
 fn states(fixture: &Fixture, name: &str) -> Vec<(CheckpointId, CheckpointState)> {
     let tree = fixture.host.tree(name).unwrap();
     tree.nodes.into_iter().map(|n| (n.id, n.state)).collect()
@@ -221,9 +240,17 @@ fn a_checkpoint_in_the_middle_can_be_deleted_and_all_others_stay_whole() {
     let sandbox = fixture.host.get(&name).unwrap();
     sandbox.delete(ids[0]).unwrap();
     sandbox.delete(ids[3]).unwrap();
+    compacted(&fixture);
     drop(sandbox);
     let fixture = fixture.restarted();
-    assert_eq!(fixture.host.layers(None, true).unwrap().len(), 3);
+    // The second is what two others share, and complete by now.
+    let expected = [
+        (ids[1], None, true),
+        (ids[2], Some(ids[1]), false),
+        (ids[4], Some(ids[2]), false),
+        (ids[5], Some(ids[1]), false),
+    ];
+    assert_eq!(on_disk(&fixture), expected);
     let sandbox = fixture.host.get(&name).unwrap();
     let check = "echo $x1$x2$x3$x4$x5$x9; echo /f[0-9]*";
     for (id, expected) in [
@@ -243,6 +270,63 @@ fn a_checkpoint_in_the_middle_can_be_deleted_and_all_others_stay_whole() {
         sandbox.rollback(ids[0]),
         Err(Error::NoCheckpoint { .. })
     ));
+    // Only one is left that builds on the second.
+    sandbox.delete(ids[5]).unwrap();
+    compacted(&fixture);
+    let expected = [(ids[2], None, false), (ids[4], Some(ids[2]), false)];
+    assert_eq!(on_disk(&fixture), expected);
+    assert_eq!(states(&fixture, &name).len(), 2);
+    drop(sandbox);
+    let fixture = fixture.restarted();
+    let sandbox = fixture.host.get(&name).unwrap();
+    sandbox.rollback(ids[4]).unwrap();
+    assert_eq!(tell(&sandbox, sh, check), "12345\n/f4 /f5");
+}
+
+#[test]
+fn a_deleted_checkpoint_that_is_damaged_is_named_by_what_builds_on_it() {
+    let fixture = Fixture::new();
+    let sandbox = fixture.sandbox();
+    let name = sandbox.name().to_owned();
+    let shared = durable(&sandbox);
+    let branches = [1, 2].map(|_| {
+        sandbox.rollback(shared).unwrap();
+        durable(&sandbox)
+    });
+    sandbox.delete(shared).unwrap();
+    compacted(&fixture);
+    drop(sandbox);
+    let deleted = fixture
+        .checkpoint_dir(&name, shared)
+        .with_extension("deleted");
+    for cut in [0, 1, 24, 25, 200] {
+        let path = deleted.join("files.meta");
+        let whole = fs::read(&path).unwrap();
+        fs::write(&path, &whole[..whole.len() - 1 - cut.min(whole.len() - 1)]).unwrap();
+        let layers = fixture.host.layers(Some(&name), true).unwrap();
+        let damage = layers.iter().find(|l| l.id == shared && l.deleted);
+        let damage = damage.unwrap().damage.clone().unwrap();
+        assert!(damage.contains("files.meta"), "{damage}");
+        fs::write(&path, &whole).unwrap();
+    }
+    let path = deleted.join("files.meta");
+    fs::write(&path, &fs::read(&path).unwrap()[..100]).unwrap();
+    let fixture = fixture.restarted();
+    let sandbox = fixture.host.get(&name).unwrap();
+    for branch in branches {
+        let refused = sandbox.rollback(branch).unwrap_err().to_string();
+        assert!(
+            refused.contains("files.meta") && refused.contains(&shared.to_string()),
+            "{refused}"
+        );
+    }
+    // It stays for as long as there is one that needs it.
+    sandbox.delete(branches[0]).unwrap();
+    compacted(&fixture);
+    assert!(deleted.exists());
+    sandbox.delete(branches[1]).unwrap();
+    compacted(&fixture);
+    assert!(!deleted.exists());
 }
 
 #[test]

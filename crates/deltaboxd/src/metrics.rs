@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::fmt::Write;
 use std::time::Duration;
 
-use deltabox::{TemplatesInfo, WarmInfo};
+use deltabox::{CompactionInfo, SandboxInfo, TemplatesInfo, WarmInfo};
 use parking_lot::Mutex;
 
 /// Upper bounds of the buckets, in microseconds: a checkpoint takes around a millisecond, a command minutes.
@@ -53,17 +53,17 @@ impl Metrics {
     /// The text that a scrape gets.
     pub(crate) fn render(
         &self,
-        sandboxes: usize,
+        sandboxes: &[SandboxInfo],
         warm: &WarmInfo,
         templates: &TemplatesInfo,
+        compaction: &CompactionInfo,
     ) -> String {
         let tables = self.0.lock();
         let mut out = String::new();
-        help(&mut out, "deltabox_sandboxes", "gauge", "Sandboxes.");
-        line(&mut out, "deltabox_sandboxes", "", sandboxes);
-
+        render_sandboxes(&mut out, sandboxes);
         render_warm(&mut out, warm);
         render_templates(&mut out, templates);
+        render_compaction(&mut out, compaction);
 
         let failed = "deltabox_operations_failed_total";
         help(&mut out, failed, "counter", "Operations that failed.");
@@ -89,6 +89,56 @@ impl Metrics {
         tables.stops.render(&mut out, stop, "");
         out
     }
+}
+
+fn render_sandboxes(out: &mut String, sandboxes: &[SandboxInfo]) {
+    help(out, "deltabox_sandboxes", "gauge", "Sandboxes.");
+    line(out, "deltabox_sandboxes", "", sandboxes.len());
+    let bytes = "deltabox_sandbox_file_bytes";
+    help(
+        out,
+        bytes,
+        "gauge",
+        "Bytes of file data that a sandbox, its checkpoints and its forks hold on disk.",
+    );
+    for sandbox in sandboxes {
+        // A name has no character that would have to be quoted.
+        let label = format!("sandbox=\"{}\"", sandbox.name);
+        line(out, bytes, &label, sandbox.file_bytes);
+    }
+}
+
+fn render_compaction(out: &mut String, compaction: &CompactionInfo) {
+    let mut row = |name: &str, kind: &str, text: &str, value: u64| {
+        let name = format!("deltabox_compactor_{name}");
+        help(out, &name, kind, text);
+        line(out, &name, "", value);
+    };
+    let c = compaction;
+    row(
+        "waiting",
+        "gauge",
+        "Sandboxes whose deleted checkpoints are to be looked at.",
+        c.waiting as u64,
+    );
+    row(
+        "merges_total",
+        "counter",
+        "Checkpoints on disk that were merged with deleted ones.",
+        c.merges,
+    );
+    row(
+        "written_bytes_total",
+        "counter",
+        "Bytes written for that.",
+        c.written_bytes,
+    );
+    row(
+        "failures_total",
+        "counter",
+        "Attempts that failed.",
+        c.failures,
+    );
 }
 
 fn render_warm(out: &mut String, warm: &WarmInfo) {
@@ -235,6 +285,23 @@ fn line(out: &mut String, name: &str, labels: &str, value: impl std::fmt::Displa
 mod tests {
     use super::*;
 
+    fn sandbox(name: &str, file_bytes: u64) -> SandboxInfo {
+        SandboxInfo {
+            name: name.to_owned(),
+            state: deltabox::SandboxState::Running,
+            base: "/".into(),
+            current: None,
+            epoch: 0,
+            created: 0,
+            checkpoints: 0,
+            durable: 0,
+            processes: 0,
+            file_bytes,
+            page_bytes: 0,
+            warnings: Vec::new(),
+        }
+    }
+
     #[test]
     fn buckets_are_cumulative_and_the_longest_times_are_counted() {
         let metrics = Metrics::default();
@@ -251,9 +318,15 @@ mod tests {
             misses: 5,
             ..TemplatesInfo::default()
         };
-        let text = metrics.render(2, &warm, &templates);
+        let compaction = CompactionInfo {
+            merges: 6,
+            ..CompactionInfo::default()
+        };
+        let text = metrics.render(&[sandbox("a", 8192)], &warm, &templates, &compaction);
         for expected in [
-            "deltabox_sandboxes 2\n",
+            "deltabox_sandboxes 1\n",
+            "deltabox_sandbox_file_bytes{sandbox=\"a\"} 8192\n",
+            "deltabox_compactor_merges_total 6\n",
             "deltabox_warm_sandboxes 3\n",
             "deltabox_templates_bytes 4096\n",
             "deltabox_templates_forks_total{found=\"no\"} 5\n",

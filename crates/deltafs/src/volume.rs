@@ -447,8 +447,10 @@ impl Snapshot {
         self.0.looked_up.load(Ordering::Acquire)
     }
 
+    /// Notes what its layer on disk knows. One that is written anew knows more than layers that build on the old one may rely on.
     pub(crate) fn set_looked_up(&self, count: u64) {
-        self.0.looked_up.store(count, Ordering::Release);
+        let none = |before: u64| (before == 0).then_some(count);
+        let _ = (self.0.looked_up).fetch_update(Ordering::AcqRel, Ordering::Acquire, none);
     }
 
     pub(crate) fn view(&self) -> &View {

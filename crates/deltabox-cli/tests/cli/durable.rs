@@ -178,6 +178,85 @@ fn killed_at_any_step_of_writing_the_service_loses_no_durable_checkpoint() {
     }
 }
 
+#[test]
+fn killed_at_any_step_of_merging_deleted_checkpoints_the_service_loses_no_other() {
+    let steps = [
+        ("deleted", ""),
+        ("new", "files.meta"),
+        ("new", "files.data"),
+        ("new", "processes"),
+        ("new", "pages.data"),
+        ("new", "sessions"),
+        ("new", "manifest"),
+    ];
+    let home = Home::with_box();
+    let box_dir = home.path().join("checkpoints/box");
+    for (step, (extension, file)) in (0..).zip(steps) {
+        let write = |what: u32| {
+            let gone = match what {
+                1 => "/data*",
+                2 => "/none",
+                _ => "/data1",
+            };
+            home.sh(&format!(
+                "rm -f {gone}; echo {step} {what} > /step; seq {what} 300000 > /data{what}"
+            ));
+            home.durable()
+        };
+        let [first, gone, last] = [1, 2, 3].map(write);
+        let mut deletion = home.command(&["delete", "box", &gone]).spawn().unwrap();
+        let reached = || {
+            let dirs = fs::read_dir(&box_dir).unwrap().flatten();
+            let mut at = dirs.filter(|d| d.path().extension().is_some_and(|e| e == extension));
+            at.any(|d| d.path().join(file).exists())
+        };
+        // It may be past the step between two looks.
+        let over = || home.directory_of(&gone).with_extension("deleted").exists();
+        let mut begun = false;
+        wait_for("the step", || {
+            begun |= deletion.try_wait().unwrap().is_some();
+            reached() || (begun && !over())
+        });
+        home.kill_service();
+        deletion.wait_with_output().unwrap();
+
+        let kept = [(&first, 1), (&last, 3)];
+        let layers = home.json(&["layer", "verify", "box"]);
+        let layers = layers.as_array().unwrap();
+        for (id, _) in kept {
+            let layer = layers.iter().find(|l| l["id"] == id.as_str()).unwrap();
+            assert!(
+                layer["damage"].is_null() && layer["deleted"] == false,
+                "{layer}"
+            );
+        }
+        for (id, what) in kept {
+            home.ok(&["rollback", "box", id]);
+            let seen = home.sh("cat /step; head -qn1 /data*");
+            let data = if what == 1 { "1\n" } else { "2\n3\n" };
+            assert_eq!(seen, format!("{step} {what}\n{data}"));
+        }
+        // Awake again, it has merged what the deletion left, if that was told to the disk.
+        home.run(&["delete", "box", &gone]);
+        wait_for("the merge", || {
+            let layers = home.json(&["layer", "ls", "box"]);
+            layers
+                .as_array()
+                .unwrap()
+                .iter()
+                .all(|l| l["id"] != gone.as_str())
+        });
+        home.ok(&["rollback", "box", &last]);
+        assert_eq!(home.sh("cat /step"), format!("{step} 3\n"));
+        assert!(
+            !fs::read_dir(&box_dir)
+                .unwrap()
+                .flatten()
+                .any(|d| d.path().extension().is_some())
+        );
+    }
+}
+
 /// The first line of `/data`, and how many there are, at a step.
 fn expected(step: &str) -> String {
     match step.parse::<u32>().unwrap() {

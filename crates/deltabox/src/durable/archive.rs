@@ -9,6 +9,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use deltalog::{commit, sync_directory};
 use rustix::fs::{CWD, RenameFlags, renameat_with};
 
+use super::layers::{Layer, Layers, unneeded};
 use super::manifest::Manifest;
 use crate::error::{Doing, Result};
 use crate::names;
@@ -16,7 +17,9 @@ use crate::report::CheckpointId;
 
 /// What is being written has this behind its name.
 const UNFINISHED: &str = "new";
-/// What is being deleted has this before its number.
+/// What was deleted while others build on it has this behind its name.
+const DELETED: &str = "deleted";
+/// What is being removed has this before its number.
 const REMOVED: &str = ".removed-";
 
 /// All durable checkpoints of a state directory.
@@ -25,8 +28,53 @@ pub(crate) struct Archive {
     removals: AtomicU64,
 }
 
-/// The durable checkpoints of one sandbox; of a manifest that cannot be read, why.
-pub(crate) type Stored = BTreeMap<CheckpointId, Result<Manifest, String>>;
+/// The durable checkpoints of one sandbox.
+#[derive(Default)]
+pub(crate) struct Stored {
+    pub(crate) used: Manifests,
+    /// Those that were deleted while others build on them.
+    pub(crate) deleted: Manifests,
+}
+
+/// By checkpoint; of one that cannot be read, why.
+pub(crate) type Manifests = BTreeMap<CheckpointId, Result<Manifest, String>>;
+
+impl Stored {
+    /// All that can be read, older ones first.
+    pub(crate) fn readable(&self) -> impl Iterator<Item = &Manifest> {
+        self.all().flat_map(|(_, manifest)| manifest)
+    }
+
+    /// All, older ones first.
+    pub(crate) fn all(&self) -> impl Iterator<Item = (&CheckpointId, &Result<Manifest, String>)> {
+        let mut all: Vec<_> = self.used.iter().chain(&self.deleted).collect();
+        all.sort_by_key(|(id, _)| **id);
+        all.into_iter()
+    }
+
+    /// The nearest checkpoint above this one that was not deleted.
+    pub(crate) fn used_ancestor(&self, of: &Manifest) -> Option<CheckpointId> {
+        let mut at = of.parent?;
+        while !self.used.contains_key(&at) {
+            at = self.deleted.get(&at)?.as_ref().ok()?.parent?;
+        }
+        Some(at)
+    }
+
+    /// What the checkpoints build on.
+    fn layers(&self) -> Layers {
+        let layers = self.all().map(|(id, manifest)| {
+            let layer = Layer {
+                parent: manifest.as_ref().ok().and_then(|m| m.parent),
+                bytes: manifest.as_ref().map_or(0, Manifest::bytes),
+                deleted: self.deleted.contains_key(id),
+                readable: manifest.is_ok(),
+            };
+            (*id, layer)
+        });
+        layers.collect()
+    }
+}
 
 impl Archive {
     /// Opens the archive of a state directory, and finishes what a service that was killed had begun to delete or to
@@ -57,6 +105,13 @@ impl Archive {
                     sentences.push(format!("Removed {path}: it was not written to its end."));
                 }
             }
+            let name = file_name(&sandbox);
+            // The service ended between a merge and this.
+            for id in unneeded(&archive.of(&name)?.layers()) {
+                if let Some(gone) = archive.take_away_deleted(&name, id)? {
+                    remove(&gone)?;
+                }
+            }
             // It has none left if nothing else is in it.
             let _ = fs::remove_dir(&sandbox);
         }
@@ -72,7 +127,7 @@ impl Archive {
                 continue;
             }
             let stored = self.of(&name)?;
-            if !stored.is_empty() {
+            if !stored.used.is_empty() {
                 all.insert(name, stored);
             }
         }
@@ -81,9 +136,15 @@ impl Archive {
 
     /// What there is of a sandbox.
     pub(crate) fn of(&self, sandbox: &str) -> Result<Stored> {
-        let mut stored = Stored::new();
+        let mut stored = Stored::default();
         for path in entries(&self.root.join(sandbox))? {
-            let Ok(id) = file_name(&path).parse::<CheckpointId>() else {
+            let name = file_name(&path);
+            let (id, into) = match name.split_once('.') {
+                None => (&*name, &mut stored.used),
+                Some((id, DELETED)) => (id, &mut stored.deleted),
+                Some(_) => continue,
+            };
+            let Ok(id) = id.parse::<CheckpointId>() else {
                 continue;
             };
             let manifest = Manifest::read(&path).map_err(|e| e.to_string());
@@ -91,7 +152,7 @@ impl Archive {
                 true => Ok(manifest),
                 false => Err(format!("{path:?} holds checkpoint {}", manifest.id)),
             });
-            stored.insert(id, manifest);
+            into.insert(id, manifest);
         }
         Ok(stored)
     }
@@ -101,78 +162,143 @@ impl Archive {
         self.root.join(sandbox).join(id.to_string())
     }
 
-    /// Writes a checkpoint: `fill` fills a directory, which then comes into being under its name, in the place of an older
-    /// version if there is one. When this returns a power cut does not undo it.
+    /// Where a checkpoint is of which `deleted` tells whether it was deleted while others build on it.
+    pub(crate) fn layer_dir(&self, sandbox: &str, id: CheckpointId, deleted: bool) -> PathBuf {
+        let dir = self.dir(sandbox, id);
+        match deleted {
+            true => dir.with_extension(DELETED),
+            false => dir,
+        }
+    }
+
+    /// How much more the disk takes, in bytes.
+    pub(crate) fn free_bytes(&self) -> Result<u64> {
+        let disk = rustix::fs::statvfs(&self.root).doing("asking for the free disk space")?;
+        Ok(disk.f_bavail.saturating_mul(disk.f_frsize))
+    }
+
+    /// Writes a checkpoint: `fill` fills a directory, which then comes into being under its name. When this returns a
+    /// power cut does not undo it.
     ///
     /// # Errors
-    /// Nothing is left of it, and an older version is as it was.
+    /// Nothing is left of it.
     pub(crate) fn write<T>(
         &self,
         sandbox: &str,
         id: CheckpointId,
         fill: impl FnOnce(&Path) -> Result<T>,
     ) -> Result<T> {
-        let done = self.dir(sandbox, id);
-        let new = done.with_extension(UNFINISHED);
         let parent = self.root.join(sandbox);
-        let doing = || format!("making {}", new.display());
         if !parent.exists() {
-            fs::create_dir(&parent).doing(doing())?;
+            fs::create_dir(&parent).doing(format!("making {}", parent.display()))?;
             sync_directory(&self.root)?;
         }
+        let filled = self.begin(sandbox, id, fill)?;
+        let new = self.new_dir(sandbox, id);
+        let done = commit(&new, &self.dir(sandbox, id));
         if new.exists() {
             remove(&new)?;
         }
-        fs::create_dir(&new).doing(doing())?;
-        let written = fill(&new).and_then(|filled| {
-            match done.exists() {
-                false => commit(&new, &done)?,
-                true => replace(&new, &done)?,
-            }
-            Ok(filled)
-        });
-        if new.exists() {
-            // Half of a new version, or the old one.
-            remove(&new)?;
-        }
-        written
+        done?;
+        Ok(filled)
     }
 
-    /// Deletes a checkpoint, and gives its space back.
-    pub(crate) fn remove(&self, sandbox: &str, id: CheckpointId) -> Result<()> {
-        self.remove_at(&self.dir(sandbox, id))?;
+    /// Writes a new version of a checkpoint, which does not count before [`Archive::replace`].
+    ///
+    /// # Errors
+    /// Nothing is left of the new version.
+    pub(crate) fn begin<T>(
+        &self,
+        sandbox: &str,
+        id: CheckpointId,
+        fill: impl FnOnce(&Path) -> Result<T>,
+    ) -> Result<T> {
+        let new = self.new_dir(sandbox, id);
+        if new.exists() {
+            remove(&new)?;
+        }
+        fs::create_dir(&new).doing(format!("making {}", new.display()))?;
+        let filled = fill(&new);
+        if filled.is_err() {
+            remove(&new)?;
+        }
+        filled
+    }
+
+    /// Has the new version of a checkpoint in the place of the old one; when this returns a power cut does not undo it. What is left is for
+    /// [`Archive::discard`].
+    pub(crate) fn replace(&self, sandbox: &str, id: CheckpointId, deleted: bool) -> Result<()> {
+        let new = self.new_dir(sandbox, id);
+        let done = self.layer_dir(sandbox, id, deleted);
+        sync_directory(&new)?;
+        renameat_with(CWD, &new, CWD, &done, RenameFlags::EXCHANGE)
+            .doing(format!("replacing {}", done.display()))?;
+        Ok(sync_directory(&self.root.join(sandbox))?)
+    }
+
+    /// Deletes the version of a checkpoint that does not count.
+    pub(crate) fn discard(&self, sandbox: &str, id: CheckpointId) -> Result<()> {
+        remove(&self.new_dir(sandbox, id))
+    }
+
+    fn new_dir(&self, sandbox: &str, id: CheckpointId) -> PathBuf {
+        self.dir(sandbox, id).with_extension(UNFINISHED)
+    }
+
+    /// Notes that a checkpoint was deleted. It is still there for those that build on it. When this returns a power cut does not undo it.
+    pub(crate) fn set_aside(&self, sandbox: &str, id: CheckpointId) -> Result<()> {
+        let path = self.dir(sandbox, id);
+        let deleted = self.layer_dir(sandbox, id, true);
+        match fs::rename(&path, deleted) {
+            // Somebody has removed it by hand.
+            Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(()),
+            other => other.doing(format!("deleting {}", path.display()))?,
+        }
+        Ok(sync_directory(&self.root.join(sandbox))?)
+    }
+
+    /// Takes a checkpoint that was deleted out, which nothing builds on any more. Its space is given back by removing
+    /// what this returns, with [`Archive::remove`].
+    pub(crate) fn take_away_deleted(
+        &self,
+        sandbox: &str,
+        id: CheckpointId,
+    ) -> Result<Option<PathBuf>> {
+        let path = self.layer_dir(sandbox, id, true);
+        let gone = match path.exists() {
+            true => Some(self.take_away(&path)?),
+            false => None,
+        };
         // Kept while others are in it.
         let _ = fs::remove_dir(self.root.join(sandbox));
-        Ok(())
+        Ok(gone)
+    }
+
+    /// Gives the space of what was taken away back.
+    pub(crate) fn remove(&self, gone: &Path) -> Result<()> {
+        remove(gone)
     }
 
     /// Deletes all checkpoints of a sandbox, and gives their space back.
     pub(crate) fn remove_all(&self, sandbox: &str) -> Result<()> {
-        self.remove_at(&self.root.join(sandbox))
+        let path = self.root.join(sandbox);
+        match path.exists() {
+            true => remove(&self.take_away(&path)?),
+            false => Ok(()),
+        }
     }
 
-    /// Takes the name away at once, so that half of it is never found, and then the files.
-    fn remove_at(&self, path: &Path) -> Result<()> {
+    /// Takes the name away at once, so that half of it is never found. Returns the name that it has until it is removed.
+    fn take_away(&self, path: &Path) -> Result<PathBuf> {
         let number = self.removals.fetch_add(1, Ordering::Relaxed);
         let gone = self.root.join(format!("{REMOVED}{number}"));
-        match fs::rename(path, &gone) {
-            Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(()),
-            other => other.doing(format!("removing {}", path.display()))?,
-        }
+        fs::rename(path, &gone).doing(format!("removing {}", path.display()))?;
         if let Some(parent) = path.parent() {
             sync_directory(parent)?;
         }
         sync_directory(&self.root)?;
-        remove(&gone)
+        Ok(gone)
     }
-}
-
-/// Gives `new` the name `done`, and what has that name the other.
-fn replace(new: &Path, done: &Path) -> Result<()> {
-    sync_directory(new)?;
-    renameat_with(CWD, new, CWD, done, RenameFlags::EXCHANGE)
-        .doing(format!("replacing {}", done.display()))?;
-    done.parent().map_or(Ok(()), |dir| Ok(sync_directory(dir)?))
 }
 
 fn remove(path: &Path) -> Result<()> {

@@ -53,6 +53,11 @@ pub(crate) struct Origin {
 }
 
 impl Manifest {
+    /// What the checkpoint takes of the disk, but for what is small.
+    pub(crate) fn bytes(&self) -> u64 {
+        self.files.data_bytes + self.image.page_bytes
+    }
+
     /// Writes it into a checkpoint's directory.
     pub(crate) fn write(&self, dir: &Path) -> deltalog::Result<()> {
         let path = dir.join(MANIFEST);

@@ -19,7 +19,7 @@ pub(crate) struct Loaded {
     pub(crate) processes: TreeImage,
 }
 
-/// Reads the files and processes of all checkpoints of one sandbox.
+/// Reads the files and processes of all checkpoints of one sandbox, those included that were deleted.
 pub(crate) struct Reader<'a> {
     pub(crate) archive: &'a Archive,
     pub(crate) sandbox: &'a str,
@@ -35,9 +35,11 @@ impl Reader<'_> {
     ) -> BTreeMap<CheckpointId, Result<Loaded, String>> {
         let mut all: BTreeMap<CheckpointId, Result<Loaded, String>> = BTreeMap::new();
         // A parent's id is below its children's.
-        for (id, manifest) in stored {
+        for (id, manifest) in stored.all() {
+            let deleted = stored.deleted.contains_key(id);
+            let dir = self.archive.layer_dir(self.sandbox, *id, deleted);
             let loaded = match manifest {
-                Ok(manifest) => self.read_one(manifest, &all, loader),
+                Ok(manifest) => self.read_one(&dir, manifest, &all, loader),
                 Err(why) => Err(why.clone()),
             };
             all.insert(*id, loaded);
@@ -47,6 +49,7 @@ impl Reader<'_> {
 
     fn read_one(
         &self,
+        dir: &Path,
         manifest: &Manifest,
         others: &BTreeMap<CheckpointId, Result<Loaded, String>>,
         loader: &mut Loader,
@@ -64,10 +67,9 @@ impl Reader<'_> {
                 None => return Err(format!("it builds on {parent}, which is missing")),
             },
         };
-        let dir = self.archive.dir(self.sandbox, manifest.id);
-        let files = loader.load(&dir, before.map(|before| &before.files));
+        let files = loader.load(dir, before.map(|before| &before.files));
         let files = files.map_err(|e| e.to_string())?;
-        let processes = TreeImage::load(&dir, before.map(|b| &b.processes), self.pages);
+        let processes = TreeImage::load(dir, before.map(|b| &b.processes), self.pages);
         let loaded = Loaded {
             files,
             processes: processes.map_err(|e| e.to_string())?,

@@ -29,7 +29,7 @@ impl Host {
             sentences.push(match sandbox.lost() {
                 None => format!(
                     "Kept {} of sandbox {name:?}, which is stopped.",
-                    durable(sandbox.stored.len())
+                    durable(sandbox.stored.used.len())
                 ),
                 Some(why) => format!("Sandbox {name:?} cannot be used: {why}."),
             });
@@ -172,27 +172,29 @@ impl Host {
         };
         let mut reports = Vec::new();
         for (sandbox, stored) in all {
-            for (id, manifest) in stored {
-                let dir = archive.dir(&sandbox, id);
-                let damage = match &manifest {
+            for (id, manifest) in stored.all() {
+                let deleted = stored.deleted.contains_key(id);
+                let dir = archive.layer_dir(&sandbox, *id, deleted);
+                let damage = match manifest {
                     Err(why) => Some(why.clone()),
                     Ok(_) if verify => crate::durable::verify(&dir).err().map(|e| e.to_string()),
                     Ok(_) => None,
                 };
-                let manifest = manifest.ok();
-                let files = manifest.as_ref().map(|m| m.files).unwrap_or_default();
-                let image = manifest.as_ref().map(|m| m.image).unwrap_or_default();
+                let manifest = manifest.as_ref().ok();
+                let files = manifest.map(|m| m.files).unwrap_or_default();
+                let image = manifest.map(|m| m.image).unwrap_or_default();
                 reports.push(LayerReport {
                     sandbox: sandbox.clone(),
-                    id,
-                    parent: manifest.as_ref().and_then(|m| m.parent),
-                    created: manifest.as_ref().map_or(0, |m| m.created),
+                    id: *id,
+                    parent: manifest.and_then(|m| m.parent),
+                    created: manifest.map_or(0, |m| m.created),
                     inodes: files.inodes,
                     file_bytes: files.data_bytes,
                     processes: image.processes,
                     page_bytes: image.page_bytes,
                     verified: verify,
                     damage,
+                    deleted,
                 });
             }
         }
@@ -223,6 +225,8 @@ fn durable(n: usize) -> String {
 
 /// The highest id of a durable checkpoint.
 pub(super) fn highest(all: &BTreeMap<String, Stored>) -> u64 {
-    let ids = all.values().flat_map(|stored| stored.keys());
+    let ids = all
+        .values()
+        .flat_map(|stored| stored.all().map(|(id, _)| id));
     ids.max().map_or(0, |CheckpointId(n)| *n)
 }

@@ -10,6 +10,7 @@ use crate::durable::{self, Draft, Loaded, Origin, SessionReader};
 use crate::error::{Error, Result};
 use crate::report::{CheckpointId, CheckpointReport};
 use crate::sessions_image::SessionsImage;
+use crate::state::{Lost, TakenUp};
 
 impl Sandbox {
     /// Checkpoints the sandbox as [`Sandbox::checkpoint`] does, lets it run on, and returns when the checkpoint is on disk.
@@ -49,13 +50,13 @@ impl Sandbox {
     fn write(&self, draft: &Draft) -> Result<()> {
         self.shared().check_open(&self.name)?;
         let archive = &self.common.archive;
-        durable::write(archive, draft, &self.durable_origin(), self.epoch())?;
+        let bytes = durable::write(archive, draft, &self.durable_origin(), self.epoch())?;
         let before = draft.before.as_ref().map(|(id, _)| *id);
-        self.state.lock().written(draft.id, before);
+        self.state.lock().written(draft.id, before, bytes);
         Ok(())
     }
 
-    fn durable_origin(&self) -> Origin {
+    pub(super) fn durable_origin(&self) -> Origin {
         Origin {
             sandbox: self.name.clone(),
             created: self.created,
@@ -64,27 +65,28 @@ impl Sandbox {
         }
     }
 
-    /// Forgets a checkpoint. Its children become its parent's. What is on disk of it goes at once; durable checkpoints that
-    /// build on it are written anew before.
+    /// Forgets a checkpoint. Its children become its parent's. What is on disk of it is deleted at once if nothing
+    /// builds on it, and otherwise merged into what does when that pays, in the background.
     ///
     /// # Errors
-    /// There is no such checkpoint; or one that builds on it could not be written anew, and it is still there.
+    /// There is no such checkpoint; or the disk refuses, and it is still there.
     pub fn delete(&self, id: CheckpointId) -> Result<()> {
         let _disk = self.disk.lock();
         self.shared().check_open(&self.name)?;
-        let built_on = self.state.lock().built_on(id);
-        if let Some((children, before)) = built_on {
-            for child in children {
-                let draft = self.state.lock().draft_against(child, before)?;
-                self.write(&draft)?;
-            }
-            self.common.archive.remove(&self.name, id)?;
+        let on_disk = self.state.lock().is_on_disk(id);
+        if on_disk {
+            self.common.archive.set_aside(&self.name, id)?;
         }
-        self.state.lock().delete(id)
+        self.state.lock().delete(id)?;
+        if on_disk {
+            self.common.compactor.wake(&self.name);
+        }
+        Ok(())
     }
 
     /// Returns when nothing is being written of it. After [`Sandbox::close`] nothing will be.
     pub(crate) fn wait_for_disk(&self) {
+        drop(self.merging.lock());
         drop(self.disk.lock());
     }
 
@@ -100,42 +102,51 @@ impl Sandbox {
     pub(crate) fn take_up(
         &mut self,
         dormant: &Dormant,
-        loaded: BTreeMap<CheckpointId, Result<Loaded, String>>,
+        mut loaded: BTreeMap<CheckpointId, Result<Loaded, String>>,
     ) {
         let shared = &self.sessions.shared;
         shared.stopped.store(true, Ordering::Release);
         shared.epoch.store(dormant.epoch(), Ordering::Release);
         let mut reader = SessionReader::new(shared);
         let mut read: BTreeMap<CheckpointId, SessionsImage> = BTreeMap::new();
-        let mut lost = BTreeMap::new();
         let state = self.state.get_mut();
-        for (id, loaded) in loaded {
-            let usable = loaded.and_then(|loaded| {
-                let manifest = dormant.stored.get(&id).and_then(|m| m.as_ref().ok());
-                let manifest = manifest.ok_or("its manifest is missing")?;
-                let before = match manifest.parent {
+        let stored = &dormant.stored;
+        for (id, manifest) in stored.all() {
+            let deleted = stored.deleted.contains_key(id);
+            let before = manifest.as_ref().ok().and_then(|m| m.parent);
+            let usable = loaded
+                .remove(id)
+                .unwrap_or_else(|| Err("it was not read".to_owned()));
+            let usable = usable.and_then(|loaded| {
+                let before = match before {
                     Some(parent) => {
                         let unusable = || format!("it builds on {parent}, which cannot be used");
                         Some(read.get(&parent).ok_or_else(unusable)?)
                     }
                     None => None,
                 };
-                let dir = self.common.archive.dir(&dormant.name, id);
+                let archive = &self.common.archive;
+                let dir = archive.layer_dir(&dormant.name, *id, deleted);
                 let sessions = reader.read(&dir, before).map_err(|e| e.to_string())?;
+                let manifest = manifest.as_ref().map_err(String::clone)?;
                 Ok::<_, String>((manifest, loaded, sessions))
             });
             match usable {
                 Ok((manifest, loaded, sessions)) => {
-                    read.insert(id, sessions.clone());
-                    state.take_up(manifest, loaded, sessions);
+                    read.insert(*id, sessions.clone());
+                    state.take_up(TakenUp {
+                        manifest,
+                        loaded,
+                        sessions,
+                        parent: stored.used_ancestor(manifest),
+                        deleted,
+                    });
                 }
-                Err(why) => {
-                    lost.insert(id, why);
-                }
+                Err(why) => state.lose(*id, Lost { why, before }, deleted),
             }
         }
         shared.table.lock().last = reader.last();
-        state.lose(lost);
+        self.common.compactor.wake(&dormant.name);
         if let Some(origin) = dormant.origin() {
             self.created = origin.created;
         }

@@ -24,6 +24,7 @@ use deltacr::{Deaths, During, Engine, ProcessSummary, Rollback, Switched, TreeIm
 use deltafs::{ChangeKind, LeftBehind, Snapshot, Volume};
 use parking_lot::Mutex;
 
+use crate::compactor::Compactor;
 use crate::dormant::unreadable;
 use crate::durable::{Archive, Ids};
 use crate::error::{Error, Result};
@@ -32,6 +33,7 @@ use crate::sessions::Shared;
 use crate::sessions_image::SessionsImage;
 use crate::templates::{Family, Origin, Template, Templates};
 
+pub(crate) use persist::TakenUp;
 use surroundings::Surroundings;
 use tree::{Checkpoints, Node};
 use warmer::Warmer;
@@ -54,6 +56,8 @@ pub(crate) struct Common {
     /// Those of them that are on disk.
     pub(crate) archive: Archive,
     pub(crate) ids: Ids,
+    /// Who merges those on disk that build on deleted ones.
+    pub(crate) compactor: Compactor,
 }
 
 impl Common {
@@ -66,6 +70,7 @@ impl Common {
             gears,
             archive,
             ids,
+            compactor: Compactor::default(),
         }
     }
 }
@@ -78,9 +83,26 @@ pub(crate) struct DeltaState {
     engine: Engine,
     checkpoints: Checkpoints<Content>,
     /// Checkpoints on disk that cannot be used, and why.
-    lost: BTreeMap<CheckpointId, String>,
+    lost: BTreeMap<CheckpointId, Lost>,
+    /// Checkpoints that were deleted while others on disk build on them.
+    deleted: BTreeMap<CheckpointId, Deleted>,
     /// What is to be told with every rollback.
     notes: Vec<String>,
+}
+
+/// A checkpoint on disk that cannot be used.
+pub(crate) struct Lost {
+    pub(crate) why: String,
+    /// The one that it builds on, if that much can be read.
+    pub(crate) before: Option<CheckpointId>,
+}
+
+/// A checkpoint that was deleted, and is on disk for others that build on it.
+struct Deleted {
+    before: Option<CheckpointId>,
+    bytes: u64,
+    /// None of one that cannot be read.
+    node: Option<Node<Content>>,
 }
 
 /// The sandbox that a state is taken from or given to.
@@ -142,6 +164,7 @@ impl DeltaState {
             engine,
             checkpoints: Checkpoints::default(),
             lost: BTreeMap::new(),
+            deleted: BTreeMap::new(),
             notes: Vec::new(),
         })
     }
@@ -167,7 +190,10 @@ impl DeltaState {
                 node.state = CheckpointState::Failed { reason };
             }
         }
-        let lost = self.lost.iter().map(|(id, why)| unreadable(*id, why));
+        let lost = self
+            .lost
+            .iter()
+            .map(|(id, lost)| unreadable(*id, &lost.why));
         tree.nodes.extend(lost);
         tree.nodes.sort_by_key(|node| node.id);
         tree
@@ -182,8 +208,8 @@ impl DeltaState {
 
     fn node(&self, id: CheckpointId) -> Result<&Node<Content>> {
         let sandbox = self.name.clone();
-        if let Some(why) = self.lost.get(&id) {
-            let why = why.clone();
+        if let Some(lost) = self.lost.get(&id) {
+            let why = lost.why.clone();
             return Err(Error::Unusable { sandbox, id, why });
         }
         self.checkpoints

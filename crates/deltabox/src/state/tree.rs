@@ -21,8 +21,13 @@ pub(crate) struct Node<T> {
 pub(crate) enum Disk {
     /// Nothing.
     Nothing,
-    /// All of it, as it differs from this one.
-    Durable(Option<CheckpointId>),
+    /// All of it.
+    Durable {
+        /// The one that it is written against.
+        before: Option<CheckpointId>,
+        /// What it takes, in bytes.
+        bytes: u64,
+    },
     /// Nothing, for this reason.
     Failed(String),
 }
@@ -31,7 +36,7 @@ impl Disk {
     fn describe(&self) -> CheckpointState {
         match self {
             Self::Nothing => CheckpointState::Warm,
-            Self::Durable(_) => CheckpointState::Durable,
+            Self::Durable { .. } => CheckpointState::Durable,
             Self::Failed(reason) => CheckpointState::Failed {
                 reason: reason.clone(),
             },
@@ -82,8 +87,13 @@ impl<T> Checkpoints<T> {
 
     /// How many are on disk.
     pub(crate) fn durable(&self) -> usize {
-        let durable = |node: &&Node<T>| matches!(node.disk, Disk::Durable(_));
+        let durable = |node: &&Node<T>| matches!(node.disk, Disk::Durable { .. });
         self.nodes.values().filter(durable).count()
+    }
+
+    /// All checkpoints, older ones first.
+    pub(crate) fn iter(&self) -> impl Iterator<Item = (&CheckpointId, &Node<T>)> {
+        self.nodes.iter()
     }
 
     pub(crate) fn get(&self, id: CheckpointId) -> Option<&Node<T>> {
@@ -125,19 +135,12 @@ impl<T> Checkpoints<T> {
         let mut at = self.nodes.get(&id)?.parent;
         while let Some(id) = at {
             let node = self.nodes.get(&id)?;
-            if matches!(node.disk, Disk::Durable(_)) {
+            if matches!(node.disk, Disk::Durable { .. }) {
                 return Some(id);
             }
             at = node.parent;
         }
         None
-    }
-
-    /// The durable checkpoints that are on disk as they differ from this one.
-    pub(crate) fn built_on(&self, id: CheckpointId) -> Vec<CheckpointId> {
-        let nodes = self.nodes.iter();
-        let on = nodes.filter(|(_, node)| node.disk == Disk::Durable(Some(id)));
-        on.map(|(id, _)| *id).collect()
     }
 
     /// The present state comes from this checkpoint now.

@@ -24,10 +24,14 @@ pub(super) async fn doctor(State(app): State<App>) -> Answer<Json<Vec<Feature>>>
 }
 
 pub(super) async fn metrics(State(app): State<App>) -> Answer<impl IntoResponse> {
-    let look = |host: &Host| Ok((host.infos().len(), host.warm(), host.templates()));
-    let (sandboxes, warm, templates) = app.call("list", look).await?;
+    let look = |host: &Host| {
+        let forks = (host.warm(), host.templates());
+        Ok((host.infos(), forks, host.compaction()))
+    };
+    let (sandboxes, (warm, templates), compaction) = app.call("list", look).await?;
     let kind = [(header::CONTENT_TYPE, "text/plain; version=0.0.4")];
-    Ok((kind, app.metrics.render(sandboxes, &warm, &templates)))
+    let text = (app.metrics).render(&sandboxes, &warm, &templates, &compaction);
+    Ok((kind, text))
 }
 
 pub(super) async fn ready(State(app): State<App>) -> Answer<Json<ReadyInfo>> {
