@@ -75,6 +75,6 @@ pub enum Namespace {
     Net,
     /// Mounts.
     Mount,
-    /// System V semaphores and message queues.
+    /// System V semaphores, message queues and shared memory.
     Ipc,
 }

@@ -70,8 +70,7 @@ pub(crate) struct Answers {
     /// Where its heap ends, which nothing else tells.
     pub(crate) program_break: u64,
     pub(crate) threads: BTreeMap<InnerPid, threads::Answers>,
-    /// What is there of the whole sandbox.
-    /// Whether there are System V semaphores or message queues.
+    /// Whether there are System V semaphores, message queues or segments in the sandbox.
     pub(crate) system_v: bool,
 }
 

@@ -18,7 +18,7 @@ use crate::hold::{Held, HeldProcess};
 use crate::ids::{HostPid, InnerPid};
 use crate::image::{ProcessImage, TreeImage};
 use crate::interview;
-use crate::mem::{Holding, Layout, Memory, Scan, Tracker, layout};
+use crate::mem::{Holding, Layout, Memory, Scan, Tracker, Vma, layout};
 use crate::procfs::Procfs;
 use crate::remote::{Batch, Remote};
 use crate::signals::{Queue, Scope};
@@ -42,6 +42,21 @@ pub(crate) struct Now {
     pub(crate) same_root: bool,
     /// Whether it stands in the image's directory.
     pub(crate) same_directory: bool,
+}
+
+impl Now {
+    /// What it has mapped.
+    pub(crate) fn mapped(&self) -> &[Vma] {
+        self.scan.as_ref().map_or(&[], |scan| &scan.vmas)
+    }
+
+    /// Makes the process let go of segments of System V.
+    pub(crate) fn detach(&mut self, remote: &mut Remote, segments: &BTreeSet<i32>) -> Result<()> {
+        match &mut self.scan {
+            Some(scan) => scan.detach(remote, segments),
+            None => Ok(()),
+        }
+    }
 }
 
 /// The processes that can be undone in place: those of the image that are still there, at their place in the family,

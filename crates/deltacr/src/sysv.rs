@@ -1,7 +1,10 @@
-//! System V semaphores and message queues. They are no process' own and go on without any.
+//! System V semaphores, message queues and shared memory. They are no process' own and go on without any.
 //!
 //! Processes are only asked whether there are some. The rest a thread of ours does that visits the sandbox's namespace.
 
+mod segments;
+
+use std::collections::BTreeSet;
 use std::fs;
 use std::io;
 use std::os::fd::AsFd;
@@ -10,19 +13,26 @@ use serde::{Deserialize, Serialize};
 
 use crate::env::{Environment, Namespace};
 use crate::error::{During, Result};
+use crate::mem::SharedObjects;
 use crate::owners::Owners;
 use crate::remote::{Batch, CallId, DataRef, Outcome, Remote};
 use crate::sys::ipc::{self, Rights};
+
+use segments::Segment;
+pub(crate) use segments::{Attached, doomed, finish};
 
 /// `SEM_INFO`, the size of the `struct seminfo` that it fills, and where that has the number of sets (`semusz`).
 const SEMAPHORES: (i32, usize, usize) = (19, 40, 28);
 /// `MSG_INFO`, the size of the `struct msginfo` that it fills, and where that has the number of queues (`msgpool`).
 const QUEUES: (i32, usize, usize) = (12, 32, 0);
+/// `SHM_INFO`, the size of the `struct shm_info` that it fills, and where that has the number of segments (`used_ids`).
+const SEGMENTS: (i32, usize, usize) = (14, 48, 0);
 
 /// Where in a batch the questions are.
 pub(crate) struct Questions {
     semaphores: (CallId, DataRef),
     queues: (CallId, DataRef),
+    segments: (CallId, DataRef),
 }
 
 impl Questions {
@@ -32,11 +42,17 @@ impl Questions {
         let sets = b.output(size);
         let args = [0.into(), 0.into(), info.into(), sets.into()];
         let semaphores = (b.call(libc::SYS_semctl, &args), sets);
-        let (info, size, _) = QUEUES;
-        let pool = b.output(size);
-        let args = [0.into(), info.into(), pool.into()];
-        let queues = (b.call(libc::SYS_msgctl, &args), pool);
-        Self { semaphores, queues }
+        let mut control = |nr, (info, size, _): (i32, usize, usize)| {
+            let told = b.output(size);
+            (b.call(nr, &[0.into(), info.into(), told.into()]), told)
+        };
+        let queues = control(libc::SYS_msgctl, QUEUES);
+        let segments = control(libc::SYS_shmctl, SEGMENTS);
+        Self {
+            semaphores,
+            queues,
+            segments,
+        }
     }
 
     /// Whether there are any in the sandbox.
@@ -45,7 +61,9 @@ impl Questions {
         let any = |(call, data): (CallId, DataRef), at| {
             o.result(call).is_ok() && o.int(data.at(at, 4)) != 0
         };
-        any(self.semaphores, SEMAPHORES.2) || any(self.queues, QUEUES.2)
+        any(self.semaphores, SEMAPHORES.2)
+            || any(self.queues, QUEUES.2)
+            || any(self.segments, SEGMENTS.2)
     }
 }
 
@@ -54,15 +72,17 @@ pub(crate) fn are_there(remote: &mut Remote) -> Result<bool> {
     let mut batch = Batch::new();
     let questions = Questions::ask(&mut batch);
     let outcome = remote.run(&batch);
-    let outcome = outcome.during(remote.pid(), "asking for System V semaphores")?;
+    let outcome = outcome.during(remote.pid(), "asking for System V objects")?;
     Ok(questions.answers(&outcome))
 }
 
-/// All semaphores and message queues of a sandbox at one moment.
+/// All semaphores, message queues and segments of a sandbox at one moment.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct SystemV {
     sets: Vec<Named<Set>>,
     queues: Vec<Named<Queue>>,
+    #[serde(default)]
+    segments: Vec<Named<Segment>>,
 }
 
 /// What both have.
@@ -93,7 +113,7 @@ struct Queue {
 
 impl SystemV {
     pub(crate) fn is_empty(&self) -> bool {
-        self.sets.is_empty() && self.queues.is_empty()
+        self.sets.is_empty() && self.queues.is_empty() && self.segments.is_empty()
     }
 }
 
@@ -111,19 +131,39 @@ impl<T> Named<T> {
     }
 }
 
-/// Reads what there is.
-pub(crate) fn capture(env: &dyn Environment) -> Result<SystemV> {
-    visit(env, read).during_tree("reading System V semaphores and message queues")
+/// Reads what there is. What the segments hold goes to `shared`.
+pub(crate) fn capture(
+    env: &dyn Environment,
+    shared: &SharedObjects,
+    attached: &Attached,
+) -> Result<SystemV> {
+    visit(env, |owners| {
+        let found = read(owners)?;
+        segments::show(shared, attached, &found.segments)?
+            .into_iter()
+            .try_for_each(|key| shared.capture(key))?;
+        Ok(found)
+    })
+    .during_tree("reading System V semaphores, message queues and shared memory")
 }
 
-/// Makes what there is the same as in an image.
-pub(crate) fn restore(env: &dyn Environment, wanted: &SystemV) -> Result<()> {
+/// Makes what there is the same as in an image, and shows the segments to `shared`, which is to fill them. Those that are
+/// `to_attach` can be attached by everybody until [`finish`] is called.
+pub(crate) fn restore(
+    env: &dyn Environment,
+    wanted: &SystemV,
+    (shared, attached): (&SharedObjects, &Attached),
+    to_attach: &BTreeSet<i32>,
+) -> Result<()> {
     visit(env, |owners| {
         let now = read(owners)?;
         settle(owners, "sem_next_id", &now.sets, &wanted.sets)?;
-        settle(owners, "msg_next_id", &now.queues, &wanted.queues)
+        settle(owners, "msg_next_id", &now.queues, &wanted.queues)?;
+        settle(owners, "shm_next_id", &now.segments, &wanted.segments)?;
+        segments::open_up(owners, &wanted.segments, to_attach)?;
+        segments::show(shared, attached, &wanted.segments).map(drop)
     })
-    .during_tree("restoring System V semaphores and message queues")
+    .during_tree("restoring System V semaphores, message queues and shared memory")
 }
 
 /// Does something in the sandbox's IPC namespace, on a thread of its own.
@@ -162,6 +202,7 @@ fn read(owners: &Owners) -> io::Result<SystemV> {
         let queue = Queue { capacity, messages };
         found.queues.push(named(owners, &line, 7, queue));
     }
+    found.segments = segments::read(owners)?;
     Ok(found)
 }
 
@@ -248,6 +289,11 @@ impl Resource for Queue {
     }
 }
 
+/// Whether `one` can be made what it is to be, `goal`.
+fn can_stay<T: Resource>(goal: &Named<T>, one: &Named<T>) -> bool {
+    goal.is(one) && goal.holds.fits(&one.holds)
+}
+
 /// Makes what there is the same as what is `wanted`; `next` is the setting by which a new one gets its id.
 fn settle<T: Resource>(
     owners: &Owners,
@@ -255,14 +301,13 @@ fn settle<T: Resource>(
     now: &[Named<T>],
     wanted: &[Named<T>],
 ) -> io::Result<()> {
-    let kept = |one: &Named<T>, of: &Named<T>| one.is(of) && one.holds.fits(&of.holds);
     for one in now {
-        if !wanted.iter().any(|goal| kept(goal, one)) {
+        if !wanted.iter().any(|goal| can_stay(goal, one)) {
             T::remove(one.id)?;
         }
     }
     for goal in wanted {
-        match now.iter().find(|one| kept(one, goal)) {
+        match now.iter().find(|one| can_stay(goal, one)) {
             Some(one) if one == goal => {}
             Some(one) => T::fill(goal, goal.rights(owners), Some(&one.holds))?,
             None => {

@@ -465,3 +465,104 @@ def stack_grown_since():
         equal(repr(deep) == wanted, True, "the stack grows again")
 
     return mutate, check
+
+
+libc.shmat.restype = ctypes.c_void_p
+libc.shmat.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_int]
+libc.shmdt.argtypes = [ctypes.c_void_p]
+libc.shmget.argtypes = [ctypes.c_int, ctypes.c_size_t, ctypes.c_int]
+IPC_RMID, SHM_LOCK, SHM_RDONLY, SHM_REMAP = 0, 11, 0o10000, 0o40000
+
+
+def segment(length, key=0, rights=0o600):
+    return call(libc.shmget, key, length, rights | 0o3000)
+
+
+def remove_segment(identifier):
+    call(libc.shmctl, identifier, IPC_RMID, None)
+
+
+def attach(identifier, flags=0, at=None):
+    address = libc.shmat(identifier, at, flags)
+    if address == ctypes.c_void_p(-1).value:
+        raise OSError(ctypes.get_errno(), "shmat")
+    return address
+
+
+def segments():
+    """By id: key, rights with flags, size, attachments, owner and creator."""
+    with open("/proc/sysvipc/shm") as lines:
+        found = [text.split() for text in lines][1:]
+    return {int(f[1]): (int(f[0]), f[2], int(f[3]), int(f[6]), f[7:11]) for f in found}
+
+
+@case
+def segments_of_system_v():
+    large, key = 40 * PAGE + 100, 0x5E6
+    named = segment(large, key, 0o640)
+    removed = segment(3 * PAGE)
+    lonely = segment(2 * PAGE)
+    locked = segment(PAGE)
+    parts = segment(8 * PAGE)
+    at = attach(named)
+    fill(at, "named", large)
+    fill(alone := attach(lonely), "lonely", 2 * PAGE)
+    call(libc.shmdt, alone)
+    call(libc.shmctl, locked, SHM_LOCK, None)
+    fill(gone := attach(removed), "removed", 3 * PAGE)
+    remove_segment(removed)
+    room = mapping(16 * PAGE, NONE)
+    attach(parts, SHM_REMAP, room)
+    fill(room, "parts", 8 * PAGE)
+    call(libc.munmap, room, PAGE)
+    call(libc.munmap, room + 3 * PAGE, 2 * PAGE)
+    call(libc.mprotect, room + 6 * PAGE, PAGE, READ)
+    layout = areas(room, room + 16 * PAGE)
+
+    def become_another():
+        call(libc.shmdt, gone)
+        call(libc.shmdt, room)
+        put("readable", attach(named, SHM_RDONLY))
+        os.setresgid(1000, 1000, 1000)
+        os.setresuid(1000, 1000, 1000)
+
+    child = Child(become_another)
+    equal(child.ask("os.getuid()"), 1000)
+    was = segments()
+    equal(was[named], (key, "640", large, 3, ["0"] * 4), "the segment with a name")
+    equal(was[removed][:2], (0, "1600"), "the removed one")
+    equal(was[locked][1], "2600", "the locked one")
+
+    def mutate():
+        fill(at, "spoiled", large)
+        fill(gone, "spoiled", 3 * PAGE)
+        child.ask("call(libc.shmdt, readable)")
+        call(libc.shmdt, gone)
+        remove_segment(named)
+        remove_segment(lonely)
+        fill(attach(locked), "spoiled", PAGE)
+        call(libc.munmap, room, 8 * PAGE)
+        attach(segment(PAGE))
+        equal(segment(PAGE, key) != named, True, "the key is free")
+
+    def check():
+        equal(segments(), was, "the segments")
+        equal(call(libc.shmget, key, 0, 0), named, "the segment of the key")
+        holds(at, "named", large, "named")
+        holds(gone, "removed", 3 * PAGE, "removed")
+        holds(extra := attach(lonely), "lonely", 2 * PAGE, "without a process")
+        call(libc.shmdt, extra)
+        equal(areas(room, room + 16 * PAGE), layout, "the parts")
+        for first, pages in ((1, 2), (5, 3)):
+            text = ctypes.string_at(room + first * PAGE, pages * PAGE)
+            equal(text == pattern("parts", 8 * PAGE)[first * PAGE :][: pages * PAGE], True, "what the parts hold")
+        ctypes.memset(at + PAGE, 7, 1)
+        equal(child.ask("ctypes.string_at(readable + PAGE, 1)"), b"\7", "what the child sees")
+        equal("PermissionError" in child.ask("call(libc.mprotect, readable, PAGE, READ | WRITE)"), True, "read only")
+        equal(child.ask("call(libc.shmdt, readable)"), 0, "the child lets go")
+        call(libc.shmdt, room)
+        call(libc.shmdt, gone)
+        equal(removed in segments(), False, "the removed one goes with its last attachment")
+        equal(segments()[parts][3], 0, "attachments of the parts")
+
+    return mutate, check

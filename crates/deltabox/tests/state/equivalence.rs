@@ -292,6 +292,7 @@ theme! { memory:
     memory_copied_on_write_between_processes
     program_break
     stack_grown_since
+    segments_of_system_v
 }
 
 /// Cases once more, with everything done in the second gear.

@@ -69,20 +69,12 @@ fn a_netlink_socket_of_a_rare_family_is_named() {
     );
 }
 
-#[test]
-fn shared_memory_of_system_v_is_named() {
-    let make = "libc = ctypes.CDLL(None)\nlibc.shmat.restype = ctypes.c_void_p\n\
-                key = libc.shmget(0, 4096, 0o1600)\nat = libc.shmat(key, None, 0)";
-    let mend = "libc.shmdt(ctypes.c_void_p(at))\nlibc.shmctl(key, 0, None)";
-    refused_and_unharmed(&script(make, mend), &["System V"]);
-}
-
 /// A child waits in a call that the kernel ends with `EINTR` when it stops the thread, and hears of that if it happens: it
 /// calls the C library itself, for Python would call again.
 #[test]
 fn a_refused_checkpoint_interrupts_no_call() {
-    let script = "import ctypes, os, select, sys\nlibc = ctypes.CDLL(None)\nlibc.shmat.restype = ctypes.c_void_p\n\
-                  libc.shmat(libc.shmget(0, 4096, 0o1600), None, 0)\nr, w = os.pipe()\npid = os.fork()\n\
+    let script = "import ctypes, os, select, socket, sys\nlibc = ctypes.CDLL(None)\n\
+                  rare = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, 12)\nr, w = os.pipe()\npid = os.fork()\n\
                   if pid == 0:\n  ep = select.epoll()\n  ep.register(r, select.EPOLLIN)\n  \
                   room = ctypes.create_string_buffer(12)\n  \
                   os._exit(0 if libc.epoll_wait(ep.fileno(), room, 1, -1) == 1 else 1)\n\

@@ -20,7 +20,7 @@ pub(super) const ZOMBIES: u32 = 2;
 pub(super) const DESCRIPTORS: u32 = 3;
 /// The shared memory objects.
 pub(super) const SHARED: u32 = 4;
-/// System V semaphores and message queues, if there are any.
+/// System V semaphores, message queues and segments, if there are any.
 pub(super) const SYSTEM_V: u32 = 5;
 
 /// The log of page maps.

@@ -13,7 +13,7 @@ use crate::ids::InnerPid;
 use crate::image::{ProcessImage, TreeImage};
 use crate::mem::Work;
 use crate::stopwatch::Stopwatch;
-use crate::sysv::{self, SystemV};
+use crate::sysv::{self, Attached, SystemV};
 
 /// What was captured of a tree that stands still, and what is left to be done when it runs again.
 pub(super) struct Captured {
@@ -47,8 +47,15 @@ impl Engine {
             let state = describe(env, &held.procfs, process, answers, &mut self.waits)?;
             described.insert(pid, state);
         }
+        let mut attached = Attached::default();
+        for (pid, vmas) in &mapped {
+            attached.note(
+                member(&mut held.processes, *pid)?.stopped.remote.host(),
+                vmas,
+            );
+        }
         let system_v = match has_system_v {
-            true => sysv::capture(env)?,
+            true => sysv::capture(env, &self.means.shared, &attached)?,
             false => SystemV::default(),
         };
         watch.lap("processes");

@@ -15,17 +15,17 @@ use crate::files::Place;
 use crate::hold::{Deaths, Held};
 use crate::ids::InnerPid;
 use crate::image::{ProcessImage, TreeImage};
-use crate::mem::Layout;
+use crate::mem::{Layout, Vma};
 use crate::reconcile::{self, Now, Reconcile};
 use crate::stopwatch::{Phases, Stopwatch};
-use crate::sysv;
+use crate::sysv::{self, Attached};
 
 /// What there is before a rollback, of the processes that may stay.
 #[derive(Default)]
 pub(super) struct Survey {
     processes: BTreeMap<InnerPid, Now>,
     descriptors: Descriptors,
-    /// Whether there are System V semaphores or message queues.
+    /// Whether there are System V semaphores, message queues or segments.
     system_v: bool,
 }
 
@@ -178,6 +178,42 @@ impl Engine {
         })
     }
 
+    /// System V semaphores, message queues and segments of shared memory, which the processes can attach then.
+    fn system_v(
+        &mut self,
+        env: &dyn Environment,
+        held: &mut Held,
+        before: &mut BTreeMap<InnerPid, Now>,
+        target: &TreeImage,
+    ) -> Result<()> {
+        let mut attached = Attached::default();
+        for (pid, now) in before.iter() {
+            let host = member(&mut held.processes, *pid)?.stopped.remote.host();
+            attached.note(host, now.mapped());
+        }
+        if !attached.is_empty() {
+            let doomed = sysv::doomed(env, &target.system_v)?;
+            for (pid, now) in before.iter_mut() {
+                let remote = &mut member(&mut held.processes, *pid)?.stopped.remote;
+                now.detach(remote, &doomed)?;
+            }
+            attached.forget(&doomed);
+        }
+        let missing = target.processes.iter().flat_map(|(pid, image)| {
+            let now = before.get(pid).map_or(&[][..], Now::mapped);
+            let segments = image
+                .memory
+                .vmas
+                .iter()
+                .filter(|vma| vma.segment().is_some());
+            let wanted = segments.filter(|vma| !now.contains(vma));
+            wanted.filter_map(Vma::segment)
+        });
+        let to_attach = missing.collect();
+        let shared = &self.means.shared;
+        sysv::restore(env, &target.system_v, (shared, &attached), &to_attach)
+    }
+
     /// The work on one process of those that are held.
     fn reconcile<'a>(
         &'a mut self,
@@ -220,20 +256,20 @@ impl Engine {
                 None => true,
             };
         }
+        let mut before = survey.processes;
         if there_is {
-            sysv::restore(env, &target.system_v)?;
+            self.system_v(env, held, &mut before, target)?;
         }
         let mut descriptors = survey.descriptors;
         // A process that is to start its program again loses all that it has open by that.
         descriptors.retain(|pid| {
-            let now = survey.processes.get(&pid);
+            let now = before.get(&pid);
             now.is_some_and(|now| now.same_program)
         });
         self.means
             .shared
             .restore(&target.shared)
             .during_tree("restoring the shared memory")?;
-        let mut before = survey.processes;
         let mut pages = 0;
         for (pid, image) in &target.processes {
             let mut work = self.reconcile(env, held, *pid, image)?;
@@ -241,6 +277,8 @@ impl Engine {
             pages += work.memory(before.get_mut(pid), template)?;
             work.directory(before.get(pid))?;
         }
+        self.means.shared.let_go_of_segments();
+        sysv::finish(env, &target.system_v)?;
         watch.lap("memory");
         let terminals = Terminals::missing(held, target, &born.all)?;
         let notes = fd::restore(

@@ -18,6 +18,7 @@ mod pages_to_come;
 mod plan;
 mod restore;
 mod scan;
+mod segments;
 mod shm;
 mod spare;
 mod sweeper;
@@ -39,6 +40,7 @@ pub use pages_to_come::Pages;
 pub use scan::Scan;
 pub use shm::{SharedMemory, SharedObjects, ShmImage, ShmKey};
 pub use tracker::Tracker;
+pub(crate) use vmas::mapped_file;
 
 use crate::env::Environment;
 use crate::error::Error;
@@ -79,7 +81,7 @@ pub enum Backing {
     Anonymous,
     /// A file.
     File(FileId),
-    /// A shared memory object: `MAP_SHARED | MAP_ANONYMOUS`, or a memfd.
+    /// A shared memory object: `MAP_SHARED | MAP_ANONYMOUS`, a memfd, or a segment of System V.
     Shm(ShmKey),
     /// A mapping that the kernel makes for every process: `[vdso]`, `[vvar]`.
     Special(Arc<str>),
@@ -102,6 +104,9 @@ pub struct Vma {
     pub backing: Backing,
     /// A stack that grows by itself (`MAP_GROWSDOWN`).
     pub grows_down: bool,
+    /// A segment of System V that was attached for reading only, and can never be made writable.
+    #[serde(default)]
+    pub read_only: bool,
 }
 
 impl Vma {
@@ -125,6 +130,14 @@ impl Vma {
         matches!(self.backing, Backing::Special(_))
     }
 
+    /// The id of the segment of System V that it attaches, if it does.
+    pub(crate) fn segment(&self) -> Option<i32> {
+        match self.backing {
+            Backing::Shm(key) => key.segment(),
+            _ => None,
+        }
+    }
+
     /// Where in the file or object the byte at `address` lies; zero without one.
     pub(crate) fn offset_at(&self, address: u64) -> u64 {
         match self.backing {
@@ -139,6 +152,7 @@ impl Vma {
     pub(crate) fn agrees_at(&self, other: &Self, address: u64) -> bool {
         self.shared == other.shared
             && self.grows_down == other.grows_down
+            && self.read_only == other.read_only
             && self.backing == other.backing
             && self.offset_at(address) == other.offset_at(address)
     }

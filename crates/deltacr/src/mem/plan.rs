@@ -15,6 +15,13 @@ pub(crate) enum Step<'a> {
     Protect(Range<u64>, i32),
 }
 
+impl Step<'_> {
+    /// Whether it is about a segment of System V that is to be attached.
+    pub(crate) fn attaches(&self) -> bool {
+        matches!(self, Step::Map(_, vma) if vma.segment().is_some())
+    }
+}
+
 /// One of the kernel's own mappings goes elsewhere.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Move {
@@ -191,6 +198,7 @@ mod tests {
             offset: 0,
             backing: Backing::Anonymous,
             grows_down: false,
+            read_only: false,
         }
     }
 

@@ -122,7 +122,10 @@ impl Memory<'_> {
     fn remap(&self, remote: &mut Remote, plan: &Plan<'_>) -> Result<()> {
         Remap::new(remote).all(&plan.unmap, &BTreeMap::new())?;
         move_specials(remote, &plan.moves)?;
-        let mut rest = &plan.change[..];
+        let (segments, change): (Vec<_>, Vec<_>) =
+            plan.change.iter().cloned().partition(Step::attaches);
+        self.attach(remote, &segments)?;
+        let mut rest = &change[..];
         while !rest.is_empty() {
             let (files, steps) = self.open_files(remote, rest)?;
             let (now, later) = rest.split_at(steps);

@@ -1,8 +1,9 @@
-//! Shared memory objects: `MAP_SHARED | MAP_ANONYMOUS` mappings and memfds.
+//! Shared memory objects: `MAP_SHARED | MAP_ANONYMOUS` mappings, memfds, and segments of System V.
 //!
-//! To the kernel both are files of one invisible filesystem. The registry keeps a descriptor of
+//! To the kernel all are files of one invisible filesystem. The registry keeps a descriptor of
 //! every object that the tree has or that a kept checkpoint names, so that an object outlives the
-//! processes that held it, and a rollback puts its contents back in place.
+//! processes that held it, and a rollback puts its contents back in place. Segments, which have a life of their own, are
+//! [kept](crate::sysv) elsewhere; the registry is shown them each time, for their contents.
 
 use std::collections::{BTreeMap, HashMap};
 use std::ffi::CString;
@@ -19,7 +20,6 @@ use rustix::fs::{
 };
 use serde::{Deserialize, Serialize};
 
-use crate::ids::HostPid;
 use crate::mem::PAGE;
 use crate::store::{PageMap, PageStore, is_zero};
 use crate::sys::pagemap::Mapping;
@@ -30,6 +30,21 @@ const BUFFER: usize = 1 << 20;
 /// Names a shared memory object of a tree, across its deaths and rebirths.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub struct ShmKey(pub u64);
+
+/// Marks the key of a segment of System V, whose other bits are its id.
+const SEGMENT: u64 = 1 << 63;
+
+impl ShmKey {
+    /// The key of a segment of System V.
+    pub(crate) fn of_segment(id: i32) -> Self {
+        Self(SEGMENT | u64::from(id.cast_unsigned()))
+    }
+
+    /// The id, if it is one of a segment of System V.
+    pub(crate) fn segment(self) -> Option<i32> {
+        (self.0 & SEGMENT != 0).then_some(self.0 as i32)
+    }
+}
 
 /// A shared memory object at one moment.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -85,8 +100,18 @@ struct State {
     last_key: u64,
     by_inode: HashMap<u64, ShmKey>,
     live: BTreeMap<ShmKey, Live>,
+    /// What the segments of System V were last known to hold.
+    segments: BTreeMap<ShmKey, PageMap>,
     /// What was captured since the last [`SharedObjects::take`].
     captured: BTreeMap<ShmKey, Arc<ShmImage>>,
+}
+
+impl State {
+    /// The memory of a segment would not go with the segment as long as its file is open.
+    fn let_go_of_segments(&mut self) {
+        let shown = self.live.extract_if(.., |key, _| key.segment().is_some());
+        self.segments = shown.map(|(key, live)| (key, live.pages)).collect();
+    }
 }
 
 /// An object that exists.
@@ -132,19 +157,17 @@ impl SharedObjects {
             .flatten()
     }
 
-    /// Knows an object from now on that a process has mapped; the name is that of the mapping.
+    /// Knows an object from now on that a process has mapped: where it can be opened, and the name of the mapping.
     pub(crate) fn adopt_mapping(
         &self,
-        host: HostPid,
+        path: &str,
         mapping: &Mapping,
         name: &str,
     ) -> io::Result<ShmKey> {
         if let Some(key) = self.find(mapping.device, mapping.inode) {
             return Ok(key);
         }
-        let (start, end) = (mapping.start, mapping.end);
-        let path = format!("/proc/{host}/map_files/{start:x}-{end:x}");
-        self.adopt(reopen(&path, libc::O_RDONLY)?, name)
+        self.adopt(reopen(path, libc::O_RDONLY)?, name)
     }
 
     /// Captures the object behind a descriptor (a memfd), if that was not done in this round.
@@ -191,6 +214,41 @@ impl SharedObjects {
         Ok(key)
     }
 
+    /// Shows the memory of a segment of System V, open for reading, which is to be captured or restored then.
+    pub(crate) fn show_segment(&self, id: i32, file: File) -> io::Result<ShmKey> {
+        let stat = fstat(&file)?;
+        if stat.st_dev != self.device {
+            return Err(io::Error::other(
+                "it is made of huge pages, which are not carried",
+            ));
+        }
+        let key = ShmKey::of_segment(id);
+        let mut state = self.state.lock();
+        let live = Live {
+            file,
+            original: None,
+            inode: stat.st_ino,
+            name: Arc::default(),
+            // It may be another one by now that has the same id: what is known of it is compared, not trusted.
+            pages: state.segments.remove(&key).unwrap_or_default(),
+            images: Weak::new(),
+        };
+        state.live.insert(key, live);
+        Ok(key)
+    }
+
+    /// Ends the use of the segments that were shown.
+    pub(crate) fn let_go_of_segments(&self) {
+        self.state.lock().let_go_of_segments();
+    }
+
+    /// How many bytes an object has.
+    pub(crate) fn size(&self, key: ShmKey) -> io::Result<u64> {
+        let state = self.state.lock();
+        let live = state.live.get(&key).ok_or(io::ErrorKind::NotFound)?;
+        Ok(live.file.metadata()?.len())
+    }
+
     /// Captures an object, if that was not done in this round.
     pub(crate) fn capture(&self, key: ShmKey) -> io::Result<()> {
         let state = &mut *self.state.lock();
@@ -208,6 +266,7 @@ impl SharedObjects {
     pub fn take(&self) -> SharedMemory {
         let state = &mut *self.state.lock();
         let objects = std::mem::take(&mut state.captured);
+        state.let_go_of_segments();
         state.live.retain(|_, live| live.images.strong_count() > 0);
         state
             .live
@@ -230,8 +289,13 @@ impl SharedObjects {
         for (key, image) in &target.objects {
             let live = match state.live.remove(key) {
                 Some(live) => live,
+                None if key.segment().is_some() => return Err(io::ErrorKind::NotFound.into()),
                 None => Live::create(image)?,
             };
+            if key.segment().is_some() {
+                state.live.insert(*key, live.restore(&self.store, image)?);
+                continue;
+            }
             state.by_inode.remove(&live.inode);
             let live = live.restore(&self.store, image)?;
             state.by_inode.insert(live.inode, *key);
@@ -507,5 +571,32 @@ mod tests {
         objects.restore(&state).unwrap();
         let new = File::from(objects.open(key, libc::O_RDWR).unwrap());
         assert_eq!(contents(&new), contents(&file));
+    }
+
+    #[test]
+    fn a_segment_is_compared_with_what_was_known_of_it_and_not_kept_open() {
+        let store = PageStore::new();
+        let objects = SharedObjects::new(Arc::clone(&store)).unwrap();
+        let file = memfd(c"stands for a segment");
+        file.write_all_at(&[5; 3 * PAGE as usize], 0).unwrap();
+        let show = |file: &File| objects.show_segment(7, file.try_clone().unwrap());
+        let mut states = Vec::new();
+        for changed in 0..2 {
+            file.write_all_at(&[9; 5], changed * PAGE).unwrap();
+            let key = show(&file).unwrap();
+            objects.capture(key).unwrap();
+            states.push(objects.take());
+            assert!(objects.size(key).is_err(), "it is still open");
+        }
+        assert_eq!(store.pages(), 4);
+        assert!(objects.restore(&states[0]).is_err(), "there is none");
+        let another = memfd(c"has the same id");
+        another.set_len(3 * PAGE).unwrap();
+        show(&another).unwrap();
+        objects.restore(&states[0]).unwrap();
+        file.write_all_at(&[5; 5], PAGE).unwrap();
+        assert_eq!(contents(&another), contents(&file));
+        let huge = show(&File::open("/dev/null").unwrap()).unwrap_err();
+        assert!(huge.to_string().contains("huge"));
     }
 }

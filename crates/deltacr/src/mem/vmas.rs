@@ -1,9 +1,10 @@
 //! What a process has mapped.
 
-use std::fs::File;
+use std::fs::{self, File};
 use std::io;
 use std::ops::Range;
 use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::fs::MetadataExt;
 use std::sync::Arc;
 
 use rustix::fs::{OFlags, fstat};
@@ -12,9 +13,12 @@ use crate::env::Environment;
 use crate::error::{During, Error, Result};
 use crate::files;
 use crate::ids::{HostPid, InnerPid};
-use crate::mem::{Backing, FileId, Memory, VERSIONED, Vma, overlap, unsupported};
+use crate::mem::{Backing, FileId, Memory, ShmKey, VERSIONED, Vma, overlap, unsupported};
 use crate::remote::Remote;
 use crate::sys::pagemap::{self, Mapping};
+
+/// How the names of segments of System V begin.
+const SEGMENT: &[u8] = b"/SYSV";
 
 /// Reads the mappings of a stopped process, without the engine's area. `known` are those of an
 /// earlier time: what is still the same is not looked into again.
@@ -59,11 +63,30 @@ fn push(vmas: &mut Vec<Vma>, vma: Vma) {
         && last.end == vma.start
         && last.prot == vma.prot
         && !vma.is_special()
+        // Each counts as an attachment.
+        && vma.segment().is_none()
         && last.agrees_at(&vma, vma.start)
     {
         last.end = vma.end;
     } else {
         vmas.push(vma);
+    }
+}
+
+/// What is not seen of a mapping at first sight.
+struct Kind {
+    backing: Backing,
+    grows_down: bool,
+    read_only: bool,
+}
+
+impl From<Backing> for Kind {
+    fn from(backing: Backing) -> Self {
+        Self {
+            backing,
+            grows_down: false,
+            read_only: false,
+        }
     }
 }
 
@@ -77,8 +100,16 @@ struct Reader<'a> {
 
 impl Reader<'_> {
     fn vma(&self, found: &Mapping) -> Result<Vma> {
-        let (backing, grows_down) = match self.known(found) {
-            Some(vma) => (vma.backing.clone(), vma.grows_down),
+        let Kind {
+            backing,
+            grows_down,
+            read_only,
+        } = match self.known(found) {
+            Some(vma) => Kind {
+                backing: vma.backing.clone(),
+                grows_down: vma.grows_down,
+                read_only: vma.read_only,
+            },
             None => self.identify(found)?,
         };
         let with_offset = matches!(backing, Backing::File(_) | Backing::Shm(_));
@@ -90,6 +121,7 @@ impl Reader<'_> {
             offset: if with_offset { found.offset } else { 0 },
             backing,
             grows_down,
+            read_only,
         })
     }
 
@@ -107,7 +139,7 @@ impl Reader<'_> {
                     && vma.offset_at(found.start) == found.offset
             }
             Backing::Shm(key) => {
-                self.memory.shared.find(found.device, found.inode) == Some(*key)
+                self.shared_object(found) == Some(*key)
                     && vma.offset_at(found.start) == found.offset
             }
         };
@@ -115,24 +147,45 @@ impl Reader<'_> {
         (same && within && vma.shared == found.shared).then_some(vma)
     }
 
-    fn identify(&self, found: &Mapping) -> Result<(Backing, bool)> {
-        let name = pagemap::mapping_name(&self.maps, found.start)
-            .during(self.pid, "reading the mappings")?;
-        let name = String::from_utf8_lossy(&name);
+    /// A segment of System V has its id as its inode number, which another object may have, too.
+    fn shared_object(&self, found: &Mapping) -> Option<ShmKey> {
         let shared = self.memory.shared;
+        if found.device != shared.device() {
+            return None;
+        }
+        let name = pagemap::mapping_name(&self.maps, found.start).ok()?;
+        match name.starts_with(SEGMENT) {
+            true => Some(ShmKey::of_segment(found.inode as i32)),
+            false => shared.find(found.device, found.inode),
+        }
+    }
+
+    fn identify(&self, found: &Mapping) -> Result<Kind> {
+        let doing = "reading the mappings";
+        let name = pagemap::mapping_name(&self.maps, found.start).during(self.pid, doing)?;
+        let shared = self.memory.shared;
+        if found.device == shared.device() && name.starts_with(SEGMENT) {
+            let file = fs::symlink_metadata(self.file_of(found)).during(self.pid, doing)?;
+            return Ok(Kind {
+                read_only: file.mode() & libc::S_IWUSR == 0,
+                ..Backing::Shm(ShmKey::of_segment(found.inode as i32)).into()
+            });
+        }
+        let name = String::from_utf8_lossy(&name);
         if found.inode == 0 && found.device == 0 {
             self.identify_fileless(&name, found)
         } else if found.device == shared.device() {
-            if name.starts_with("/SYSV") {
-                return Err(self.refuse(found, &name, "System V shared memory is not carried"));
-            }
             let key = shared
-                .adopt_mapping(self.host, found, &name)
+                .adopt_mapping(&self.file_of(found), found, &name)
                 .during(self.pid, "opening the shared memory")?;
-            Ok((Backing::Shm(key), false))
+            Ok(Backing::Shm(key).into())
         } else {
-            Ok((Backing::File(self.identify_file(&name, found)?), false))
+            Ok(Backing::File(self.identify_file(&name, found)?).into())
         }
+    }
+
+    fn file_of(&self, found: &Mapping) -> String {
+        mapped_file(self.host, &(found.start..found.end))
     }
 
     fn device_of(&self, found: &Mapping) -> u64 {
@@ -142,18 +195,21 @@ impl Reader<'_> {
         }
     }
 
-    fn identify_fileless(&self, name: &str, found: &Mapping) -> Result<(Backing, bool)> {
+    fn identify_fileless(&self, name: &str, found: &Mapping) -> Result<Kind> {
         match name {
-            "[vdso]" | "[vvar]" | "[vvar_vclock]" => Ok((Backing::Special(name.into()), false)),
-            "[stack]" => Ok((Backing::Anonymous, true)),
-            "" | "[heap]" => Ok((Backing::Anonymous, false)),
-            _ if name.starts_with("[anon:") => Ok((Backing::Anonymous, false)),
+            "[vdso]" | "[vvar]" | "[vvar_vclock]" => Ok(Backing::Special(name.into()).into()),
+            "[stack]" => Ok(Kind {
+                grows_down: true,
+                ..Backing::Anonymous.into()
+            }),
+            "" | "[heap]" => Ok(Backing::Anonymous.into()),
+            _ if name.starts_with("[anon:") => Ok(Backing::Anonymous.into()),
             _ => Err(self.refuse(found, name, "this kind of mapping is not carried")),
         }
     }
 
     fn identify_file(&self, name: &str, found: &Mapping) -> Result<FileId> {
-        if name.starts_with("/anon_hugepage") {
+        if name.starts_with("/anon_hugepage") || name.as_bytes().starts_with(SEGMENT) {
             return Err(self.refuse(
                 found,
                 name,
@@ -183,6 +239,11 @@ impl Reader<'_> {
             format!("it has {name:?} mapped at {start:#x}-{end:#x}: {why}"),
         )
     }
+}
+
+/// Where `/proc` has the file of a mapping of a process.
+pub(crate) fn mapped_file(host: HostPid, range: &Range<u64>) -> String {
+    format!("/proc/{host}/map_files/{:x}-{:x}", range.start, range.end)
 }
 
 /// Opens a mapped file again.

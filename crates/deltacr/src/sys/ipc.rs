@@ -1,7 +1,10 @@
-//! System V semaphores and message queues, as the caller's thread has them: it may visit another IPC namespace.
+//! System V semaphores, message queues and shared memory, as the caller's thread has them: it may visit another IPC namespace.
 
+use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
+
+use crate::sys::pagemap::{self, Mapping};
 
 fn check(result: libc::c_int) -> io::Result<libc::c_int> {
     if result < 0 {
@@ -159,6 +162,61 @@ pub(crate) fn send(id: i32, kind: i64, bytes: &[u8]) -> io::Result<()> {
     // SAFETY: msgsnd reads the type, eight bytes, and the bytes behind it, which `buffer` has.
     check(unsafe { libc::msgsnd(id, buffer.as_ptr().cast(), bytes.len(), libc::IPC_NOWAIT) })
         .map(drop)
+}
+
+/// A new segment of shared memory; fails if the key has one.
+pub(crate) fn new_segment(key: i32, size: usize, mode: u32) -> io::Result<i32> {
+    let flags = libc::IPC_CREAT | libc::IPC_EXCL | mode as libc::c_int;
+    // SAFETY: shmget takes integers only.
+    check(unsafe { libc::shmget(key, size, flags) })
+}
+
+/// Sets who may do what with a segment.
+pub(crate) fn set_segment_rights(id: i32, rights: Rights) -> io::Result<()> {
+    // SAFETY: all zeros is a valid shmid_ds, a structure of numbers.
+    let mut data: libc::shmid_ds = unsafe { std::mem::zeroed() };
+    // SAFETY: IPC_STAT writes one shmid_ds.
+    check(unsafe { libc::shmctl(id, libc::IPC_STAT, &raw mut data) })?;
+    put(&mut data.shm_perm, rights);
+    // SAFETY: IPC_SET reads one shmid_ds.
+    check(unsafe { libc::shmctl(id, libc::IPC_SET, &raw mut data) }).map(drop)
+}
+
+/// Keeps a segment from being swapped out, or no longer.
+pub(crate) fn lock_segment(id: i32, locked: bool) -> io::Result<()> {
+    let command = if locked {
+        libc::SHM_LOCK
+    } else {
+        libc::SHM_UNLOCK
+    };
+    // SAFETY: SHM_LOCK and SHM_UNLOCK take no argument.
+    check(unsafe { libc::shmctl(id, command, std::ptr::null_mut()) }).map(drop)
+}
+
+/// Removes a segment: at once, or when nobody has it attached any more.
+pub(crate) fn remove_segment(id: i32) -> io::Result<()> {
+    // SAFETY: IPC_RMID takes no argument.
+    check(unsafe { libc::shmctl(id, libc::IPC_RMID, std::ptr::null_mut()) }).map(drop)
+}
+
+/// The memory of a segment, as a file that is open for reading.
+pub(crate) fn segment_file(id: i32) -> io::Result<File> {
+    // SAFETY: at an address of the kernel's choice the segment replaces nothing, and nothing refers to its memory.
+    let at = unsafe { libc::shmat(id, std::ptr::null(), libc::SHM_RDONLY) };
+    if at.addr() == usize::MAX {
+        return Err(io::Error::last_os_error());
+    }
+    let file = mapped_file(at.addr() as u64);
+    // SAFETY: this is where it was attached just now, and nothing refers to its memory.
+    check(unsafe { libc::shmdt(at) })?;
+    file
+}
+
+/// The file that is mapped at an address of this process.
+fn mapped_file(at: u64) -> io::Result<File> {
+    let found = pagemap::mapping(&File::open("/proc/self/maps")?, at)?;
+    let Mapping { start, end, .. } = found.ok_or(io::ErrorKind::NotFound)?;
+    File::open(format!("/proc/self/map_files/{start:x}-{end:x}"))
 }
 
 fn put(to: &mut libc::ipc_perm, rights: Rights) {
