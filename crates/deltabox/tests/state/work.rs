@@ -255,7 +255,6 @@ fn sqlite_with_two_writers() -> Outcome {
 }
 
 #[test]
-#[ignore = "PostgreSQL holds a System V segment whatever its settings, and a checkpoint refuses that"]
 fn postgres_under_pgbench() -> Outcome {
     python(SERVERS, "postgres", &["/usr/lib/postgresql"])
 }

@@ -109,7 +109,7 @@ struct State {
 impl State {
     /// The memory of a segment would not go with the segment as long as its file is open.
     fn let_go_of_segments(&mut self) {
-        let shown = self.live.extract_if(.., |key, _| key.segment().is_some());
+        let shown = self.live.split_off(&ShmKey(SEGMENT)).into_iter();
         self.segments = shown.map(|(key, live)| (key, live.pages)).collect();
     }
 }

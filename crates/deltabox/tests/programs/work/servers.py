@@ -158,7 +158,7 @@ class postgres:
         tools = "/usr/lib/postgresql"
         self.tools = f"{tools}/{sorted(os.listdir(tools))[-1]}/bin"
         run(f"{self.tools}/initdb", "-D", "/pg/data", "-A", "trust", "--no-sync", **self.as_user())
-        settings = ["shared_memory_type=mmap", "unix_socket_directories=/pg", "shared_buffers=16MB", "max_connections=20"]
+        settings = ["shared_memory_type=sysv", "unix_socket_directories=/pg", "shared_buffers=16MB", "max_connections=20"]
         options = [word for setting in settings for word in ("-c", setting)]
         self.server = daemon(f"{self.tools}/postgres", "-D", "/pg/data", *options, **self.as_user())
         eventually(lambda: os.path.exists("/pg/.s.PGSQL.5432"), "the server's socket")
