@@ -2,22 +2,18 @@
 
 use std::collections::BTreeMap;
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, OwnedFd};
 
 use super::install::{self, Wanted};
-use super::model::{Descriptors, Kind, Object, Pipe};
+use super::model::{Descriptors, Object};
 use super::plan::{Plan, TableChange};
-use super::process::{self, Departed};
-use super::{Procs, epoll, event, lease, lock, path, pipe, tty, watch};
+use super::process::Departed;
+use super::{Procs, epoll, lease, lock, pipe};
 use crate::env::Environment;
 use crate::error::{During, Error, Result};
 use crate::ids::{HostPid, InnerPid};
 use crate::mem::SharedObjects;
 use crate::remote::Remote;
-use crate::sys;
-
-/// Status flags that `fcntl(F_SETFL)` changes.
-const SETTABLE: i32 = libc::O_APPEND | libc::O_DIRECT | libc::O_NOATIME | libc::O_NONBLOCK;
 
 /// Finds out whether [`restore`] can succeed, as far as that can be known without changing anything.
 ///
@@ -106,14 +102,14 @@ pub(super) struct Restore<'a, 'p> {
     changes: BTreeMap<InnerPid, TableChange>,
     pub(super) procs: &'a mut Procs<'p>,
     pub(super) env: &'a dyn Environment,
-    shared: &'a SharedObjects,
+    pub(super) shared: &'a SharedObjects,
     /// Duplicates of target objects, for as long as they are on their way: to their slots, or into queues.
     pub(super) handles: BTreeMap<usize, OwnedFd>,
     /// The other ends of connections that nobody has the other end of: closed when the queues are filled.
     pub(super) feeders: Vec<(usize, OwnedFd)>,
-    departed: Departed,
+    pub(super) departed: Departed,
     /// Ends of new pipes, while others may want them.
-    fresh: BTreeMap<usize, pipe::Fresh>,
+    pub(super) fresh: BTreeMap<usize, pipe::Fresh>,
     pub(super) notes: Vec<String>,
 }
 
@@ -179,145 +175,6 @@ impl Restore<'_, '_> {
         Ok(())
     }
 
-    /// Makes the objects that are not there, but for connections.
-    fn make(&mut self, terminals: &dyn Fn(&mut Procs<'_>) -> Result<()>) -> Result<()> {
-        // The other side of a pseudo-terminal can be opened when its master is there, and `/dev/tty` when the
-        // process has a controlling terminal.
-        self.make_those(|kind| matches!(kind, Kind::Master { .. }))?;
-        let last = |kind: &Kind| matches!(kind, Kind::ControllingTerminal);
-        self.make_those(|kind| !matches!(kind, Kind::Master { .. }) && !last(kind))?;
-        self.fresh.clear();
-        std::mem::take(&mut self.departed).bury(self.procs)?;
-        terminals(self.procs)?;
-        self.make_those(last)
-    }
-
-    fn make_those(&mut self, these: impl Fn(&Kind) -> bool) -> Result<()> {
-        let target = self.target;
-        for (index, object) in target.objects.iter().enumerate() {
-            let missing = self.plan.reuse[index].is_none() && !self.is_connection(index);
-            if missing && these(&object.kind) {
-                let handle = self.make_object(index, object).map_err(named(object))?;
-                self.handles.insert(index, handle);
-            }
-        }
-        Ok(())
-    }
-
-    fn make_object(&mut self, index: usize, object: &Object) -> Result<OwnedFd> {
-        let flags = path::reopen_flags(object.flags);
-        let (pid, _) = object.home;
-        let made = match &object.kind {
-            Kind::File { ino } => self.open_file(*ino, object.flags),
-            Kind::Memory { key } => self.shared.open_descriptor(*key, flags),
-            Kind::Path { path } => path::open(self.env, path, object.flags),
-            Kind::ControllingTerminal => return self.open_inside(object, b"/dev/tty\0"),
-            Kind::Pipe { pipe } => return self.make_pipe_end(*pipe, object),
-            Kind::External(id) => self.env.open_external(*id, object.writes()),
-            Kind::Terminal { number } => tty::open_slave(self.env, *number, object.flags),
-            Kind::Master { number } => {
-                let (user, _) = owner_of(self.remote(pid)?.host());
-                tty::make_master(self.env, *number, object.flags, user)
-            }
-            Kind::Event { count, semaphore } => event::make_event(*count, *semaphore),
-            Kind::Timer(timer) => event::make_timer(timer),
-            Kind::Signals { mask } => sys::fd::new_signalfd(*mask),
-            Kind::Inotify { .. } => watch::make(),
-            Kind::Epoll { .. } => epoll::make(),
-            Kind::Process { pid } => process::open(self.procs, *pid, object.flags),
-            Kind::Zombie { pid } => process::open_zombie(self.procs, *pid, object),
-            Kind::Ended { inode } => self.departed.open(self.procs, *inode, object),
-            Kind::Socket(socket) => self.make_socket(index, socket),
-            Kind::Refused { what } => Err(io::Error::new(io::ErrorKind::Unsupported, what.clone())),
-        };
-        made.during(pid, "opening it again")
-    }
-
-    fn open_file(&self, ino: u64, flags: i32) -> io::Result<OwnedFd> {
-        let opened = self.env.open_inode(ino, path::reopen_flags(flags));
-        match opened {
-            // Files without a name come back; directories do not.
-            Err(e) if e.raw_os_error() == Some(libc::ESTALE) => {
-                path::removed_directory(self.env, None, flags)
-            }
-            other => other,
-        }
-    }
-
-    /// Opens what is another thing for every process in the process itself.
-    fn open_inside(&mut self, object: &Object, path: &[u8]) -> Result<OwnedFd> {
-        let (pid, _) = object.home;
-        let mut batch = crate::remote::Batch::new();
-        let path = batch.input(path);
-        let flags = path::reopen_flags(object.flags) | libc::O_NOCTTY;
-        let call = batch.call(
-            libc::SYS_openat,
-            &[libc::AT_FDCWD.into(), path.into(), flags.into(), 0.into()],
-        );
-        let remote = self.remote(pid)?;
-        let outcome = remote.run(&batch).during(pid, "running a batch")?;
-        let fd = outcome.result(call).during(pid, "opening it again")? as i32;
-        let handle = remote.take_fd(fd);
-        install::close(remote, &[fd]).during(pid, "closing descriptors")?;
-        handle.during(pid, "duplicating it")
-    }
-
-    /// Another end of a pipe that is there, or the first of a new one.
-    fn make_pipe_end(&mut self, index: usize, object: &Object) -> Result<OwnedFd> {
-        let (pid, _) = object.home;
-        let host = self.remote(pid)?.host();
-        let model = match self.pipe_handle(index)? {
-            Some(handle) => handle,
-            None if self.target.pipes[index].fifo => self
-                .env
-                .open_inode(
-                    self.target.pipes[index].inode,
-                    libc::O_RDWR | libc::O_NONBLOCK,
-                )
-                .during(pid, "opening the fifo")?,
-            None => return self.fresh_pipe_end(index, object, host),
-        };
-        let fresh = self.fresh.get_mut(&index);
-        match fresh.and_then(|ends| ends.take(object.access())) {
-            Some(end) => Ok(end),
-            None => pipe::reopen(model.as_fd(), object.access()).during(pid, "opening it again"),
-        }
-    }
-
-    /// The first end of a new pipe.
-    fn fresh_pipe_end(&mut self, index: usize, object: &Object, host: HostPid) -> Result<OwnedFd> {
-        let made = pipe::Fresh::make(owner_of(host)).and_then(|mut ends| {
-            let end = match (ends.take(object.access()), ends.any()) {
-                (Some(end), _) => end,
-                (None, Some(any)) => pipe::reopen(any, object.access())?,
-                (None, None) => return Err(io::ErrorKind::NotFound.into()),
-            };
-            self.fresh.insert(index, ends);
-            Ok(end)
-        });
-        made.during(object.home.0, "making a pipe")
-    }
-
-    /// Any end of a target pipe that exists already: one on its way, or one in its place.
-    fn pipe_handle(&self, wanted: usize) -> Result<Option<OwnedFd>> {
-        for (index, object) in self.target.objects.iter().enumerate() {
-            if !matches!(object.kind, Kind::Pipe { pipe } if pipe == wanted) {
-                continue;
-            }
-            if let Some(handle) = self.handles.get(&index) {
-                let copy = handle.try_clone();
-                return copy
-                    .during(object.home.0, "duplicating a pipe end")
-                    .map(Some);
-            }
-            if self.plan.reuse[index].is_some() {
-                // Not on its way, so every slot of it stays as it is.
-                return self.take(object.home).map(Some);
-            }
-        }
-        Ok(None)
-    }
-
     /// Puts what was made or moves in its places: connections, or all the rest.
     fn install(&mut self, connections: bool) -> Result<()> {
         for (&pid, change) in &self.changes {
@@ -341,130 +198,6 @@ impl Restore<'_, '_> {
         }
         Ok(())
     }
-
-    /// Puts right what the objects, which are in their places now, hold.
-    fn settle(&mut self) -> Result<()> {
-        for (index, object) in self.target.objects.iter().enumerate() {
-            let now = self.plan.reuse[index].map(|now| &self.current.objects[now]);
-            if now.is_none_or(|now| differs(now, object)) {
-                let handle = self.duplicate(index)?;
-                let note = settle_object(handle.as_fd(), self.env, now, object)
-                    .during(object.home.0, "setting it up")
-                    .map_err(named(object))?;
-                let (pid, fd) = object.home;
-                let note = note.map(|note| format!("process {pid}, descriptor {fd}: {note}"));
-                self.notes.extend(note);
-            }
-            if let Some(owner) = object.owner
-                && now.is_none_or(|now| (now.owner, now.flags) != (object.owner, object.flags))
-            {
-                lock::set_owner(self.procs, object, owner)
-                    .during(object.home.0, "setting its owner")
-                    .map_err(named(object))?;
-            }
-        }
-        self.settle_pipes()?;
-        self.settle_terminals()
-    }
-
-    fn settle_pipes(&mut self) -> Result<()> {
-        let mut done = std::collections::BTreeSet::new();
-        for (at, object) in self.target.objects.iter().enumerate() {
-            let Kind::Pipe { pipe: index } = object.kind else {
-                continue;
-            };
-            let wanted = &self.target.pipes[index];
-            let now = self
-                .plan
-                .pipes
-                .get(&index)
-                .map(|now| &self.current.pipes[*now]);
-            if !done.insert(index) || now.is_some_and(|now| pipe::same(now, wanted)) {
-                continue;
-            }
-            let handle = self.duplicate(at)?;
-            let fresh = || {
-                Ok(Pipe {
-                    capacity: rustix::pipe::fcntl_getpipe_size(&handle)?,
-                    ..Pipe::default()
-                })
-            };
-            now.map_or_else(fresh, |now| Ok(now.clone()))
-                .and_then(|now| pipe::set(handle.as_fd(), &now, wanted))
-                .during(object.home.0, "filling it")
-                .map_err(named(object))?;
-        }
-        Ok(())
-    }
-
-    fn settle_terminals(&mut self) -> Result<()> {
-        for (number, wanted) in &self.target.terminals {
-            let holds = |object: &Object| match object.kind {
-                Kind::Terminal { number: held } | Kind::Master { number: held } => held == *number,
-                _ => false,
-            };
-            if self.current.terminals.get(number) == Some(wanted) {
-                continue;
-            }
-            if let Some(index) = self.target.objects.iter().position(holds) {
-                let handle = self.duplicate(index)?;
-                tty::set(handle.as_fd(), wanted)
-                    .during(self.target.objects[index].home.0, "setting the terminal up")?;
-            }
-        }
-        Ok(())
-    }
-}
-
-fn differs(now: &Object, wanted: &Object) -> bool {
-    let held = match &wanted.kind {
-        // These are put right elsewhere.
-        Kind::Pipe { .. } | Kind::Epoll { .. } | Kind::Socket(_) => false,
-        Kind::Timer(timer) if timer.value != (0, 0) => true,
-        kind => *kind != now.kind,
-    };
-    held || (now.flags, now.pos) != (wanted.flags, wanted.pos)
-}
-
-/// Sets flags, position and what the kind itself holds. Returns what could not be kept.
-fn settle_object(
-    file: BorrowedFd<'_>,
-    env: &dyn Environment,
-    now: Option<&Object>,
-    wanted: &Object,
-) -> io::Result<Option<&'static str>> {
-    if wanted.flags & libc::O_PATH != 0 {
-        return Ok(None);
-    }
-    // Signalling (O_ASYNC) is set where the owner is; here it ends.
-    if now.is_none_or(|now| (now.flags ^ wanted.flags) & (SETTABLE | libc::O_ASYNC) != 0) {
-        sys::fd::set_status_flags(file, wanted.flags & SETTABLE)?;
-    }
-    match (&wanted.kind, now.map(|now| &now.kind)) {
-        (Kind::File { .. } | Kind::Path { .. } | Kind::Memory { .. }, _)
-            if now.map_or(0, |now| now.pos) != wanted.pos =>
-        {
-            rustix::fs::seek(file, rustix::fs::SeekFrom::Start(wanted.pos))?;
-        }
-        (Kind::Event { count, semaphore }, Some(Kind::Event { count: now, .. })) => {
-            event::set_event(file, *now, *count, *semaphore)?;
-        }
-        (Kind::Timer(timer), _) => event::set_timer(file, timer)?,
-        (Kind::Signals { mask }, Some(_)) => sys::fd::set_signalfd(file, *mask)?,
-        (Kind::Inotify { watches, queued }, now) => {
-            let now = match now {
-                Some(Kind::Inotify { watches, queued }) => (watches.as_slice(), *queued),
-                _ => (&[][..], 0),
-            };
-            if watch::set(file, env, now, (watches, *queued))? {
-                return Ok(Some(
-                    "inotify events that waited at the checkpoint are lost",
-                ));
-            }
-        }
-        _ => {}
-    }
-    Ok(None)
 }
 
 /// Makes a file be of the user whom a process acts as.
@@ -478,7 +211,7 @@ pub(super) fn give_to(file: &OwnedFd, of: HostPid) -> io::Result<()> {
 }
 
 /// The user whom a process acts as.
-fn owner_of(pid: HostPid) -> (u32, u32) {
+pub(super) fn owner_of(pid: HostPid) -> (u32, u32) {
     use std::os::unix::fs::MetadataExt;
     std::fs::metadata(format!("/proc/{pid}")).map_or((0, 0), |m| (m.uid(), m.gid()))
 }

@@ -7,7 +7,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use super::diag::{self, UnixLine};
 use super::model::{Message, Socket, State};
 use super::plan::socket;
-use super::{inet, options, queue};
+use super::{address, options, queue, tcp};
 use crate::env::{Environment, Namespace};
 use crate::error::{During, Result};
 use crate::fd::capture::{Capture, Holder};
@@ -151,7 +151,7 @@ pub(crate) fn relate(capture: &mut Capture<'_>) -> Result<()> {
             .collect(),
         by_ends: found
             .iter()
-            .filter_map(|&i| Some((inet::ends(socket(&capture.image, i)?)?, i)))
+            .filter_map(|&i| Some((address::ends(socket(&capture.image, i)?)?, i)))
             .collect(),
         unix: unix_lines(&capture.image, &found, capture.env)?,
         handles,
@@ -161,7 +161,7 @@ pub(crate) fn relate(capture: &mut Capture<'_>) -> Result<()> {
         let related = match sockets.socket(&capture.image, index).domain {
             libc::AF_UNIX => sockets.relate_unix(&mut capture.image, index),
             libc::AF_NETLINK => Ok(()),
-            _ => inet::relate(&sockets, &mut capture.image, index),
+            _ => tcp::relate(&sockets, &mut capture.image, index),
         };
         settle(&mut capture.image, index, related)?;
     }
@@ -177,7 +177,7 @@ pub(crate) fn relate(capture: &mut Capture<'_>) -> Result<()> {
 /// Finds out which directions of UDP sockets are shut down.
 fn tell_shutdowns(capture: &mut Capture<'_>, found: &[usize]) -> Result<()> {
     let objects = &mut capture.image.objects;
-    let bound = |kind: &Kind| matches!(kind, Kind::Socket(s) if s.is_udp() && !inet::is_free(s));
+    let bound = |kind: &Kind| matches!(kind, Kind::Socket(s) if s.is_udp() && !address::is_free(s));
     if !found.iter().any(|&index| bound(&objects[index].kind)) {
         return Ok(());
     }
@@ -229,7 +229,7 @@ pub(crate) struct Sockets {
     by_inode: HashMap<u64, usize>,
     unix: HashMap<u64, UnixLine>,
     /// TCP sockets by their own and their peer's address.
-    pub(super) by_ends: HashMap<inet::Ends, usize>,
+    pub(super) by_ends: HashMap<address::Ends, usize>,
     /// Duplicates, by object; closed when the capture is done.
     pub(crate) handles: HashMap<usize, OwnedFd>,
 }
@@ -306,7 +306,7 @@ impl Sockets {
         let handle = self.handles[&index].as_fd();
         let sent = match (waits, socket.is_tcp()) {
             (false, _) => false,
-            (true, true) => inet::has_sent(handle)?,
+            (true, true) => tcp::has_sent(handle)?,
             (true, false) => sys::unsent(handle)? > 0,
         };
         if sent {
@@ -339,7 +339,7 @@ impl Sockets {
         }
         if socket.is_tcp() {
             let bytes = match other_end {
-                Some(peer) => inet::between(self.handles[&peer].as_fd(), handle)?,
+                Some(peer) => tcp::between(self.handles[&peer].as_fd(), handle)?,
                 None => queue::peek_bytes(handle)?,
             };
             if !bytes.is_empty() {

@@ -3,14 +3,19 @@
 //! Connections have two ends. They stay if both ends are where they should be; what waits in their
 //! queues is then taken out and sent anew. Otherwise both ends are built again.
 
+mod address;
 mod capture;
+mod connect;
 mod diag;
 mod inet;
 mod model;
 mod options;
 mod plan;
 mod queue;
+mod repair;
 mod restore;
+mod settle;
+mod tcp;
 mod unix;
 
 pub(crate) use capture::{capture, open_queues, relate};

@@ -1,0 +1,152 @@
+//! Making the objects that are not there, but for connections.
+
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+
+use super::model::{Kind, Object};
+use super::restore::{Restore, named, owner_of};
+use super::{Procs, epoll, event, install, path, pipe, process, tty, watch};
+use crate::error::{During, Result};
+use crate::ids::HostPid;
+use crate::sys;
+
+impl Restore<'_, '_> {
+    /// Makes the objects that are not there, but for connections.
+    pub(super) fn make(&mut self, terminals: &dyn Fn(&mut Procs<'_>) -> Result<()>) -> Result<()> {
+        // The other side of a pseudo-terminal can be opened when its master is there, and `/dev/tty` when the
+        // process has a controlling terminal.
+        self.make_those(|kind| matches!(kind, Kind::Master { .. }))?;
+        let last = |kind: &Kind| matches!(kind, Kind::ControllingTerminal);
+        self.make_those(|kind| !matches!(kind, Kind::Master { .. }) && !last(kind))?;
+        self.fresh.clear();
+        std::mem::take(&mut self.departed).bury(self.procs)?;
+        terminals(self.procs)?;
+        self.make_those(last)
+    }
+
+    fn make_those(&mut self, these: impl Fn(&Kind) -> bool) -> Result<()> {
+        let target = self.target;
+        for (index, object) in target.objects.iter().enumerate() {
+            let missing = self.plan.reuse[index].is_none() && !self.is_connection(index);
+            if missing && these(&object.kind) {
+                let handle = self.make_object(index, object).map_err(named(object))?;
+                self.handles.insert(index, handle);
+            }
+        }
+        Ok(())
+    }
+
+    fn make_object(&mut self, index: usize, object: &Object) -> Result<OwnedFd> {
+        let flags = path::reopen_flags(object.flags);
+        let (pid, _) = object.home;
+        let made = match &object.kind {
+            Kind::File { ino } => self.open_file(*ino, object.flags),
+            Kind::Memory { key } => self.shared.open_descriptor(*key, flags),
+            Kind::Path { path } => path::open(self.env, path, object.flags),
+            Kind::ControllingTerminal => return self.open_inside(object, b"/dev/tty\0"),
+            Kind::Pipe { pipe } => return self.make_pipe_end(*pipe, object),
+            Kind::External(id) => self.env.open_external(*id, object.writes()),
+            Kind::Terminal { number } => tty::open_slave(self.env, *number, object.flags),
+            Kind::Master { number } => {
+                let (user, _) = owner_of(self.remote(pid)?.host());
+                tty::make_master(self.env, *number, object.flags, user)
+            }
+            Kind::Event { count, semaphore } => event::make_event(*count, *semaphore),
+            Kind::Timer(timer) => event::make_timer(timer),
+            Kind::Signals { mask } => sys::fd::new_signalfd(*mask),
+            Kind::Inotify { .. } => watch::make(),
+            Kind::Epoll { .. } => epoll::make(),
+            Kind::Process { pid } => process::open(self.procs, *pid, object.flags),
+            Kind::Zombie { pid } => process::open_zombie(self.procs, *pid, object),
+            Kind::Ended { inode } => self.departed.open(self.procs, *inode, object),
+            Kind::Socket(socket) => self.make_socket(index, socket),
+            Kind::Refused { what } => Err(io::Error::new(io::ErrorKind::Unsupported, what.clone())),
+        };
+        made.during(pid, "opening it again")
+    }
+
+    fn open_file(&self, ino: u64, flags: i32) -> io::Result<OwnedFd> {
+        let opened = self.env.open_inode(ino, path::reopen_flags(flags));
+        match opened {
+            // Files without a name come back; directories do not.
+            Err(e) if e.raw_os_error() == Some(libc::ESTALE) => {
+                path::removed_directory(self.env, None, flags)
+            }
+            other => other,
+        }
+    }
+
+    /// Opens what is another thing for every process in the process itself.
+    fn open_inside(&mut self, object: &Object, path: &[u8]) -> Result<OwnedFd> {
+        let (pid, _) = object.home;
+        let mut batch = crate::remote::Batch::new();
+        let path = batch.input(path);
+        let flags = path::reopen_flags(object.flags) | libc::O_NOCTTY;
+        let call = batch.call(
+            libc::SYS_openat,
+            &[libc::AT_FDCWD.into(), path.into(), flags.into(), 0.into()],
+        );
+        let remote = self.remote(pid)?;
+        let outcome = remote.run(&batch).during(pid, "running a batch")?;
+        let fd = outcome.result(call).during(pid, "opening it again")? as i32;
+        let handle = remote.take_fd(fd);
+        install::close(remote, &[fd]).during(pid, "closing descriptors")?;
+        handle.during(pid, "duplicating it")
+    }
+
+    /// Another end of a pipe that is there, or the first of a new one.
+    fn make_pipe_end(&mut self, index: usize, object: &Object) -> Result<OwnedFd> {
+        let (pid, _) = object.home;
+        let host = self.remote(pid)?.host();
+        let model = match self.pipe_handle(index)? {
+            Some(handle) => handle,
+            None if self.target.pipes[index].fifo => self
+                .env
+                .open_inode(
+                    self.target.pipes[index].inode,
+                    libc::O_RDWR | libc::O_NONBLOCK,
+                )
+                .during(pid, "opening the fifo")?,
+            None => return self.fresh_pipe_end(index, object, host),
+        };
+        let fresh = self.fresh.get_mut(&index);
+        match fresh.and_then(|ends| ends.take(object.access())) {
+            Some(end) => Ok(end),
+            None => pipe::reopen(model.as_fd(), object.access()).during(pid, "opening it again"),
+        }
+    }
+
+    /// The first end of a new pipe.
+    fn fresh_pipe_end(&mut self, index: usize, object: &Object, host: HostPid) -> Result<OwnedFd> {
+        let made = pipe::Fresh::make(owner_of(host)).and_then(|mut ends| {
+            let end = match (ends.take(object.access()), ends.any()) {
+                (Some(end), _) => end,
+                (None, Some(any)) => pipe::reopen(any, object.access())?,
+                (None, None) => return Err(io::ErrorKind::NotFound.into()),
+            };
+            self.fresh.insert(index, ends);
+            Ok(end)
+        });
+        made.during(object.home.0, "making a pipe")
+    }
+
+    /// Any end of a target pipe that exists already: one on its way, or one in its place.
+    fn pipe_handle(&self, wanted: usize) -> Result<Option<OwnedFd>> {
+        for (index, object) in self.target.objects.iter().enumerate() {
+            if !matches!(object.kind, Kind::Pipe { pipe } if pipe == wanted) {
+                continue;
+            }
+            if let Some(handle) = self.handles.get(&index) {
+                let copy = handle.try_clone();
+                return copy
+                    .during(object.home.0, "duplicating a pipe end")
+                    .map(Some);
+            }
+            if self.plan.reuse[index].is_some() {
+                // Not on its way, so every slot of it stays as it is.
+                return self.take(object.home).map(Some);
+            }
+        }
+        Ok(None)
+    }
+}

@@ -1,0 +1,229 @@
+//! Making the connections that are missing.
+
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+
+use super::model::{Socket, State};
+use super::plan::socket;
+use super::{inet, options, repair, unix};
+use crate::error::{During, Result};
+use crate::fd::restore::Restore;
+use crate::sys::socket as sys;
+
+impl Restore<'_, '_> {
+    /// Makes the connections that are missing: those that were accepted first, then those that wait.
+    pub(in crate::fd) fn make_connections(&mut self) -> Result<()> {
+        let target = self.target;
+        for waiting in [false, true] {
+            for (index, object) in target.objects.iter().enumerate() {
+                let Some(image) = socket(target, index) else {
+                    continue;
+                };
+                let missing =
+                    self.plan.reuse[index].is_none() && !self.handles.contains_key(&index);
+                let waits = image
+                    .peer()
+                    .and_then(|peer| socket(target, peer))
+                    .is_some_and(|peer| matches!(peer.state, State::Listening { .. }));
+                if missing && self.is_connection(index) && waits == waiting {
+                    self.make_connection(index, image)
+                        .during(object.home.0, "making a connection")
+                        .map_err(crate::fd::restore::named(object))?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn make_connection(&mut self, index: usize, image: &Socket) -> io::Result<()> {
+        let target = self.target;
+        let peer = image
+            .peer()
+            .and_then(|peer| Some((peer, socket(target, peer)?)));
+        let made = match (&image.state, peer) {
+            (State::Connected { .. }, Some((listener, peer)))
+                if matches!(peer.state, State::Listening { .. }) =>
+            {
+                self.make_waiting(index, image, (listener, peer))?
+            }
+            (State::Connected { .. }, Some((other, peer)))
+                if peer.peer() == Some(index) && other != index =>
+            {
+                let (end, other_end) = self.make_pair((index, image), (other, peer))?;
+                self.handles.insert(other, other_end);
+                end
+            }
+            // A sender of datagrams that goes one way.
+            (State::Connected { .. }, Some((other, peer))) => {
+                let end = self.make_socket(index, image)?;
+                let target = match other == index {
+                    true => unix::Target::of(end.as_fd(), image)?,
+                    false => self.target_of(other, peer)?,
+                };
+                sys::connect(end.as_fd(), &target.address())?;
+                end
+            }
+            (State::Orphaned, _) => self.make_orphan(index, image)?,
+            (State::Ended, _) => {
+                let ends = [self.fresh(image)?, self.fresh(image)?];
+                repair::make_ended(&self.net()?, image, ends)?
+            }
+            _ => {
+                let (pid, fd) = target.objects[index].home;
+                self.notes.push(format!(
+                    "process {pid}, descriptor {fd}: the connection to the outside is cut"
+                ));
+                let end = self.fresh(image)?;
+                repair::make_cut(&self.net()?, &end, image)?;
+                end
+            }
+        };
+        self.handles.insert(index, made);
+        Ok(())
+    }
+
+    /// A connection that waits to be accepted.
+    fn make_waiting(
+        &mut self,
+        index: usize,
+        image: &Socket,
+        (at, listener): (usize, &Socket),
+    ) -> io::Result<OwnedFd> {
+        if image.domain == libc::AF_UNIX {
+            let target = self.target_of(at, listener)?;
+            let (pid, _) = self.target.objects[index].home;
+            let remote = self.procs.get_mut(&pid).ok_or(io::ErrorKind::NotFound)?;
+            let end = unix::connected(remote, image.kind, &target)?;
+            options::set(end.as_fd(), image)?;
+            return Ok(end);
+        }
+        let end = self.fresh(image)?;
+        options::set(end.as_fd(), image)?;
+        // What is left of an earlier connection may have the port.
+        let reuse = sys::int_option(end.as_fd(), libc::SOL_SOCKET, libc::SO_REUSEADDR)?;
+        sys::set_int_option(end.as_fd(), libc::SOL_SOCKET, libc::SO_REUSEADDR, 1)?;
+        inet::bind_over(&self.net()?, end.as_fd(), &image.local)?;
+        sys::set_int_option(end.as_fd(), libc::SOL_SOCKET, libc::SO_REUSEADDR, reuse)?;
+        match inet::connect_over(&self.net()?, end.as_fd(), &image.local, &image.remote) {
+            // The loopback device is quick, but the answer need not be here yet.
+            Err(e) if e.raw_os_error() == Some(libc::EINPROGRESS) => Ok(end),
+            result => result.map(|()| end),
+        }
+    }
+
+    fn make_pair(
+        &mut self,
+        (index, image): (usize, &Socket),
+        (other, peer): (usize, &Socket),
+    ) -> io::Result<(OwnedFd, OwnedFd)> {
+        if image.domain != libc::AF_UNIX {
+            let (a, b) = (self.fresh(image)?, self.fresh(peer)?);
+            repair::connect_pair(&self.net()?, (a.as_fd(), image), (b.as_fd(), Some(peer)))?;
+            return Ok((a, b));
+        }
+        if image.kind == libc::SOCK_DGRAM && !(image.local.is_empty() && peer.local.is_empty()) {
+            return self.make_named_pair((index, image), (other, peer));
+        }
+        let accepted = if let Some(listener) = self.listener_of(peer) {
+            self.make_accepted(index, listener, peer)?
+        } else if let Some(listener) = self.listener_of(image) {
+            self.make_accepted(other, listener, image)?
+                .map(|(b, a)| (a, b))
+        } else {
+            None
+        };
+        let (a, b) = match accepted {
+            Some(pair) => pair,
+            None => {
+                let (pid, _) = self.target.objects[index].home;
+                let remote = self.procs.get_mut(&pid).ok_or(io::ErrorKind::NotFound)?;
+                unix::pair(remote, image.kind)?
+            }
+        };
+        options::set(a.as_fd(), image)?;
+        options::set(b.as_fd(), peer)?;
+        Ok((a, b))
+    }
+
+    /// The listening socket that a connection with this name was accepted from.
+    fn listener_of(&self, accepted: &Socket) -> Option<usize> {
+        if accepted.local.is_empty() {
+            return None;
+        }
+        (0..self.target.objects.len()).find(|&index| {
+            socket(self.target, index).is_some_and(|listener| {
+                // Where others wait already, what is accepted next is not what was connected last.
+                let free = match &listener.state {
+                    State::Listening { pending, .. } => {
+                        !pending.iter().any(|&p| self.plan.reuse[p].is_some())
+                    }
+                    _ => false,
+                };
+                free && (&listener.local, listener.kind) == (&accepted.local, accepted.kind)
+            })
+        })
+    }
+
+    /// Connects from the process of one end and accepts from the listening socket of the other. `None`
+    /// where the name does not lead to that socket (any more).
+    fn make_accepted(
+        &mut self,
+        connecting: usize,
+        listener: usize,
+        accepted: &Socket,
+    ) -> io::Result<Option<(OwnedFd, OwnedFd)>> {
+        let Some(at) = socket(self.target, listener) else {
+            return Ok(None);
+        };
+        let target = self.target_of(listener, at)?;
+        let (pid, _) = self.target.objects[connecting].home;
+        let remote = self.procs.get_mut(&pid).ok_or(io::ErrorKind::NotFound)?;
+        let Ok(end) = unix::connected(remote, accepted.kind, &target) else {
+            return Ok(None);
+        };
+        let listener_end = self.handle(listener)?;
+        let other = unix::accept(&listener_end);
+        crate::sys::fd::set_status_flags(&listener_end, self.target.objects[listener].flags)?;
+        Ok(other.ok().map(|other| (end, other)))
+    }
+
+    /// Datagram sockets with names, connected to each other.
+    fn make_named_pair(
+        &mut self,
+        (index, image): (usize, &Socket),
+        (other, peer): (usize, &Socket),
+    ) -> io::Result<(OwnedFd, OwnedFd)> {
+        if image.local.is_empty() || peer.local.is_empty() {
+            return Err(io::Error::new(
+                io::ErrorKind::Unsupported,
+                "a datagram socket without a name is connected both ways to one with a name",
+            ));
+        }
+        let (a, b) = (
+            self.make_socket(index, image)?,
+            self.make_socket(other, peer)?,
+        );
+        let to_b = unix::Target::of(b.as_fd(), peer)?;
+        sys::connect(a.as_fd(), &to_b.address())?;
+        let to_a = unix::Target::of(a.as_fd(), image)?;
+        sys::connect(b.as_fd(), &to_a.address())?;
+        Ok((a, b))
+    }
+
+    /// One end of a connection whose other end is closed.
+    fn make_orphan(&mut self, index: usize, image: &Socket) -> io::Result<OwnedFd> {
+        let (end, other) = if image.domain == libc::AF_UNIX {
+            let (pid, _) = self.target.objects[index].home;
+            let remote = self.procs.get_mut(&pid).ok_or(io::ErrorKind::NotFound)?;
+            let pair = unix::pair(remote, image.kind)?;
+            options::set(pair.0.as_fd(), image)?;
+            pair
+        } else {
+            let (a, b) = (self.fresh(image)?, self.fresh(image)?);
+            repair::connect_pair(&self.net()?, (a.as_fd(), image), (b.as_fd(), None))?;
+            (a, b)
+        };
+        self.feeders.push((index, other));
+        Ok(end)
+    }
+}

@@ -1,0 +1,208 @@
+//! Putting right what sockets hold that are in their places.
+
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+
+use super::model::{Message, Socket, State};
+use super::plan::socket;
+use super::{address, options, queue, repair};
+use crate::error::{During, Result};
+use crate::fd::restore::Restore;
+use crate::sys::socket as sys;
+
+impl Restore<'_, '_> {
+    /// Puts right the options, queues and directions of sockets, which are all in their places.
+    pub(in crate::fd) fn settle_sockets(&mut self) -> Result<()> {
+        for index in 0..self.target.objects.len() {
+            let Some(wanted) = socket(self.target, index) else {
+                continue;
+            };
+            let now = self.plan.reuse[index].and_then(|now| socket(self.current, now));
+            let (pid, fd) = self.target.objects[index].home;
+            let doing = || format!("putting the socket at descriptor {fd} right");
+            self.settle_socket(index, now, wanted)
+                .during(pid, &doing())?;
+        }
+        for (index, other) in std::mem::take(&mut self.feeders) {
+            if let Some(image) = socket(self.target, index) {
+                let lend = |message: &Message| self.lend(message);
+                queue::fill(other.as_fd(), &image.queue, &lend).during(
+                    self.target.objects[index].home.0,
+                    "filling a socket's queue",
+                )?;
+            }
+        }
+        // Only now, for nothing can be sent through a direction that is shut down, or past a filter.
+        for index in 0..self.target.objects.len() {
+            let Some(wanted) = socket(self.target, index) else {
+                continue;
+            };
+            let now = self.plan.reuse[index].and_then(|now| socket(self.current, now));
+            self.close_up(index, now, wanted)
+                .during(self.target.objects[index].home.0, "closing a socket's ways")?;
+        }
+        Ok(())
+    }
+
+    /// Lets through a socket only what it should.
+    fn close_up(&self, index: usize, now: Option<&Socket>, wanted: &Socket) -> io::Result<()> {
+        let missing = wanted.shutdown & !now.map_or(0, |now| now.shutdown);
+        if missing != 0 && wanted.state != State::Orphaned {
+            match sys::shutdown(self.handle(index)?.as_fd(), missing) {
+                // Of datagrams without a connection the kernel says so, and shuts it all the same.
+                Err(e) if wanted.is_udp() && e.raw_os_error() == Some(libc::ENOTCONN) => {}
+                done => done?,
+            }
+        }
+        let same = now.is_some_and(|now| {
+            now.has_same_queue(wanted)
+                && (&now.filter, now.is_locked()) == (&wanted.filter, wanted.is_locked())
+        });
+        if !same && (!wanted.filter.is_empty() || wanted.is_locked()) {
+            options::set_filter(self.handle(index)?.as_fd(), wanted)?;
+        }
+        Ok(())
+    }
+
+    fn settle_socket(
+        &mut self,
+        index: usize,
+        now: Option<&Socket>,
+        wanted: &Socket,
+    ) -> io::Result<()> {
+        let slot = self.target.objects[index].home;
+        let unset = match now {
+            Some(now) => now.options != wanted.options,
+            None => !wanted.is_unix() && self.shares_address(index, wanted),
+        };
+        if unset {
+            options::set(self.handle(index)?.as_fd(), wanted)?;
+        }
+        let same = match now {
+            Some(now) => now.has_same_queue(wanted),
+            None => wanted.queue.is_empty(),
+        };
+        if let Some(now) = now
+            && (!same || now.filter != wanted.filter)
+        {
+            options::open_filter(self.handle(index)?.as_fd(), now)?;
+        }
+        if now.is_some() && !wanted.keeps_queue() && wanted.domain != libc::AF_NETLINK {
+            // Packets of a future that was given up.
+            queue::drain(self.handle(index)?.as_fd(), wanted.kind)?;
+        }
+        match &wanted.state {
+            State::Outside => {
+                if let Some(now) = now
+                    && (!same || now.moved != wanted.moved)
+                {
+                    repair::cut(self.handle(index)?.as_fd())?;
+                    self.notes.push(format!(
+                        "process {}, descriptor {}: the connection to the outside is cut",
+                        slot.0, slot.1
+                    ));
+                }
+                Ok(())
+            }
+            State::Connected { peer } if !same => {
+                let to = self.handle(index)?;
+                let mutual = socket(self.target, *peer).and_then(Socket::peer) == Some(index);
+                if !mutual {
+                    self.refill(to.as_fd(), now.is_some(), None, wanted)?;
+                    return self.resend(index, wanted);
+                }
+                let from = self.handle(*peer)?;
+                self.refill(to.as_fd(), now.is_some(), Some(from.as_fd()), wanted)
+            }
+            State::Idle if !same => {
+                let to = self.handle(index)?;
+                self.refill(to.as_fd(), now.is_some(), None, wanted)?;
+                self.resend(index, wanted)
+            }
+            _ => Ok(()),
+        }
+    }
+
+    fn refill(
+        &self,
+        to: BorrowedFd<'_>,
+        drain: bool,
+        from: Option<BorrowedFd<'_>>,
+        wanted: &Socket,
+    ) -> io::Result<()> {
+        match from {
+            Some(from) if wanted.is_tcp() && drain => queue::drain_connection(from, to)?,
+            _ if drain => queue::drain(to, wanted.kind)?,
+            _ => {}
+        }
+        let lend = |message: &Message| self.lend(message);
+        from.map_or(Ok(()), |from| queue::fill(from, &wanted.queue, &lend))
+    }
+
+    /// The files that are to be in flight with a message.
+    fn lend(&self, message: &Message) -> io::Result<Vec<OwnedFd>> {
+        message
+            .rights
+            .iter()
+            .map(|&file| self.handle(file))
+            .collect()
+    }
+
+    /// Sends datagrams to a socket again, each from the address it came from.
+    fn resend(&mut self, index: usize, wanted: &Socket) -> io::Result<()> {
+        for message in &wanted.queue {
+            let sender = (0..self.target.objects.len()).find(|&other| {
+                socket(self.target, other).is_some_and(|s| is_sender(s, wanted, index, message))
+            });
+            let (end, connected) = match sender {
+                Some(other) => {
+                    let connected = socket(self.target, other)
+                        .is_some_and(|s| s.peer().is_some() || !s.remote.is_empty());
+                    (self.handle(other)?, connected)
+                }
+                None => (self.stranger(wanted, message)?, false),
+            };
+            let rights = self.lend(message)?;
+            let send = |to: &[u8]| sys::send_with(end.as_fd(), &message.bytes, to, &rights);
+            match wanted.domain {
+                _ if connected => send(&[])?,
+                libc::AF_UNIX => send(&self.target_of(index, wanted)?.address())?,
+                _ => send(&destination(wanted))?,
+            };
+        }
+        Ok(())
+    }
+
+    /// A sender that is gone: a socket for one datagram.
+    fn stranger(&self, wanted: &Socket, message: &Message) -> io::Result<OwnedFd> {
+        let end = self.fresh(wanted)?;
+        if message.from.len() > 2 {
+            let on = 1_i32.to_ne_bytes();
+            sys::set_option(end.as_fd(), libc::SOL_SOCKET, libc::SO_REUSEADDR, &on)?;
+            sys::bind(end.as_fd(), &message.from)?;
+        }
+        Ok(end)
+    }
+}
+
+/// Whether `sender` can have sent a message to the socket `to`, and can do so again.
+fn is_sender(sender: &Socket, to: &Socket, index: usize, message: &Message) -> bool {
+    let kin = (sender.domain, sender.kind) == (to.domain, to.kind);
+    let free = sender.remote.is_empty() && sender.state == State::Idle;
+    let bound_to_it = sender.peer() == Some(index)
+        || !sender.remote.is_empty() && address::same_endpoint(&sender.remote, &destination(to));
+    let named = if message.from.len() <= 2 {
+        sender.local.is_empty()
+    } else {
+        sender.local == message.from || address::same_endpoint(&sender.local, &message.from)
+    };
+    kin && named && (free || bound_to_it)
+}
+
+/// Where to send what is to reach this socket.
+fn destination(socket: &Socket) -> Vec<u8> {
+    match socket.domain {
+        libc::AF_UNIX => socket.local.clone(),
+        _ => address::reachable(&socket.local),
+    }
+}
