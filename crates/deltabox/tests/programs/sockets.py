@@ -620,3 +620,88 @@ def tcp_with_a_port_that_is_shared():
         equal(peer.recv(10), b"hello", "a connection to one of them")
 
     return mutate, check
+
+
+def early_birds(family, address, kind=socket.SOCK_STREAM):
+    """Connections that wait to be accepted: with what was sent already, and some that are closed."""
+    server = socket.socket(family, kind)
+    server.bind(address)
+    server.listen(9)
+    address = server.getsockname()
+
+    def connect():
+        client = socket.socket(family, kind)
+        client.settimeout(20)
+        client.connect(address)
+        return client
+
+    talker, quiet, gone, half = (connect() for _ in range(4))
+    talker.send(b"early " * 100)
+    talker.send(b"bird")
+    names = [end.getsockname() for end in (talker, quiet, gone, half)]
+    gone.send(b"farewell")
+    gone.close()
+    half.send(b"half")
+    half.shutdown(socket.SHUT_WR)
+    poll = select.epoll()
+    poll.register(talker, select.EPOLLIN | select.EPOLLHUP)
+
+    def everything(end):
+        pieces = b""
+        while piece := end.recv(1000):
+            pieces += piece
+        return pieces
+
+    def mutate():
+        accepted, _ = server.accept()
+        accepted.recv(3)
+        connect().send(b"late")
+        talker.send(b"more")
+        half.close()
+
+    def check():
+        server.settimeout(20)
+        ends = [server.accept() for _ in names]
+        if family != socket.AF_UNIX:
+            equal([name for _, name in ends], names, "who has connected")
+        one, two, three, four = (end for end, _ in ends)
+        server.setblocking(False)
+        raises(errno.EAGAIN, server.accept)
+        one.settimeout(20)
+        sent = one.recv(600, socket.MSG_WAITALL)
+        equal((sent, one.recv(4)), (b"early " * 100, b"bird"), "sent early")
+        equal(everything(three), b"farewell", "sent before it was closed")
+        equal(everything(four), b"half", "sent before it was shut down")
+        equal(poll.poll(0), [], "nothing to hear yet")
+        for here, there in ((one, talker), (two, quiet), (four, half)):
+            here.send(b"answer")
+            equal(there.recv(10), b"answer", "answered")
+        one.send(b"!")
+        equal(poll.poll(20), [(talker.fileno(), select.EPOLLIN)], "told of")
+        quiet.send(b"first")
+        equal(two.recv(10), b"first", "sent late")
+        one.close()
+        equal(talker.recv(10), b"!", "sent last")
+        equal(talker.recv(10), b"", "the end")
+
+    return mutate, check
+
+
+@case
+def unix_connections_that_wait_with_data():
+    return early_birds(socket.AF_UNIX, "/playground/socket")
+
+
+@case
+def unix_packets_that_wait_with_their_connection():
+    return early_birds(socket.AF_UNIX, b"\0abstract", socket.SOCK_SEQPACKET)
+
+
+@case
+def tcp_connections_that_wait_with_data():
+    return early_birds(socket.AF_INET, ("127.0.0.1", 0))
+
+
+@case
+def tcp6_connections_that_wait_with_data():
+    return early_birds(socket.AF_INET6, ("::1", 0))

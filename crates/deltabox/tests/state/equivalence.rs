@@ -240,6 +240,10 @@ theme! { sockets:
     raw_and_packet_sockets
     unix_sockets_whose_names_were_taken_by_others
     tcp_with_a_port_that_is_shared
+    unix_connections_that_wait_with_data
+    unix_packets_that_wait_with_their_connection
+    tcp_connections_that_wait_with_data
+    tcp6_connections_that_wait_with_data
 }
 
 theme! { flights:

@@ -54,10 +54,12 @@ fn a_lock_on_a_file_that_is_only_in_flight_is_named() {
 }
 
 #[test]
-fn a_connection_with_data_that_waits_to_be_accepted_is_named() {
+fn a_connection_with_descriptors_that_waits_to_be_accepted_is_named() {
     let make = "server = socket.socket(socket.AF_UNIX)\nserver.bind('/tmp/s')\nserver.listen()\n\
-                client = socket.socket(socket.AF_UNIX)\nclient.connect('/tmp/s')\nclient.send(b'early')";
-    refused_and_unharmed(&script(make, "server.accept()"), &["accepted"]);
+                client = socket.socket(socket.AF_UNIX)\nclient.connect('/tmp/s')\n\
+                socket.send_fds(client, [b'early'], [0])";
+    let mend = "assert len(socket.recv_fds(server.accept()[0], 9, 9)[1]) == 1";
+    refused_and_unharmed(&script(make, mend), &["has sent descriptors", "accept it"]);
 }
 
 #[test]

@@ -47,6 +47,9 @@ impl Engine {
             let state = describe(env, &held.procfs, process, answers, &mut self.waits)?;
             described.insert(pid, state);
         }
+        // The processes answer no more, and can be told to do something.
+        let descriptors =
+            fd::look_inside(descriptors, &mut remotes(held), env, &self.means.shared)?;
         let mut attached = Attached::default();
         for (pid, vmas) in &mapped {
             attached.note(

@@ -64,6 +64,8 @@ pub(crate) struct FdInfo {
     pub(crate) epoll: Vec<EpollItem>,
     pub(crate) watches: Vec<WatchLine>,
     pub(crate) tty_index: Option<u32>,
+    /// Descriptors in flight in a unix socket; of one that listens, in the connections that wait at it.
+    pub(crate) rights: usize,
     /// A pidfd's process, in the reader's pid namespace; -1 when it is gone.
     pub(crate) pid: Option<i32>,
     pub(crate) locks: Vec<LockLine>,
@@ -101,6 +103,7 @@ impl FdInfo {
             "eventfd-semaphore" => self.event_semaphore = value == "1",
             "sigmask" => self.signal_mask = hex(value),
             "tty-index" => self.tty_index = value.parse().ok(),
+            "scm_fds" => self.rights = value.parse().unwrap_or(0),
             "Pid" => self.pid = value.parse().ok(),
             "tfd" => self.epoll.extend(epoll_item(line)),
             "inotify wd" => self.watches.extend(watch(line)),

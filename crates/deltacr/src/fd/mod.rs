@@ -34,6 +34,7 @@ pub use capture::{capture, survey};
 pub use model::Descriptors;
 pub(crate) use path::removed_directory;
 pub use restore::{check, restore};
+pub use socket::look_inside;
 
 /// The stopped processes of a tree.
 pub type Procs<'a> = BTreeMap<InnerPid, &'a mut Remote>;

@@ -12,6 +12,7 @@ use crate::sys;
 
 /// Status flags that `fcntl(F_SETFL)` changes.
 const SETTABLE: i32 = libc::O_APPEND | libc::O_DIRECT | libc::O_NOATIME | libc::O_NONBLOCK;
+
 impl Restore<'_, '_> {
     /// Puts right what the objects, which are in their places now, hold.
     pub(super) fn settle(&mut self) -> Result<()> {

@@ -8,8 +8,13 @@ pub(super) type Endpoint = (u16, [u8; 16]);
 
 /// The addresses of a TCP connection.
 pub(super) fn ends(socket: &Socket) -> Option<Ends> {
-    let ends = (endpoint(&socket.local)?, endpoint(&socket.remote)?);
+    let ends = ends_of(&socket.local, &socket.remote)?;
     socket.is_tcp().then_some(ends)
+}
+
+/// Two addresses as [`Ends`].
+pub(super) fn ends_of(local: &[u8], remote: &[u8]) -> Option<Ends> {
+    Some((endpoint(local)?, endpoint(remote)?))
 }
 
 /// Port and address of a socket address, an IPv4 one in its IPv6 form.

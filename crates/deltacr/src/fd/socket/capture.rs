@@ -5,7 +5,7 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use super::diag::{self, UnixLine};
-use super::model::{Message, Socket, State};
+use super::model::{Message, Pending, Socket, State};
 use super::plan::socket;
 use super::{address, options, queue, tcp};
 use crate::env::{Environment, Namespace};
@@ -58,6 +58,11 @@ pub(crate) fn capture(capture: &mut Capture<'_>, holder: &Holder<'_>) -> Result<
         queue: Vec::new(),
     };
     holder.during(read(handle.as_fd(), &mut image), "reading the socket")?;
+    if image.listens() && holder.raw.info.rights > 0 {
+        return Err(holder.refuse(
+            "a socket on which a connection waits that has sent descriptors; accept it first",
+        ));
+    }
     if domain == libc::AF_PACKET {
         let heard = packet_protocol(capture.env, image.inode);
         image.protocol = holder.during(heard, "asking what the socket listens for")?;
@@ -166,9 +171,7 @@ pub(crate) fn relate(capture: &mut Capture<'_>) -> Result<()> {
         settle(&mut capture.image, index, related)?;
     }
     for &index in &found {
-        let read = sockets
-            .check_waiting(&capture.image, index)
-            .and_then(|()| sockets.read_queue(&mut capture.image, index));
+        let read = sockets.read_queue(&mut capture.image, index);
         settle(&mut capture.image, index, read)?;
     }
     Ok(())
@@ -208,6 +211,16 @@ fn settle(image: &mut Descriptors, index: usize, result: Result<(), Relation>) -
             let doing = format!("reading the socket behind descriptor {fd}");
             Err(e).during(pid, &doing)
         }
+    }
+}
+
+/// What was sent through a connection is read by accepting it, by a descriptor of the socket where it waits.
+pub(super) fn check_reachable(pending: &[Pending], in_flight: bool) -> Result<(), Relation> {
+    match in_flight && pending.iter().any(|one| !one.known) {
+        true => Err(Relation::Refused(
+            "a listening socket on which a connection waits that has sent data or is closed".into(),
+        )),
+        false => Ok(()),
     }
 }
 
@@ -253,6 +266,8 @@ impl Sockets {
             return Ok(());
         };
         let connected = sys::remote_address(self.handles[&index].as_fd())?.is_some();
+        let waiting = self.waiting_unix(&line.pending)?;
+        let in_flight = image.objects[index].is_in_flight();
         let Kind::Socket(socket) = &mut image.objects[index].kind else {
             return Ok(());
         };
@@ -261,13 +276,8 @@ impl Sockets {
         match (&mut socket.state, line.peer) {
             (State::Listening { pending, backlog }, _) => {
                 *backlog = i32::try_from(line.backlog).unwrap_or(i32::MAX);
-                let known = line.pending.iter().filter_map(|ino| self.by_inode.get(ino));
-                pending.extend(known);
-                if pending.len() != line.pending.len() {
-                    return Err(Relation::Refused(
-                        "a socket on which a connection waits whose other side is gone; accept it first".into(),
-                    ));
-                }
+                *pending = waiting;
+                check_reachable(pending, in_flight)?;
             }
             (state, Some(peer)) => match self.by_inode.get(&peer) {
                 Some(&peer) => *state = State::Connected { peer },
@@ -299,22 +309,18 @@ impl Sockets {
         }
     }
 
-    /// What was sent into a connection that was not accepted yet is out of reach.
-    fn check_waiting(&self, image: &Descriptors, index: usize) -> Result<(), Relation> {
-        let socket = self.socket(image, index);
-        let waits = socket.peer().is_some() && self.other_end(image, index).is_none();
-        let handle = self.handles[&index].as_fd();
-        let sent = match (waits, socket.is_tcp()) {
-            (false, _) => false,
-            (true, true) => tcp::has_sent(handle)?,
-            (true, false) => sys::unsent(handle)? > 0,
+    /// The connections that wait at a unix socket, by the inode numbers of their other ends.
+    fn waiting_unix(&self, inodes: &[u64]) -> io::Result<Vec<Pending>> {
+        let client = |inode| match self.by_inode.get(inode) {
+            Some(&client) if sys::unsent(self.handles[&client].as_fd())? == 0 => {
+                Ok(Pending::quiet(client))
+            }
+            client => Ok(Pending {
+                client: client.copied(),
+                ..Pending::default()
+            }),
         };
-        if sent {
-            return Err(Relation::Refused(
-                "a connection that has sent data but was not accepted yet".into(),
-            ));
-        }
-        Ok(())
+        inodes.iter().map(client).collect()
     }
 
     /// The peer, unless the connection waits to be accepted.

@@ -5,34 +5,29 @@ use std::os::fd::{AsFd, OwnedFd};
 
 use super::model::{Socket, State};
 use super::plan::socket;
-use super::{inet, options, repair, unix};
+use super::{options, repair, unix};
 use crate::error::{During, Result};
-use crate::fd::restore::Restore;
+use crate::fd::restore::{Restore, named};
 use crate::sys::socket as sys;
 
 impl Restore<'_, '_> {
     /// Makes the connections that are missing: those that were accepted first, then those that wait.
     pub(in crate::fd) fn make_connections(&mut self) -> Result<()> {
         let target = self.target;
-        for waiting in [false, true] {
-            for (index, object) in target.objects.iter().enumerate() {
-                let Some(image) = socket(target, index) else {
-                    continue;
-                };
-                let missing =
-                    self.plan.reuse[index].is_none() && !self.handles.contains_key(&index);
-                let waits = image
-                    .peer()
-                    .and_then(|peer| socket(target, peer))
-                    .is_some_and(|peer| matches!(peer.state, State::Listening { .. }));
-                if missing && self.is_connection(index) && waits == waiting {
-                    self.make_connection(index, image)
-                        .during(object.home.0, "making a connection")
-                        .map_err(crate::fd::restore::named(object))?;
-                }
+        for (index, object) in target.objects.iter().enumerate() {
+            let Some(image) = socket(target, index) else {
+                continue;
+            };
+            let missing = self.plan.reuse[index].is_none() && !self.handles.contains_key(&index);
+            let peer = image.peer().and_then(|peer| socket(target, peer));
+            let waits = peer.is_some_and(Socket::listens);
+            if missing && self.is_connection(index) && !waits {
+                self.make_connection(index, image)
+                    .during(object.home.0, "making a connection")
+                    .map_err(named(object))?;
             }
         }
-        Ok(())
+        self.make_waiting()
     }
 
     fn make_connection(&mut self, index: usize, image: &Socket) -> io::Result<()> {
@@ -41,11 +36,6 @@ impl Restore<'_, '_> {
             .peer()
             .and_then(|peer| Some((peer, socket(target, peer)?)));
         let made = match (&image.state, peer) {
-            (State::Connected { .. }, Some((listener, peer)))
-                if matches!(peer.state, State::Listening { .. }) =>
-            {
-                self.make_waiting(index, image, (listener, peer))?
-            }
             (State::Connected { .. }, Some((other, peer)))
                 if peer.peer() == Some(index) && other != index =>
             {
@@ -80,35 +70,6 @@ impl Restore<'_, '_> {
         };
         self.handles.insert(index, made);
         Ok(())
-    }
-
-    /// A connection that waits to be accepted.
-    fn make_waiting(
-        &mut self,
-        index: usize,
-        image: &Socket,
-        (at, listener): (usize, &Socket),
-    ) -> io::Result<OwnedFd> {
-        if image.domain == libc::AF_UNIX {
-            let target = self.target_of(at, listener)?;
-            let (pid, _) = self.target.objects[index].home;
-            let remote = self.procs.get_mut(&pid).ok_or(io::ErrorKind::NotFound)?;
-            let end = unix::connected(remote, image.kind, &target)?;
-            options::set(end.as_fd(), image)?;
-            return Ok(end);
-        }
-        let end = self.fresh(image)?;
-        options::set(end.as_fd(), image)?;
-        // What is left of an earlier connection may have the port.
-        let reuse = sys::int_option(end.as_fd(), libc::SOL_SOCKET, libc::SO_REUSEADDR)?;
-        sys::set_int_option(end.as_fd(), libc::SOL_SOCKET, libc::SO_REUSEADDR, 1)?;
-        inet::bind_over(&self.net()?, end.as_fd(), &image.local)?;
-        sys::set_int_option(end.as_fd(), libc::SOL_SOCKET, libc::SO_REUSEADDR, reuse)?;
-        match inet::connect_over(&self.net()?, end.as_fd(), &image.local, &image.remote) {
-            // The loopback device is quick, but the answer need not be here yet.
-            Err(e) if e.raw_os_error() == Some(libc::EINPROGRESS) => Ok(end),
-            result => result.map(|()| end),
-        }
     }
 
     fn make_pair(
@@ -154,9 +115,10 @@ impl Restore<'_, '_> {
             socket(self.target, index).is_some_and(|listener| {
                 // Where others wait already, what is accepted next is not what was connected last.
                 let free = match &listener.state {
-                    State::Listening { pending, .. } => {
-                        !pending.iter().any(|&p| self.plan.reuse[p].is_some())
-                    }
+                    State::Listening { pending, .. } => !pending
+                        .iter()
+                        .filter_map(|p| p.client)
+                        .any(|client| self.plan.reuse[client].is_some()),
                     _ => false,
                 };
                 free && (&listener.local, listener.kind) == (&accepted.local, accepted.kind)

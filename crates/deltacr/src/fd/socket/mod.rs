@@ -17,7 +17,9 @@ mod restore;
 mod settle;
 mod tcp;
 mod unix;
+mod waiting;
 
 pub(crate) use capture::{capture, open_queues, relate};
 pub(crate) use model::Socket;
 pub(crate) use plan::{alike, verify};
+pub use waiting::look_inside;

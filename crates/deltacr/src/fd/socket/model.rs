@@ -43,9 +43,8 @@ pub(crate) struct Setting {
 pub(crate) enum State {
     /// Neither listening nor connected.
     Idle,
-    /// Listening, with the other sides of connections that wait to be accepted, in the order of their coming
-    /// where that is known.
-    Listening { backlog: i32, pending: Vec<usize> },
+    /// Listening, with the connections that wait to be accepted, in the order of their coming where that is known.
+    Listening { backlog: i32, pending: Vec<Pending> },
     /// Connected to an object of the tree (an index into its objects). The connection may go one
     /// way only (datagrams) or wait to be accepted.
     Connected { peer: usize },
@@ -55,6 +54,38 @@ pub(crate) enum State {
     Ended,
     /// Connected to what is not in the tree.
     Outside,
+}
+
+/// A connection that waits to be accepted. Its end that is to be accepted is nobody's yet.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Pending {
+    /// The other end (an index into the image's objects); none if that is closed.
+    pub(crate) client: Option<usize>,
+    /// The addresses that a closed other end had and was connected to; empty if it had none.
+    pub(crate) from: Vec<u8>,
+    pub(crate) to: Vec<u8>,
+    /// What it has sent, if that is `known`. Descriptors are not among it.
+    pub(crate) queue: Vec<Message>,
+    /// Whether what it has sent is known. It can only be read by accepting the connection.
+    pub(crate) known: bool,
+    /// Whether its other end has cut it rather than closed it.
+    pub(crate) cut: bool,
+}
+
+impl Pending {
+    /// One from a socket that has sent nothing yet.
+    pub(crate) fn quiet(client: usize) -> Self {
+        Self {
+            client: Some(client),
+            known: true,
+            ..Self::default()
+        }
+    }
+
+    /// Whether all that matters of it is who has connected.
+    pub(crate) fn is_quiet(&self) -> bool {
+        self.client.is_some() && self.known && self.queue.is_empty()
+    }
 }
 
 /// A datagram, or a part of a stream.
@@ -126,7 +157,7 @@ impl Socket {
     pub(crate) fn related(&self) -> Vec<usize> {
         match &self.state {
             State::Connected { peer } => vec![*peer],
-            State::Listening { pending, .. } => pending.clone(),
+            State::Listening { pending, .. } => pending.iter().filter_map(|p| p.client).collect(),
             _ => Vec::new(),
         }
     }
@@ -139,7 +170,11 @@ impl Socket {
         let orphaned = match &mut self.state {
             State::Connected { peer } => !number(peer),
             State::Listening { pending, .. } => {
-                pending.retain_mut(number);
+                for one in pending {
+                    if !one.client.as_mut().is_none_or(&number) {
+                        (one.client, one.known) = (None, false);
+                    }
+                }
                 false
             }
             _ => false,

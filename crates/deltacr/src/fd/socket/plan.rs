@@ -1,6 +1,6 @@
 //! Which sockets can stay.
 
-use super::model::{Socket, State};
+use super::model::{Pending, Socket, State};
 use crate::fd::model::{Descriptors, Kind};
 
 /// Whether `now` by itself can become `wanted`. [`verify`] looks at their peers.
@@ -57,11 +57,11 @@ pub(crate) fn verify(current: &Descriptors, target: &Descriptors, reuse: &mut [O
                         given_up.push(index);
                     }
                 }
-                (State::Listening { pending: now, .. }, State::Listening { pending, .. }) => {
-                    let paired = pending.iter().map(|&p| reuse[p]);
-                    if !paired.eq(now.iter().map(|&p| Some(p))) {
-                        given_up.extend(pending.iter().filter(|&&p| reuse[p].is_some()));
-                    }
+                (State::Listening { pending: now, .. }, State::Listening { pending, .. })
+                    if !waits_alike(now, pending, reuse) =>
+                {
+                    let clients = pending.iter().filter_map(|p| p.client);
+                    given_up.extend(clients.filter(|&client| reuse[client].is_some()));
                 }
                 _ => {}
             }
@@ -73,6 +73,15 @@ pub(crate) fn verify(current: &Descriptors, target: &Descriptors, reuse: &mut [O
             reuse[index] = None;
         }
     }
+}
+
+/// Whether the connections that wait at a listening socket can go on waiting: what they have sent cannot be put right.
+pub(super) fn waits_alike(now: &[Pending], wanted: &[Pending], reuse: &[Option<usize>]) -> bool {
+    now.len() == wanted.len()
+        && now.iter().zip(wanted).all(|(now, wanted)| {
+            let client = wanted.client.and_then(|client| reuse[client]);
+            now.is_quiet() && wanted.is_quiet() && client == now.client
+        })
 }
 
 pub(super) fn socket(image: &Descriptors, index: usize) -> Option<&Socket> {

@@ -4,7 +4,7 @@ use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 
 use super::model::{Socket, State};
-use super::plan::socket;
+use super::plan::{socket, waits_alike};
 use super::{address, inet, options, queue, repair, unix};
 use crate::env::Namespace;
 use crate::error::{During, Result};
@@ -116,8 +116,7 @@ impl Restore<'_, '_> {
                 _ => (None, &[][..]),
             };
             let (pid, fd) = object.home;
-            let kept = pending.len() == now_pending.len()
-                && pending.iter().all(|&p| self.plan.reuse[p].is_some());
+            let kept = waits_alike(now_pending, pending, &self.plan.reuse);
             if !kept && !now_pending.is_empty() {
                 let listener = self.duplicate(index)?;
                 refuse_waiting(&listener).during(pid, "refusing connections")?;

@@ -4,8 +4,8 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 
 use super::address::{endpoint, ends, is_any, loopback};
-use super::capture::{Relation, Sockets};
-use super::model::{Setting, State};
+use super::capture::{Relation, Sockets, check_reachable};
+use super::model::{Pending, Setting, State};
 use super::queue::{self, ROUNDS};
 use super::repair::{RECEIVE_QUEUE, SEND_QUEUE, TCP, repairing, sequence};
 use crate::fd::model::{Descriptors, Kind};
@@ -16,15 +16,16 @@ const SO_PEERNAME: i32 = 28;
 
 /// States of a TCP socket (`tcp_states.h`).
 pub(super) mod state {
-    pub(in crate::fd::socket) const SYN_SENT: u8 = 2;
-    pub(in crate::fd::socket) const SYN_RECEIVED: u8 = 3;
-    pub(in crate::fd::socket) const FIN_WAIT_1: u8 = 4;
-    pub(in crate::fd::socket) const FIN_WAIT_2: u8 = 5;
-    pub(in crate::fd::socket) const CLOSED: u8 = 7;
-    pub(in crate::fd::socket) const CLOSE_WAIT: u8 = 8;
-    pub(in crate::fd::socket) const LAST_ACK: u8 = 9;
-    pub(in crate::fd::socket) const LISTEN: u8 = 10;
-    pub(in crate::fd::socket) const CLOSING: u8 = 11;
+    pub(crate) const ESTABLISHED: u8 = 1;
+    pub(crate) const SYN_SENT: u8 = 2;
+    pub(crate) const SYN_RECEIVED: u8 = 3;
+    pub(crate) const FIN_WAIT_1: u8 = 4;
+    pub(crate) const FIN_WAIT_2: u8 = 5;
+    pub(crate) const CLOSED: u8 = 7;
+    pub(crate) const CLOSE_WAIT: u8 = 8;
+    pub(crate) const LAST_ACK: u8 = 9;
+    pub(crate) const LISTEN: u8 = 10;
+    pub(crate) const CLOSING: u8 = 11;
 }
 
 /// The beginning of `struct tcp_info`.
@@ -74,9 +75,7 @@ pub(super) fn relate(
     let state = match info.state() {
         state::CLOSED => closed(handle)?,
         state::SYN_SENT | state::SYN_RECEIVED => {
-            return Err(Relation::Refused(
-                "a TCP connection that is being made; wait for it".into(),
-            ));
+            return Err(being_made());
         }
         state::LISTEN => listening(sockets, image, index, &info)?,
         _ => connected(sockets, image, index, &info)?,
@@ -101,14 +100,16 @@ pub(super) fn relate(
     };
     if state == State::Ended {
         // Nobody is told the peer of what is not connected, but the kernel remembers.
-        socket.remote = peer_name(handle, socket.domain).unwrap_or_default();
+        socket.remote = peer_name(handle).unwrap_or_default();
         socket.options.retain(Setting::matters_connected);
     }
     socket.state = state;
     Ok(())
 }
 
-fn peer_name(socket: BorrowedFd<'_>, domain: i32) -> io::Result<Vec<u8>> {
+/// The address of a peer, also of one that is not connected any more.
+pub(super) fn peer_name(socket: BorrowedFd<'_>) -> io::Result<Vec<u8>> {
+    let domain = sys::int_option(socket, libc::SOL_SOCKET, libc::SO_DOMAIN)?;
     let room = loopback(domain, 0).len();
     sys::option_within(socket, libc::SOL_SOCKET, SO_PEERNAME, room)
 }
@@ -134,19 +135,37 @@ fn listening(
     let mut pending = Vec::new();
     if waiting > 0 {
         let other_side = |&other: &usize| waits_at(sockets, image, other) == Some(index);
-        pending.extend(sockets.all().filter(other_side));
-        pending.sort_unstable();
+        let mut clients: Vec<_> = sockets.all().filter(other_side).collect();
+        clients.sort_unstable();
+        for client in clients {
+            pending.push(match has_sent(sockets.handles[&client].as_fd())? {
+                false => Pending::quiet(client),
+                true => Pending {
+                    client: Some(client),
+                    ..Pending::default()
+                },
+            });
+        }
     }
-    if pending.len() != waiting as usize {
-        return Err(Relation::Refused(
-            "a TCP socket on which a connection waits whose other side is gone; accept it first"
-                .into(),
-        ));
+    if pending.len() > waiting as usize {
+        return Err(being_made());
     }
+    // The other ends of the rest are closed.
+    pending.resize_with(waiting as usize, Pending::default);
+    check_reachable(&pending, image.objects[index].is_in_flight())?;
     Ok(State::Listening {
         backlog: i32::try_from(most).unwrap_or(i32::MAX),
         pending,
     })
+}
+
+fn being_made() -> Relation {
+    Relation::Refused("a TCP connection that is being made; wait for it".into())
+}
+
+/// Whether a connection's other end has ended its side, as none does that nobody has accepted.
+fn is_left(state: u8) -> bool {
+    [state::CLOSE_WAIT, state::LAST_ACK, state::CLOSING].contains(&state)
 }
 
 fn connected(
@@ -161,9 +180,9 @@ fn connected(
     if let Some(listener) = waits_at(sockets, image, index) {
         return Ok(State::Connected { peer: listener });
     }
-    match info.state() {
-        state::CLOSE_WAIT | state::LAST_ACK | state::CLOSING => Ok(State::Orphaned),
-        _ => Ok(State::Outside),
+    match is_left(info.state()) {
+        true => Ok(State::Orphaned),
+        false => Ok(State::Outside),
     }
 }
 
@@ -180,6 +199,9 @@ fn waits_at(sockets: &Sockets, image: &Descriptors, index: usize) -> Option<usiz
         return None;
     }
     let there = endpoint(&socket.remote)?;
+    if Info::read(sockets.handles[&index].as_fd()).is_ok_and(|info| is_left(info.state())) {
+        return None;
+    }
     sockets.all().find(|&other| {
         let other = sockets.socket(image, other);
         other.is_tcp()
@@ -190,7 +212,7 @@ fn waits_at(sockets: &Sockets, image: &Descriptors, index: usize) -> Option<usiz
 }
 
 /// Whether a connection has sent anything since it began.
-pub(super) fn has_sent(socket: BorrowedFd<'_>) -> io::Result<bool> {
+fn has_sent(socket: BorrowedFd<'_>) -> io::Result<bool> {
     Ok(Info::read(socket)?.moved().0 > 1 || sys::unsent(socket)? > 0)
 }
 
