@@ -102,7 +102,9 @@ fn bury(held: &mut Held, keep: &BTreeSet<InnerPid>, target: &TreeImage) -> Resul
 /// Not by `cgroup.kill`: Linux 6.18 afterwards kills every process that init makes right in that cgroup
 /// (`CLONE_INTO_CGROUP`), since it compares the count of kills of the parent's cgroup with that of the child's.
 pub(crate) fn all(grounds: &mut Grounds) -> Result<()> {
-    let Grounds { procfs, freezer } = grounds;
+    let Grounds {
+        procfs, freezer, ..
+    } = grounds;
     let end = Instant::now() + TIMEOUT;
     loop {
         kill_listed(freezer).during_tree("killing the processes")?;

@@ -10,6 +10,7 @@ use crate::error::{During, Error, Result};
 use crate::freeze::Freezer;
 use crate::ids::{HostPid, InnerPid};
 use crate::mem::Layout;
+use crate::owners::Owners;
 use crate::procfs::{OpenFiles, Procfs, Stat};
 use crate::remote::Remote;
 use crate::stop::{Stopped, StoppedThread};
@@ -49,6 +50,7 @@ pub(crate) type Acquaintances = HashMap<HostPid, Acquaintance>;
 pub(crate) struct Grounds {
     pub(crate) procfs: Procfs,
     pub(crate) freezer: Freezer,
+    pub(crate) owners: Owners,
 }
 
 impl Grounds {
@@ -56,6 +58,7 @@ impl Grounds {
         Ok(Self {
             procfs: Procfs::open(env).during_tree("opening /proc of the sandbox")?,
             freezer: Freezer::open(env.cgroup()).during_tree("opening the freezer")?,
+            owners: Owners::of(env).during_tree("reading the maps of users and groups")?,
         })
     }
 }
@@ -105,7 +108,9 @@ impl Held {
         known: &Acquaintances,
         timeout: Duration,
     ) -> Result<Self> {
-        let Grounds { procfs, freezer } = grounds;
+        let Grounds {
+            procfs, freezer, ..
+        } = grounds;
         let start = Instant::now();
         let mut catcher = Catcher::new(procfs, freezer, known);
         if let Some(processes) = catcher.running() {

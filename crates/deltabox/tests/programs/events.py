@@ -236,8 +236,12 @@ def memfd_shared_with_a_child():
     child = Child()
     fcntl.fcntl(descriptor, 1033, 2)  # F_ADD_SEALS, F_SEAL_SHRINK
     os.lseek(descriptor, 77, os.SEEK_SET)
+    os.fchmod(descriptor, 0o640)
+    os.fchown(descriptor, 7, 8)
 
     def mutate():
+        os.fchmod(descriptor, 0o600)
+        os.fchown(descriptor, 0, 0)
         area[5000:5005] = b"WRONG"
         child.ask("put('area', None)")
         os.close(descriptor)
@@ -246,6 +250,8 @@ def memfd_shared_with_a_child():
         equal(area[5000:5005], b"hello", "mapped")
         equal(os.pread(descriptor, 5, 5000), b"hello", "read")
         equal(os.lseek(descriptor, 0, os.SEEK_CUR), 77, "offset")
+        found = os.fstat(descriptor)
+        equal((oct(found.st_mode), found.st_uid, found.st_gid), ("0o100640", 7, 8), "mode and owner")
         equal(fcntl.fcntl(descriptor, 1034), 2, "seals")
         equal(child.ask("area[5000:5005]"), b"hello", "in the child")
         child.ask("area.__setitem__(slice(9000, 9005), b'there')")

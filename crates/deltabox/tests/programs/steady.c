@@ -115,7 +115,9 @@ static void *pipe_bytes(void *unused) {
     return unused;
 }
 
-/* Queued signals to a process that waits for them, half of them by a handler. */
+/* Queued signals to a process that waits for them, half of them by a handler. After every so many the sender waits until all
+ * have been taken, as whoever queues signals must: there is a limit to how many may wait. */
+enum { SIGNALS = 300 };
 static volatile sig_atomic_t handled;
 static volatile long handled_sum;
 
@@ -126,7 +128,6 @@ static void handle(int signal, siginfo_t *info, void *context) {
 }
 
 static void receive_signals(int ready) {
-    int count = 300 * seconds;
     long sum = 0;
     sigset_t waited, none;
     sigemptyset(&none);
@@ -134,15 +135,17 @@ static void receive_signals(int ready) {
     sigaddset(&waited, SIGRTMIN);
     struct sigaction action = {.sa_sigaction = handle, .sa_flags = SA_SIGINFO};
     CHECK(sigaction(SIGRTMIN + 1, &action, NULL) == 0);
-    CHECK(write(ready, "r", 1) == 1);
-    for (int i = 0; i < count; i++) {
-        siginfo_t info;
-        CHECK(sigwaitinfo(&waited, &info) == SIGRTMIN);
-        sum += info.si_value.sival_int;
+    for (int second = 1; second <= seconds; second++) {
+        CHECK(write(ready, "r", 1) == 1);
+        for (int i = 0; i < SIGNALS; i++) {
+            siginfo_t info;
+            CHECK(sigwaitinfo(&waited, &info) == SIGRTMIN);
+            sum += info.si_value.sival_int;
+        }
+        while (handled < second * SIGNALS)
+            CHECK(sigsuspend(&none) == -1 && errno == EINTR);
     }
-    while (handled < count)
-        CHECK(sigsuspend(&none) == -1 && errno == EINTR);
-    printf("signals %d and %d, sums %ld and %ld\n", count, (int)handled, sum, handled_sum);
+    printf("signals %d and %d, sums %ld and %ld\n", seconds * SIGNALS, (int)handled, sum, handled_sum);
     fflush(stdout);
     _exit(0);
 }
@@ -156,8 +159,9 @@ static void *signals(void *unused) {
     CHECK(child >= 0);
     if (child == 0)
         receive_signals(ready[1]);
-    CHECK(read(ready[0], &byte, 1) == 1);
-    for (int i = 0; i < 300 * seconds; i++) {
+    for (int i = 0; i < seconds * SIGNALS; i++) {
+        if (i % SIGNALS == 0)
+            CHECK(read(ready[0], &byte, 1) == 1);
         for (int kind = 0; kind < 2; kind++)
             CHECK(sigqueue(child, SIGRTMIN + kind, (union sigval){.sival_int = i * (kind + 1)}) == 0);
         struct timespec pause = milliseconds(1);

@@ -184,7 +184,8 @@ impl Engine {
                 tries += 1;
                 match captured {
                     Ok(mut captured) => {
-                        captured.image.shared = Arc::new(shared);
+                        let owners = &open_once(&mut self.grounds, env)?.owners;
+                        captured.image.shared = Arc::new(shared.inside(owners));
                         break (held, captured, watch);
                     }
                     // One that was killed while it stood still is not what the others fail for.

@@ -266,9 +266,10 @@ impl Engine {
             let now = before.get(&pid);
             now.is_some_and(|now| now.same_program)
         });
+        let owners = &open_once(&mut self.grounds, env)?.owners;
         self.means
             .shared
-            .restore(&target.shared)
+            .restore(&target.shared.outside(owners))
             .during_tree("restoring the shared memory")?;
         let mut pages = 0;
         for (pid, image) in &target.processes {

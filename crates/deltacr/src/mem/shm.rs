@@ -21,6 +21,7 @@ use rustix::fs::{
 use serde::{Deserialize, Serialize};
 
 use crate::mem::PAGE;
+use crate::owners::Owners;
 use crate::store::{PageMap, PageStore, is_zero};
 use crate::sys::pagemap::Mapping;
 
@@ -57,7 +58,7 @@ pub struct ShmImage {
     pub seals: u32,
     /// `st_mode`.
     pub mode: u32,
-    /// Owner, as the supervisor counts.
+    /// Owner: as the supervisor counts where it is captured or restored, in an image as the sandbox does.
     pub owner: (u32, u32),
     /// The contents, by offset divided by 4096; what is not held is zero. Persisted apart from the
     /// rest.
@@ -85,6 +86,29 @@ impl ShmImage {
 pub struct SharedMemory {
     /// The objects.
     pub objects: BTreeMap<ShmKey, Arc<ShmImage>>,
+}
+
+impl SharedMemory {
+    /// The same with owners as the sandbox counts, which another one may count from elsewhere.
+    pub(crate) fn inside(&self, owners: &Owners) -> Self {
+        self.owned_by(|owner| owners.inside(owner))
+    }
+
+    /// The opposite.
+    pub(crate) fn outside(&self, owners: &Owners) -> Self {
+        self.owned_by(|owner| owners.outside(owner))
+    }
+
+    fn owned_by(&self, owner: impl Fn((u32, u32)) -> (u32, u32)) -> Self {
+        let objects = self.objects.iter().map(|(key, image)| {
+            let mut image = ShmImage::clone(image);
+            image.owner = owner(image.owner);
+            (*key, Arc::new(image))
+        });
+        Self {
+            objects: objects.collect(),
+        }
+    }
 }
 
 /// The shared memory objects of one sandbox.
@@ -352,9 +376,6 @@ impl Live {
         let name = CString::new(&*image.name)?;
         let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
         let file = File::from(memfd_create(name.as_c_str(), flags)?);
-        fchmod(&file, Mode::from_raw_mode(image.mode))?;
-        let (uid, gid) = image.owner;
-        fchown(&file, Some(Uid::from_raw(uid)), Some(Gid::from_raw(gid)))?;
         let path = format!("/proc/self/fd/{}", file.as_raw_fd());
         Ok(Self {
             inode: file.metadata()?.ino(),
@@ -405,6 +426,7 @@ impl Live {
             writable.set_len(image.size)?;
         }
         write(&writable, &now, image)?;
+        own(&self.file, image)?;
         if seals != wanted {
             fcntl_add_seals(&writable, wanted)?;
         }
@@ -434,6 +456,19 @@ fn read(file: &File, size: u64, before: &PageMap, store: &PageStore) -> io::Resu
     }
     pages.remove(at / PAGE..u64::MAX);
     Ok(pages)
+}
+
+/// Gives a file its mode and owner.
+fn own(file: &File, image: &ShmImage) -> io::Result<()> {
+    let meta = file.metadata()?;
+    if (meta.uid(), meta.gid()) != image.owner {
+        let (uid, gid) = image.owner;
+        fchown(file, Some(Uid::from_raw(uid)), Some(Gid::from_raw(gid)))?;
+    }
+    if meta.mode() != image.mode {
+        fchmod(file, Mode::from_raw_mode(image.mode))?;
+    }
+    Ok(())
 }
 
 fn next_data(file: &File, at: u64) -> io::Result<Option<u64>> {
