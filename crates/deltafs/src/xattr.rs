@@ -53,6 +53,14 @@ impl Xattrs {
         }
     }
 
+    /// Bytes of names and values that are not those of the base.
+    pub(crate) fn own_bytes(&self) -> usize {
+        match self {
+            Self::Own(Some(map)) => map.iter().map(|(n, v)| n.len() + v.len()).sum(),
+            Self::Own(None) | Self::Base(_) => 0,
+        }
+    }
+
     /// Sets an attribute.
     pub(crate) fn set(&mut self, name: &[u8], value: &[u8], mode: SetMode) -> Result<(), Errno> {
         if name.is_empty() || name.len() > MAX_NAME {

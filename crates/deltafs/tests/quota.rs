@@ -132,3 +132,66 @@ fn the_number_of_files_is_bounded_and_those_of_the_base_do_not_count() {
         .write_all(b"x")
         .unwrap();
 }
+
+#[test]
+fn what_is_kept_in_memory_is_bounded_too() {
+    let fixture = fixture(|_| {});
+    let volume = &fixture.volume;
+    volume.set_quota(quota(MIB));
+    let checkpoint = volume.checkpoint();
+    volume.write("file", "");
+    let file = File::open(volume.at("file")).unwrap();
+    let set = |n: u32, len: usize| {
+        let flags = rustix::fs::XattrFlags::empty();
+        rustix::fs::fsetxattr(&file, format!("user.{n}"), &vec![1; len], flags)
+    };
+    set(0, 100).unwrap();
+    assert_eq!(space(volume).1, MIB, "a little counts nothing");
+    set(1, 60_000).unwrap();
+    assert_eq!(space(volume).1, MIB - 15 * 4096);
+    rustix::fs::fremovexattr(&file, "user.1").unwrap();
+    assert_eq!(space(volume).1, MIB);
+    set(1, 60_000).unwrap();
+    // Names, which take no inode: 32 in a block.
+    for n in 0..7_712 {
+        fs::hard_link(volume.at("file"), volume.at(n.to_string())).unwrap();
+    }
+    assert_eq!(space(volume).1, 0);
+    assert_eq!(set(2, 5_000), Err(rustix::io::Errno::NOSPC));
+    let refused = (0..40).find(|n| {
+        let link = fs::hard_link(volume.at("file"), volume.at(format!("x{n}")));
+        is_full(link)
+    });
+    assert!(refused.is_some_and(|n| n < 32), "{refused:?}");
+    let long = "x".repeat(100);
+    assert!(is_full(std::os::unix::fs::symlink(
+        &long,
+        volume.at("link")
+    )));
+    assert!(is_full(fs::write(volume.at("other"), "x")));
+    for n in 0..7_712 {
+        fs::remove_file(volume.at(n.to_string())).unwrap();
+    }
+    std::os::unix::fs::symlink(&long, volume.at("link")).unwrap();
+    drop(file);
+    let later = volume.checkpoint();
+    let free = space(volume).1;
+    volume.rollback(&checkpoint).unwrap();
+    assert_eq!(space(volume).1, MIB);
+    volume.rollback(&later).unwrap();
+    assert_eq!(space(volume).1, free);
+}
+
+#[test]
+fn a_file_has_as_many_names_as_on_ext4() {
+    let fixture = fixture(|dir| fs::write(dir.join("file"), "").unwrap());
+    let volume = &fixture.volume;
+    let mut refused = None;
+    for n in 0..=65_000 {
+        if let Err(error) = fs::hard_link(volume.at("file"), volume.at(n.to_string())) {
+            refused = Some((n, error.kind()));
+            break;
+        }
+    }
+    assert_eq!(refused, Some((64_999, ErrorKind::TooManyLinks)));
+}

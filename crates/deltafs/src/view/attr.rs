@@ -4,7 +4,7 @@ use std::ops::Range;
 
 use rustix::io::Errno;
 
-use super::{Caller, View, as_file};
+use super::{Caller, View, as_file, quota};
 use crate::acl;
 use crate::data::BLOCK;
 use crate::node::{Ino, Meta, Node, NodeRef, Time};
@@ -43,29 +43,31 @@ impl View {
             self.change_file(ino, |file, to| file.truncate(to, size))?;
         }
         let now = Time::now();
-        let node = self.node_mut(ino)?;
-        if change.size.is_some() {
-            node.meta.mtime = now;
-            drop_privileges(node, change.kill_privileges)?;
-        }
-        if let Some(mode) = change.mode {
-            node.meta.mode = node.meta.kind() | (mode & PERMISSIONS);
-            acl::chmod(&mut node.xattrs, mode)?;
-        }
-        if change.uid.is_some() || change.gid.is_some() {
-            node.meta.uid = change.uid.unwrap_or(node.meta.uid);
-            node.meta.gid = change.gid.unwrap_or(node.meta.gid);
-            if !node.is_dir() {
-                drop_privileges(node, true)?;
-            }
-        }
         let at = |change| match change {
             TimeChange::Now => now,
             TimeChange::To(time) => time,
         };
-        node.meta.atime = change.atime.map_or(node.meta.atime, at);
-        node.meta.mtime = change.mtime.map_or(node.meta.mtime, at);
-        node.meta.ctime = now;
+        self.change(ino, |node| {
+            if change.size.is_some() {
+                node.meta.mtime = now;
+                drop_privileges(node, change.kill_privileges)?;
+            }
+            if let Some(mode) = change.mode {
+                node.meta.mode = node.meta.kind() | (mode & PERMISSIONS);
+                acl::chmod(&mut node.xattrs, mode)?;
+            }
+            if change.uid.is_some() || change.gid.is_some() {
+                node.meta.uid = change.uid.unwrap_or(node.meta.uid);
+                node.meta.gid = change.gid.unwrap_or(node.meta.gid);
+                if !node.is_dir() {
+                    drop_privileges(node, true)?;
+                }
+            }
+            node.meta.atime = change.atime.map_or(node.meta.atime, at);
+            node.meta.mtime = change.mtime.map_or(node.meta.mtime, at);
+            node.meta.ctime = now;
+            Ok(())
+        })?;
         self.node(ino)
     }
 
@@ -155,39 +157,59 @@ impl View {
         mode: SetMode,
         kill_setgid: bool,
     ) -> Result<(), Errno> {
-        let node = self.node_mut(ino)?;
-        node.meta.ctime = Time::now();
-        if name == acl::ACCESS {
-            let permissions = acl::permissions(value)?;
-            node.meta.mode =
-                (node.meta.mode & !0o777) | permissions.unwrap_or(node.meta.mode & 0o777);
-            if kill_setgid {
-                node.meta.mode &= !SETGID;
+        let room = self.room();
+        self.change(ino, |node| {
+            let before = (quota::blocks(node), node.xattrs.clone());
+            set_xattr(node, name, value, mode, kill_setgid)?;
+            let more = quota::blocks(node).saturating_sub(before.0);
+            if room.is_some_and(|room| more > room) {
+                node.xattrs = before.1;
+                return Err(Errno::NOSPC);
             }
-            if acl::is_minimal(value)? {
-                node.xattrs.remove(name)?;
-                return Ok(());
-            }
-        }
-        node.xattrs.set(name, value, mode)
+            node.meta.ctime = Time::now();
+            Ok(())
+        })
     }
 
     /// Removes an extended attribute.
     pub(crate) fn remove_xattr(&mut self, ino: Ino, name: &[u8]) -> Result<(), Errno> {
-        let node = self.node_mut(ino)?;
-        if !node.xattrs.remove(name)? {
-            return Err(Errno::NODATA);
-        }
-        node.meta.ctime = Time::now();
-        Ok(())
+        self.change(ino, |node| {
+            if !node.xattrs.remove(name)? {
+                return Err(Errno::NODATA);
+            }
+            node.meta.ctime = Time::now();
+            Ok(())
+        })
     }
 
     fn content_changed(&mut self, ino: Ino, kill_privileges: bool) -> Result<(), Errno> {
-        let node = self.node_mut(ino)?;
-        node.meta.mtime = Time::now();
-        node.meta.ctime = node.meta.mtime;
-        drop_privileges(node, kill_privileges)
+        self.change(ino, |node| {
+            node.meta.mtime = Time::now();
+            node.meta.ctime = node.meta.mtime;
+            drop_privileges(node, kill_privileges)
+        })
     }
+}
+
+fn set_xattr(
+    node: &mut Node,
+    name: &[u8],
+    value: &[u8],
+    mode: SetMode,
+    kill_setgid: bool,
+) -> Result<(), Errno> {
+    if name == acl::ACCESS {
+        let permissions = acl::permissions(value)?;
+        node.meta.mode = (node.meta.mode & !0o777) | permissions.unwrap_or(node.meta.mode & 0o777);
+        if kill_setgid {
+            node.meta.mode &= !SETGID;
+        }
+        if acl::is_minimal(value)? {
+            node.xattrs.remove(name)?;
+            return Ok(());
+        }
+    }
+    node.xattrs.set(name, value, mode)
 }
 
 /// A changed file loses its capabilities, and its set-id bits if the caller may not keep them.

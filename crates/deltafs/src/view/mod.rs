@@ -21,7 +21,7 @@ pub use quota::Quota;
 use quota::Usage;
 
 use crate::file::{FileBody, ReadPlan, Writer};
-use crate::node::{Body, DirBody, Entry, Ino, Name, Node, NodeRef, ROOT};
+use crate::node::{Body, DirBody, Entry, Ino, Name, Node, NodeRef, ROOT, Time};
 use crate::tree::Tree;
 
 /// The longest file name.
@@ -204,12 +204,35 @@ impl View {
         Ok(Arc::make_mut(&mut node.0))
     }
 
-    fn dir_mut(&mut self, ino: Ino) -> Result<(&mut crate::node::Meta, &mut DirBody), Errno> {
+    /// Runs `change` on an inode, and counts what it takes then.
+    fn change<T>(
+        &mut self,
+        ino: Ino,
+        change: impl FnOnce(&mut Node) -> Result<T, Errno>,
+    ) -> Result<T, Errno> {
         let node = self.node_mut(ino)?;
-        match &mut node.body {
-            Body::Dir(dir) => Ok((&mut node.meta, dir)),
-            _ => Err(Errno::NOTDIR),
-        }
+        let before = quota::blocks(node);
+        let done = change(node);
+        let after = quota::blocks(node);
+        self.usage.resize(before, after);
+        done
+    }
+
+    /// Runs `change` on the entries of a directory, whose times change by that.
+    fn change_entries(
+        &mut self,
+        ino: Ino,
+        change: impl FnOnce(&mut DirBody) -> Result<(), Errno>,
+    ) -> Result<(), Errno> {
+        self.change(ino, |node| {
+            let Body::Dir(dir) = &mut node.body else {
+                return Err(Errno::NOTDIR);
+            };
+            change(dir)?;
+            node.meta.mtime = Time::now();
+            node.meta.ctime = node.meta.mtime;
+            Ok(())
+        })
     }
 
     /// Runs `change` on the content of a file, with the place where its new blocks go.

@@ -14,6 +14,9 @@ use crate::xattr::Xattrs;
 
 const SETGID: u32 = 0o2000;
 
+/// How many names a file may have, as on ext4. Each is known to its inode, which is copied whole.
+const MAX_LINKS: u32 = 65_000;
+
 /// What to create.
 #[derive(Debug)]
 pub(crate) struct NewNode {
@@ -49,16 +52,17 @@ impl View {
         if self.lookup(parent, name)?.is_some() {
             return Err(Errno::EXIST);
         }
-        self.admit_inode()?;
-        let ino = self.tree.next_ino();
         let mut node = self.make(&dir, new, who)?;
+        self.admit_inode(&node)?;
+        self.admit_entry(as_dir(&dir)?)?;
+        let ino = self.tree.next_ino();
         node.names.push(Link {
             parent,
             name: Arc::clone(name),
         });
         let mode = node.meta.mode;
+        self.usage.came(&node);
         self.nodes.insert(ino, NodeRef(Arc::new(node)));
-        self.usage.came();
         self.insert_entry(parent, name, ino, mode)?;
         if mode & TYPE_MASK == DIRECTORY {
             self.count_subdir(parent, 1)?;
@@ -74,12 +78,12 @@ impl View {
         who: Caller,
     ) -> Result<Ino, Errno> {
         let dir = self.live_dir(parent)?;
-        self.admit_inode()?;
-        let ino = self.tree.next_ino();
         let mut node = self.make(&dir, new, who)?;
+        self.admit_inode(&node)?;
+        let ino = self.tree.next_ino();
         node.meta.nlink = 0;
+        self.usage.came(&node);
         self.nodes.insert(ino, NodeRef(Arc::new(node)));
-        self.usage.came();
         self.orphans.insert(ino);
         Ok(ino)
     }
@@ -87,15 +91,19 @@ impl View {
     /// Gives an inode one more name.
     pub(crate) fn link(&mut self, ino: Ino, parent: Ino, name: &Name) -> Result<(), Errno> {
         check_name(name)?;
-        self.live_dir(parent)?;
+        let dir = self.live_dir(parent)?;
         if self.lookup(parent, name)?.is_some() {
             return Err(Errno::EXIST);
         }
+        self.admit_entry(as_dir(&dir)?)?;
         let node = self.node_mut(ino)?;
         if node.is_dir() {
             return Err(Errno::PERM);
         }
-        node.meta.nlink = node.meta.nlink.checked_add(1).ok_or(Errno::MLINK)?;
+        if node.meta.nlink >= MAX_LINKS {
+            return Err(Errno::MLINK);
+        }
+        node.meta.nlink += 1;
         node.meta.ctime = Time::now();
         node.names.push(Link {
             parent,
@@ -142,7 +150,7 @@ impl View {
         check_name(to.1)?;
         let ino = self.lookup(from.0, from.1)?.ok_or(Errno::NOENT)?;
         let other = self.lookup(to.0, to.1)?;
-        self.live_dir(to.0)?;
+        let dir = self.live_dir(to.0)?;
         let node = self.node(ino)?;
         if node.is_dir() && from.0 != to.0 && self.is_below(to.0, ino)? {
             return Err(Errno::INVAL);
@@ -158,6 +166,11 @@ impl View {
             if other == ino {
                 return Ok(None);
             }
+        }
+        if from.0 != to.0 {
+            self.admit_entry(as_dir(&dir)?)?;
+        }
+        if let Some(other) = other {
             self.displace(to, other, node.is_dir())?;
         }
         self.remove_entry(from.0, from.1)?;
@@ -288,29 +301,27 @@ impl View {
 
     fn insert_entry(&mut self, parent: Ino, name: &Name, ino: Ino, mode: u32) -> Result<(), Errno> {
         let key = self.tree.base.key(name);
-        let (meta, dir) = self.dir_mut(parent)?;
         let dirent_type = crate::node::dirent_type(mode);
-        dir.entries.insert(key, Entry::Inode { ino, dirent_type });
-        meta.mtime = Time::now();
-        meta.ctime = meta.mtime;
-        Ok(())
+        self.change_entries(parent, |dir| {
+            dir.entries.insert(key, Entry::Inode { ino, dirent_type });
+            Ok(())
+        })
     }
 
     fn remove_entry(&mut self, parent: Ino, name: &Name) -> Result<(), Errno> {
         let key = self.tree.base.key(name);
-        let (meta, dir) = self.dir_mut(parent)?;
-        let in_base = match &dir.base {
-            Some(base) => base.child(name)?.is_some(),
-            None => false,
-        };
-        if in_base {
-            dir.entries.insert(key, Entry::Whiteout);
-        } else {
-            dir.entries.remove(&key);
-        }
-        meta.mtime = Time::now();
-        meta.ctime = meta.mtime;
-        Ok(())
+        self.change_entries(parent, |dir| {
+            let in_base = match &dir.base {
+                Some(base) => base.child(name)?.is_some(),
+                None => false,
+            };
+            if in_base {
+                dir.entries.insert(key, Entry::Whiteout);
+            } else {
+                dir.entries.remove(&key);
+            }
+            Ok(())
+        })
     }
 
     fn drop_link(&mut self, ino: Ino, parent: Ino, name: &Name) -> Result<(), Errno> {
@@ -331,7 +342,7 @@ impl View {
 
     /// Counts a subdirectory in or out. A link count of 1 says that the base does not count them.
     fn count_subdir(&mut self, parent: Ino, by: i32) -> Result<(), Errno> {
-        let (meta, _) = self.dir_mut(parent)?;
+        let meta = &mut self.node_mut(parent)?.meta;
         if meta.nlink > 1 {
             meta.nlink = meta.nlink.saturating_add_signed(by).max(2);
         }

@@ -6,14 +6,22 @@ use rustix::io::Errno;
 use super::View;
 use crate::data::BLOCK;
 use crate::file::FileBody;
-use crate::node::{Body, Ino, Node};
+use crate::node::{Body, DirBody, Ino, Node};
+
+/// Bytes that an entry of a directory counts.
+const ENTRY: u64 = 128;
+
+/// The longest symbolic link, and the most bytes of extended attributes, that count nothing: about what ext4 keeps in the inode.
+const SHORT_LINK: usize = 60;
+const FEW_ATTRIBUTES: usize = 256;
 
 /// How much a volume may take besides its base. Whoever wants more gets `ENOSPC`.
 ///
 /// What counts is what the volume shows now (and files without a name that are open), not what only snapshots hold.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Quota {
-    /// Bytes of file data, in blocks of 4 KiB; blocks that two files share count twice.
+    /// Bytes, in blocks of 4 KiB: file data (blocks that two files share count twice), 128 for each entry of a directory that
+    /// its base does not have, extended attributes of more than 256 bytes, symbolic links of more than 60.
     pub bytes: Option<u64>,
     /// Files and directories that the base does not have.
     pub inodes: Option<u64>,
@@ -27,30 +35,42 @@ pub(super) struct Usage {
 }
 
 impl Usage {
-    /// A file of `before` blocks has `after` blocks now.
+    /// An inode of `before` blocks has `after` blocks now.
     pub(super) fn resize(&mut self, before: u64, after: u64) {
         self.blocks = (self.blocks + after).saturating_sub(before);
     }
 
     /// An inode came that the base does not have.
-    pub(super) fn came(&mut self) {
+    pub(super) fn came(&mut self, node: &Node) {
+        self.resize(0, blocks(node));
         self.inodes += 1;
     }
 
     /// An inode went, with its blocks.
     pub(super) fn went(&mut self, node: &Node, of_base: bool) {
-        self.resize(data_blocks(node), 0);
+        self.resize(blocks(node), 0);
         if !of_base {
             self.inodes = self.inodes.saturating_sub(1);
         }
     }
 }
 
-fn data_blocks(node: &Node) -> u64 {
-    match &node.body {
+/// How many blocks an inode counts. What it holds beside the data is kept in memory, so that a bound on blocks is one on that, too.
+pub(super) fn blocks(node: &Node) -> u64 {
+    let body = match &node.body {
         Body::File(file) => file.data_blocks(),
-        _ => 0,
+        Body::Dir(dir) => entry_blocks(dir.entries.len()),
+        Body::Symlink(target) => u64::from(target.len() > SHORT_LINK),
+        Body::Special => 0,
+    };
+    body + match node.xattrs.own_bytes() {
+        0..=FEW_ATTRIBUTES => 0,
+        bytes => (bytes as u64).div_ceil(BLOCK),
     }
+}
+
+fn entry_blocks(entries: usize) -> u64 {
+    entries as u64 * ENTRY / BLOCK
 }
 
 impl Quota {
@@ -73,9 +93,9 @@ impl View {
     pub(super) fn count_usage(&mut self) {
         let mut usage = Usage::default();
         for (ino, node) in &self.nodes {
-            usage.resize(0, data_blocks(node));
-            if !self.is_of_base(*ino) {
-                usage.came();
+            match self.is_of_base(*ino) {
+                true => usage.resize(0, blocks(node)),
+                false => usage.came(node),
             }
         }
         self.usage = usage;
@@ -85,10 +105,26 @@ impl View {
         self.tree.base.inode(ino).is_some()
     }
 
-    /// Whether one more inode may come.
-    pub(super) fn admit_inode(&self) -> Result<(), Errno> {
+    /// Whether this may be one more inode.
+    pub(super) fn admit_inode(&self, new: &Node) -> Result<(), Errno> {
         match self.quota.inodes {
             Some(most) if self.usage.inodes >= most => Err(Errno::NOSPC),
+            _ => self.admit(0, blocks(new)),
+        }
+    }
+
+    /// Whether a directory may have one more entry.
+    pub(super) fn admit_entry(&self, dir: &DirBody) -> Result<(), Errno> {
+        let entries = dir.entries.len();
+        self.admit(entry_blocks(entries), entry_blocks(entries + 1))
+    }
+
+    /// Whether what has `before` blocks may have `after`.
+    pub(super) fn admit(&self, before: u64, after: u64) -> Result<(), Errno> {
+        let more = after.saturating_sub(before);
+        match self.room() {
+            // What is over already may still shrink, or stay.
+            Some(room) if more > 0 && more > room => Err(Errno::NOSPC),
             _ => Ok(()),
         }
     }
