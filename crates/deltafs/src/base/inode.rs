@@ -12,6 +12,7 @@ use rustix::fs::{Mode, OFlags, RawDir, Statx};
 use rustix::io::Errno;
 
 use super::Base;
+use super::descriptors::open;
 use super::host::{HostId, confined, encode_device, host_id, read_xattrs, stat, time};
 use crate::file::FileBody;
 use crate::node::{
@@ -86,7 +87,7 @@ impl BaseInode {
         }
         let attributes = match &self.parent {
             Some(parent) => stat(&*parent.dir()?, &self.name)?,
-            None => stat(&self.base()?.root, b"")?,
+            None => stat(&*self.base()?.root, b"")?,
         };
         if host_id(&attributes) != self.host {
             return Err(Errno::STALE);
@@ -166,7 +167,8 @@ impl BaseInode {
 
     fn read_listing(&self, base: &Base) -> Result<Listing, Errno> {
         let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
-        let fd = rustix::fs::openat2(&*self.dir()?, ".", flags, Mode::empty(), confined())?;
+        let dir = self.dir()?;
+        let fd = open(|| rustix::fs::openat2(&*dir, ".", flags, Mode::empty(), confined()))?;
         let mut buf = [MaybeUninit::uninit(); 32 * 1024];
         let mut raw = RawDir::new(&fd, &mut buf);
         let mut entries = Vec::new();
@@ -216,18 +218,13 @@ impl BaseInode {
         // The last one is either the nearest ancestor that is open, or the root.
         let mut fd = match fd {
             Some(fd) => fd,
-            None => Arc::new(base.root.try_clone().map_err(crate::file::errno)?),
+            None => Arc::clone(&base.root),
         };
         for inode in missing.iter().rev().skip(1) {
             let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
             let name = OsStr::from_bytes(&inode.name);
-            fd = Arc::new(rustix::fs::openat2(
-                &*fd,
-                name,
-                flags,
-                Mode::empty(),
-                confined(),
-            )?);
+            let below = open(|| rustix::fs::openat2(&*fd, name, flags, Mode::empty(), confined()))?;
+            fd = Arc::new(below);
             base.dirs.lock().put(inode.ino, Arc::clone(&fd), 1);
         }
         Ok(fd)
@@ -235,16 +232,11 @@ impl BaseInode {
 
     fn open(&self, base: &Base, flags: OFlags) -> Result<OwnedFd, Errno> {
         let flags = flags | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-        let fd = match &self.parent {
-            Some(parent) => rustix::fs::openat2(
-                &*parent.dir()?,
-                OsStr::from_bytes(&self.name),
-                flags,
-                Mode::empty(),
-                confined(),
-            )?,
-            None => rustix::fs::openat2(&base.root, ".", flags, Mode::empty(), confined())?,
+        let (dir, name) = match &self.parent {
+            Some(parent) => (parent.dir()?, OsStr::from_bytes(&self.name)),
+            None => (Arc::clone(&base.root), OsStr::new(".")),
         };
+        let fd = open(|| rustix::fs::openat2(&*dir, name, flags, Mode::empty(), confined()))?;
         if host_id(&stat(&fd, b"")?) != self.host {
             return Err(Errno::STALE);
         }

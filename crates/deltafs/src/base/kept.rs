@@ -28,6 +28,14 @@ impl<T> Kept<T> {
         self.items.get(&ino).map(|(item, _)| Arc::clone(item))
     }
 
+    /// Lets go of what nobody uses now. What is used stays, so that it is not freed at any other moment than this.
+    pub(super) fn let_go(&mut self) {
+        let used = |(item, _): &(Arc<T>, usize)| Arc::strong_count(item) > 1;
+        self.items.retain(|_, item| used(item));
+        self.order.retain(|ino| self.items.contains_key(ino));
+        self.weight = self.items.values().map(|(_, weight)| weight).sum();
+    }
+
     pub(super) fn put(&mut self, ino: Ino, item: Arc<T>, weight: usize) {
         if self.items.contains_key(&ino) {
             return;

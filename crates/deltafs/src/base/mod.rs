@@ -3,6 +3,7 @@
 //! A base inode is opened by its parent's descriptor and its own name, without following symbolic links and
 //! without crossing mounts, so nothing in the base can lead out of it.
 
+mod descriptors;
 mod host;
 mod inode;
 mod kept;
@@ -41,7 +42,7 @@ const MAX_LISTED: usize = 500_000;
 /// The base directory of a tree of volumes.
 #[derive(Debug)]
 pub(crate) struct Base {
-    root: OwnedFd,
+    root: Arc<OwnedFd>,
     hidden: HashSet<HostId>,
     /// The keys of the hash that orders names.
     keys: (u64, u64),
@@ -101,7 +102,7 @@ impl Base {
             .filter_map(|path| find_hidden(&root, path))
             .collect();
         let base = Arc::new(Self {
-            root,
+            root: Arc::new(root),
             hidden,
             keys,
             next_ino: AtomicU64::new(FIRST_OWN),
@@ -115,6 +116,7 @@ impl Base {
         let mut table = base.table.lock();
         table.insert(host_id(&attributes), inode, 0);
         drop(table);
+        descriptors::register(&base);
         Ok(base)
     }
 
