@@ -10,6 +10,7 @@ use crate::error::{During, Error, Result};
 use crate::ids::HostPid;
 use crate::procfs;
 use crate::remote::{Arg, Batch, CallId, DataRef, Outcome, Remote};
+use crate::stop::Stopped;
 use crate::sys::process;
 
 /// `sizeof(sigset_t)` of the kernel.
@@ -349,77 +350,26 @@ pub(crate) fn restore(
             calls.push(("a memory barrier", b.call(libc::SYS_membarrier, &args)));
         }
     }
-    run_all(remote, &b, &calls)
+    let first = remote.host();
+    run_all(remote, first, &b, &calls)
 }
 
-/// Makes the credentials those of `target`. Comes last, for it may take rights away.
+/// Makes the credentials of all threads those of `target`. Comes last, for it may take rights away.
 pub(crate) fn restore_credentials(
-    remote: &mut Remote,
+    stopped: &mut Stopped,
     current: &Attributes,
     target: &Attributes,
 ) -> Result<()> {
     let (have, want) = (&current.credentials, &target.credentials);
+    let first = stopped.remote.host();
     let mut b = Batch::new();
     let mut calls = Vec::new();
     if have != want {
-        let list = b.input(&want.supplementary);
-        let count = want.supplementary.len() / 4;
-        let header = b.input(&capability_header());
-        let sets = b.input(&want.capabilities);
-        if have.supplementary != want.supplementary {
-            let args = [count.into(), list.into()];
-            calls.push((
-                "the supplementary groups",
-                b.call(libc::SYS_setgroups, &args),
-            ));
-        }
-        for capability in 0..CAPABILITIES {
-            if have.bounding & !want.bounding & 1 << capability != 0 {
-                calls.push((
-                    "the bounding set",
-                    prctl(&mut b, libc::PR_CAPBSET_DROP, capability),
-                ));
-            }
-        }
-        let ids = |[a, b, c, _]: [u32; 4]| [a, b, c].map(Arg::from);
-        calls.push((
-            "the group ids",
-            b.call(libc::SYS_setresgid, &ids(want.groups)),
-        ));
-        // The calls for the fourth ids give the old one and no errors.
-        b.call(libc::SYS_setfsgid, &[want.groups[3].into()]);
-        // Capabilities survive the change of user only so.
-        prctl(&mut b, libc::PR_SET_KEEPCAPS, 1);
-        calls.push((
-            "the user ids",
-            b.call(libc::SYS_setresuid, &ids(want.users)),
-        ));
-        if !want.users[..3].contains(&want.users[3]) {
-            // What is permitted must be in effect for that, and some of it is not any more after it.
-            let mut effective = want.capabilities.clone();
-            effective.copy_within(4..8, 0);
-            effective.copy_within(16..20, 12);
-            let effective = b.input(&effective);
-            b.call(libc::SYS_capset, &[header.into(), effective.into()]);
-            b.call(libc::SYS_setfsuid, &[want.users[3].into()]);
-        }
-        calls.push((
-            "the capabilities",
-            b.call(libc::SYS_capset, &[header.into(), sets.into()]),
-        ));
-        prctl(&mut b, libc::PR_SET_KEEPCAPS, 0);
-        for capability in (0..CAPABILITIES).filter(|c| want.ambient & 1 << c != 0) {
-            calls.push((
-                "the ambient capabilities",
-                ambient(&mut b, libc::PR_CAP_AMBIENT_RAISE, capability),
-            ));
-        }
-        if have.securebits != want.securebits {
-            let set = prctl(&mut b, libc::PR_SET_SECUREBITS, want.securebits);
-            calls.push(("the securebits", set));
-        }
-        if want.no_new_privileges && !have.no_new_privileges {
-            calls.push(("no_new_privs", prctl(&mut b, libc::PR_SET_NO_NEW_PRIVS, 1)));
+        calls = change_credentials(&mut b, have, want);
+        // Each thread has its own; those that were made just now have what the first has.
+        let others = stopped.threads.iter().map(|thread| thread.host);
+        for host in others.filter(|host| *host != first) {
+            run_all(&mut stopped.remote, host, &b, &calls)?;
         }
     }
     // Changing ids resets these.
@@ -429,15 +379,91 @@ pub(crate) fn restore_credentials(
         }
         prctl(&mut b, libc::PR_SET_PDEATHSIG, target.death_signal);
     }
-    run_all(remote, &b, &calls)
+    run_all(&mut stopped.remote, first, &b, &calls)
 }
 
-fn run_all(remote: &mut Remote, batch: &Batch, calls: &[(&str, CallId)]) -> Result<()> {
+/// Adds the calls that change a thread's credentials, and tells what each of them is for.
+fn change_credentials(
+    b: &mut Batch,
+    have: &Credentials,
+    want: &Credentials,
+) -> Vec<(&'static str, CallId)> {
+    let mut calls = Vec::new();
+    let list = b.input(&want.supplementary);
+    let count = want.supplementary.len() / 4;
+    let header = b.input(&capability_header());
+    let sets = b.input(&want.capabilities);
+    if have.supplementary != want.supplementary {
+        let args = [count.into(), list.into()];
+        calls.push((
+            "the supplementary groups",
+            b.call(libc::SYS_setgroups, &args),
+        ));
+    }
+    for capability in 0..CAPABILITIES {
+        if have.bounding & !want.bounding & 1 << capability != 0 {
+            calls.push((
+                "the bounding set",
+                prctl(b, libc::PR_CAPBSET_DROP, capability),
+            ));
+        }
+    }
+    let ids = |[a, b, c, _]: [u32; 4]| [a, b, c].map(Arg::from);
+    calls.push((
+        "the group ids",
+        b.call(libc::SYS_setresgid, &ids(want.groups)),
+    ));
+    // The calls for the fourth ids give the old one and no errors.
+    b.call(libc::SYS_setfsgid, &[want.groups[3].into()]);
+    // Capabilities survive the change of user only so.
+    prctl(b, libc::PR_SET_KEEPCAPS, 1);
+    calls.push((
+        "the user ids",
+        b.call(libc::SYS_setresuid, &ids(want.users)),
+    ));
+    if !want.users[..3].contains(&want.users[3]) {
+        // What is permitted must be in effect for that, and some of it is not any more after it.
+        let mut effective = want.capabilities.clone();
+        effective.copy_within(4..8, 0);
+        effective.copy_within(16..20, 12);
+        let effective = b.input(&effective);
+        b.call(libc::SYS_capset, &[header.into(), effective.into()]);
+        b.call(libc::SYS_setfsuid, &[want.users[3].into()]);
+    }
+    calls.push((
+        "the capabilities",
+        b.call(libc::SYS_capset, &[header.into(), sets.into()]),
+    ));
+    prctl(b, libc::PR_SET_KEEPCAPS, 0);
+    for capability in (0..CAPABILITIES).filter(|c| want.ambient & 1 << c != 0) {
+        calls.push((
+            "the ambient capabilities",
+            ambient(b, libc::PR_CAP_AMBIENT_RAISE, capability),
+        ));
+    }
+    if have.securebits != want.securebits {
+        let set = prctl(b, libc::PR_SET_SECUREBITS, want.securebits);
+        calls.push(("the securebits", set));
+    }
+    if want.no_new_privileges && !have.no_new_privileges {
+        calls.push(("no_new_privs", prctl(b, libc::PR_SET_NO_NEW_PRIVS, 1)));
+    }
+    calls
+}
+
+fn run_all(
+    remote: &mut Remote,
+    thread: HostPid,
+    batch: &Batch,
+    calls: &[(&str, CallId)],
+) -> Result<()> {
     if batch.is_empty() {
         return Ok(());
     }
     let pid = remote.pid();
-    let outcome = remote.run(batch).during(pid, "restoring the attributes")?;
+    let outcome = remote
+        .run_in(thread, batch)
+        .during(pid, "restoring the attributes")?;
     for (what, call) in calls {
         outcome.result(*call).map_err(|source| Error::Process {
             doing: format!("restoring {what}"),

@@ -215,3 +215,32 @@ def thread_of_a_child():
         equal(child.ask("(proper(worker), worker.tid)[1]"), holder[0], "tid")
 
     return mutate, check
+
+
+@case
+def threads_of_a_process_that_gave_up_its_rights():
+    groups = [5, 7]
+
+    def setup():
+        put("workers", [Worker(number) for number in range(3)])
+        os.setgroups(groups)
+        os.setresgid(8, 8, 8)
+        os.setresuid(9, 9, 9)
+
+    child = Child(setup)
+    equal(child.ask("os.getuid()"), 9)
+
+    def mutate():
+        child.ask("[worker.tell(None) or worker.thread.join() for worker in workers[1:]]")
+
+    def check():
+        tids = os.listdir(f"/proc/{child.pid}/task")
+        equal(len(tids), 4, "threads")
+        for tid in tids:
+            of = f"{child.pid}/task/{tid}"
+            equal((status("Uid", of), status("Gid", of)), (["9"] * 4, ["8"] * 4), "ids of a thread")
+            equal(status("Groups", of), ["5", "7"], "its groups")
+            for kind in ("CapPrm", "CapEff", "CapInh"):
+                equal(int(status(kind, of)[0], 16), 0, kind)
+
+    return mutate, check

@@ -363,6 +363,7 @@ theme! { threads:
     threads_that_compute
     a_hundred_threads
     thread_of_a_child
+    threads_of_a_process_that_gave_up_its_rights
 }
 
 theme! { calls:

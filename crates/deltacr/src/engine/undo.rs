@@ -299,7 +299,7 @@ impl Engine {
         for (pid, image) in &target.processes {
             let process = member(&mut held.processes, *pid)?;
             let now = &attributes[pid];
-            attributes::restore_credentials(&mut process.stopped.remote, now, &image.attributes)?;
+            attributes::restore_credentials(&mut process.stopped, now, &image.attributes)?;
             process.ignores_trap = image.attributes.ignores_trap();
             process.stop_with = image.user_stop.filter(|_| process.user_stop.is_none());
         }
