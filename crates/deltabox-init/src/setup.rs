@@ -105,10 +105,11 @@ fn build(control: &OwnedFd, setup: &Setup, fds: Descriptors) -> Result<(), Failu
     };
     match sys::fork(&options).at(Step::Setup, "making the sandbox's namespaces")? {
         Fork::Parent(pid) => {
-            map_ids(&host_proc, pid, setup)?;
-            mounts::furnish(&host_proc, pid, setup.first_id, &devices)?;
+            // First of all, for it is the supervisor's child, who waits for it also if the rest fails.
             wire::send(control, &Reply::Created(pid).encode(), &[])
                 .at(Step::Setup, "reporting init's pid")?;
+            map_ids(&host_proc, pid, setup)?;
+            mounts::furnish(&host_proc, pid, setup.first_id, &devices)?;
             std::fs::File::from(start)
                 .write_all(b"g")
                 .at(Step::Setup, "starting init")

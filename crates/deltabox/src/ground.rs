@@ -1,7 +1,6 @@
 //! What sandboxes are made on: names, ranges of ids, directories and control groups of a host.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::fs;
 use std::num::NonZeroU64;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -13,7 +12,7 @@ use rustix::fs::Advice;
 
 use crate::cgroup::{Cgroup, Hierarchies};
 use crate::container::{Container, IDS, Parts};
-use crate::error::{Doing, Error, Result};
+use crate::error::{Error, Result};
 use crate::names;
 use crate::sandbox::{Directory, Sandbox};
 use crate::spec::SandboxSpec;
@@ -291,8 +290,6 @@ impl Ground {
     /// Makes a sandbox of a blank.
     pub(crate) fn settle(&self, blank: Blank) -> Result<(Sandbox, Reserved)> {
         let mut watch = Stopwatch::start();
-        let logs = blank.dir.join("logs");
-        fs::create_dir_all(&logs).doing(format!("making {}", logs.display()))?;
         let sandbox = Sandbox::assemble(
             blank.place.name.clone(),
             &blank.spec,

@@ -324,6 +324,7 @@ impl Host {
     pub fn expect_forks(&self, source: &str, id: CheckpointId, n: usize) -> Result<()> {
         let origin = self.get(source)?;
         origin.origin(id)?;
+        self.ground.templates().expect(id, n);
         self.warm.expect(&origin, id, n, true);
         Ok(())
     }

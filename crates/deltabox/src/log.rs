@@ -1,6 +1,6 @@
 //! The output of a session: the newest bytes, on disk, in as many branches as there are checkpoints.
 //!
-//! The file is a ring: byte `n` ever written lies at `n % CAPACITY`. What the present state of the session shows of it
+//! Little output is kept in memory, and so needs no file; most commands write little. The file is a ring: byte `n` ever written lies at `n % CAPACITY`. What the present state of the session shows of it
 //! is a list of runs. A checkpoint keeps the list (a persistent vector: O(1)), a rollback takes it back; what another
 //! branch wrote in between stays where it is until the ring comes round to it. So a log shows, after going back *and
 //! forth* in the tree, exactly the output of the branch it is on.
@@ -49,29 +49,62 @@ pub(crate) enum Piece {
     Missed(u64, u64),
 }
 
-/// A log and its file. The file is made with the first byte and removed with the log.
+/// Bytes that are kept in memory.
+const SMALL: usize = 8 << 10;
+
+/// Where the bytes are.
+enum Store {
+    Memory(Vec<u8>),
+    File(File),
+}
+
+impl Store {
+    /// The same bytes once more.
+    fn share(&self) -> io::Result<Self> {
+        match self {
+            Self::Memory(bytes) => Ok(Self::Memory(bytes.clone())),
+            Self::File(file) => Ok(Self::File(file.try_clone()?)),
+        }
+    }
+
+    fn read_exact_at(&self, bytes: &mut [u8], at: u64) -> io::Result<()> {
+        match self {
+            Self::Memory(kept) => {
+                let from = kept.get(at as usize..).and_then(|k| k.get(..bytes.len()));
+                bytes.copy_from_slice(from.ok_or(io::ErrorKind::UnexpectedEof)?);
+                Ok(())
+            }
+            Self::File(file) => file.read_exact_at(bytes, at),
+        }
+    }
+}
+
+/// A log and its file. The file, and its directory, is made when it is needed; the file is removed with the log.
 pub(crate) struct Log {
     path: PathBuf,
-    file: Option<File>,
+    store: Store,
     /// Bytes ever written to the file.
     written: u64,
     view: View,
     capacity: u64,
+    /// Up to so many bytes there is no file.
+    small: usize,
 }
 
 impl Log {
     /// An empty log that will be in a file of this path.
     pub(crate) fn new(path: PathBuf) -> Self {
-        Self::with_capacity(path, CAPACITY)
+        Self::with_capacity(path, CAPACITY, SMALL)
     }
 
-    fn with_capacity(path: PathBuf, capacity: u64) -> Self {
+    fn with_capacity(path: PathBuf, capacity: u64, small: usize) -> Self {
         Self {
             path,
-            file: None,
+            store: Store::Memory(Vec::new()),
             written: 0,
             view: View::default(),
             capacity,
+            small,
         }
     }
 
@@ -107,7 +140,7 @@ impl Log {
             let at = self.written % self.capacity;
             let n = rest.len().min((self.capacity - at) as usize);
             let (now, later) = rest.split_at(n);
-            self.open()?.write_all_at(now, at)?;
+            self.put(now, at)?;
             self.note(stream, n as u64);
             rest = later;
         }
@@ -115,20 +148,20 @@ impl Log {
         Ok(())
     }
 
-    fn open(&mut self) -> io::Result<&File> {
-        if self.file.is_none() {
-            self.file = Some(
-                File::options()
-                    .read(true)
-                    .write(true)
-                    .create(true)
-                    .truncate(true)
-                    .open(&self.path)?,
-            );
+    fn put(&mut self, bytes: &[u8], at: u64) -> io::Result<()> {
+        if let Store::Memory(kept) = &mut self.store {
+            if self.written as usize + bytes.len() <= self.small {
+                kept.extend_from_slice(bytes);
+                return Ok(());
+            }
+            let file = make(&self.path)?;
+            file.write_all_at(kept, 0)?;
+            self.store = Store::File(file);
         }
-        self.file
-            .as_ref()
-            .ok_or_else(|| io::ErrorKind::NotFound.into())
+        match &self.store {
+            Store::File(file) => file.write_all_at(bytes, at),
+            Store::Memory(_) => Err(io::ErrorKind::NotFound.into()),
+        }
     }
 
     fn note(&mut self, stream: Stream, len: u64) {
@@ -196,7 +229,7 @@ impl Log {
             Ok(i) => i,
             Err(i) => i.saturating_sub(1),
         };
-        let (Some(run), Some(file)) = (runs.get(index), &self.file) else {
+        let Some(run) = runs.get(index) else {
             return Ok(None);
         };
         let skip = offset - run.offset;
@@ -204,7 +237,7 @@ impl Log {
         let at = place % self.capacity;
         let n = (run.len - skip).min(limit as u64).min(self.capacity - at);
         let mut bytes = vec![0; n as usize];
-        file.read_exact_at(&mut bytes, at)?;
+        self.store.read_exact_at(&mut bytes, at)?;
         Ok(Some(Piece::Output(run.stream, bytes, offset + n)))
     }
 
@@ -242,15 +275,15 @@ impl Log {
 
     /// The log as `view` shows it.
     fn borrow(&self, view: &View) -> io::Result<Borrowed> {
-        let mut source = Self::with_capacity(self.path.clone(), self.capacity);
-        source.file = self.file.as_ref().map(File::try_clone).transpose()?;
+        let mut source = Self::with_capacity(self.path.clone(), self.capacity, self.small);
+        source.store = self.store.share()?;
         source.written = self.written;
         source.restore(view);
         Ok(Borrowed(source))
     }
 
     fn copy_from(source: &Self, to: &Path) -> io::Result<Self> {
-        let mut copy = Self::with_capacity(to.to_owned(), source.capacity);
+        let mut copy = Self::with_capacity(to.to_owned(), source.capacity, source.small);
         let mut offset = 0;
         while let Some(piece) = source.read(offset, 1 << 20)? {
             match piece {
@@ -268,6 +301,19 @@ impl Log {
     }
 }
 
+/// Makes a log's file, and the directory that it is in.
+fn make(path: &Path) -> io::Result<File> {
+    let mut options = File::options();
+    options.read(true).write(true).create(true).truncate(true);
+    match (options.open(path), path.parent()) {
+        (Err(e), Some(dir)) if e.kind() == io::ErrorKind::NotFound => {
+            std::fs::create_dir_all(dir)?;
+            options.open(path)
+        }
+        (opened, _) => opened,
+    }
+}
+
 /// A log that does not own its file.
 struct Borrowed(Log);
 
@@ -281,7 +327,7 @@ impl std::ops::Deref for Borrowed {
 
 impl Drop for Borrowed {
     fn drop(&mut self) {
-        self.0.file = None;
+        self.0.store = Store::Memory(Vec::new());
     }
 }
 
@@ -327,7 +373,7 @@ impl View {
 
 impl Drop for Log {
     fn drop(&mut self) {
-        if self.file.is_some() {
+        if matches!(self.store, Store::File(_)) {
             // The sandbox's directory may have been removed already.
             let _ = std::fs::remove_file(&self.path);
         }
@@ -339,9 +385,9 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
-    fn log(capacity: u64) -> (tempfile::TempDir, Log) {
+    fn log(capacity: u64, small: usize) -> (tempfile::TempDir, Log) {
         let dir = tempfile::tempdir().unwrap();
-        let log = Log::with_capacity(dir.path().join("log"), capacity);
+        let log = Log::with_capacity(dir.path().join("log"), capacity, small);
         (dir, log)
     }
 
@@ -367,7 +413,7 @@ mod tests {
 
     #[test]
     fn a_branch_left_and_taken_up_again_shows_its_own_output() {
-        let (_dir, mut log) = log(100);
+        let (_dir, mut log) = log(100, 0);
         log.append(Stream::Stdout, b"common ");
         let fork = log.view().clone();
         log.append(Stream::Stdout, b"first");
@@ -383,7 +429,7 @@ mod tests {
 
     #[test]
     fn the_file_goes_with_the_log() {
-        let (dir, mut log) = log(100);
+        let (dir, mut log) = log(100, 0);
         log.append(Stream::Stdout, b"x");
         let copy = log
             .copy(&log.view().clone(), &dir.path().join("copy"))
@@ -394,12 +440,25 @@ mod tests {
         assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0);
     }
 
+    #[test]
+    fn little_output_has_no_file_and_much_has_one_with_all_of_it() {
+        let (dir, mut log) = log(100, 10);
+        let files = || std::fs::read_dir(dir.path()).unwrap().count();
+        log.append(Stream::Stdout, b"0123456789");
+        let early = log.view().clone();
+        assert_eq!((files(), all(&log).1.len()), (0, 10));
+        log.append(Stream::Stderr, b"x");
+        assert_eq!((files(), all(&log).1.len()), (1, 11));
+        let copy = log.copy(&early, &dir.path().join("some/where")).unwrap();
+        assert_eq!((files(), all(&copy).1.len()), (1, 10));
+    }
+
     proptest! {
         #[test]
         fn a_log_is_always_an_end_of_what_its_branch_wrote(
-            steps in prop::collection::vec((0_u8..4, 0_u8..40, 0_usize..8), 1..60),
+            steps in prop::collection::vec((0_u8..4, 0_u8..40, 0_usize..8), 1..60), small in 0..65_usize,
         ) {
-            let (_dir, mut log) = log(64);
+            let (_dir, mut log) = log(64, small);
             let mut truth = Vec::new();
             let mut marks = vec![(View::default(), truth.clone())];
             let mut byte = 0_u8;

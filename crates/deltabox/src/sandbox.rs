@@ -98,7 +98,7 @@ pub struct RunOutput {
 const MAX_RUN_OUTPUT: usize = crate::log::CAPACITY as usize;
 
 impl Sandbox {
-    /// Puts a running container and its files together; `dir` has a directory for logs.
+    /// Puts a running container and its files together; `dir` is for logs.
     pub(crate) fn assemble(
         name: String,
         spec: &SandboxSpec,

@@ -7,11 +7,12 @@
 
 use std::fs::File;
 use std::io;
+use std::ops::Range;
 
 use crate::birth::spawn;
 use crate::env::Environment;
-use crate::ids::HostPid;
-use crate::remote::Remote;
+use crate::ids::{HostPid, InnerPid};
+use crate::remote::{Batch, Remote, block_signals};
 use crate::sys::keeper::Keeper;
 use crate::sys::pagemap::Pagemap;
 use crate::sys::process;
@@ -32,13 +33,18 @@ pub(crate) struct Snapshot {
 
 impl Snapshot {
     /// Takes a snapshot of a stopped process, but of the ranges that it keeps from its children (`MADV_DONTFORK`,
-    /// `MADV_WIPEONFORK`). The next process in the sandbox gets the number that it would have got.
+    /// `MADV_WIPEONFORK`), and of `files`: whole mappings of files that this process serves. The next process in the sandbox gets
+    /// the number that it would have got.
     ///
     /// # Errors
     /// No process can be made in the sandbox, the original died, or there is no `userfaultfd`.
-    pub(crate) fn take(original: &mut Remote, env: &dyn Environment) -> io::Result<Self> {
+    pub(crate) fn take(
+        original: &mut Remote,
+        env: &dyn Environment,
+        files: &[Range<u64>],
+    ) -> io::Result<Self> {
         let child = spawn::clone_through(original, SHARED)?;
-        let taken = Self::of(child);
+        let taken = leave_out(original, child, files).and_then(|()| Self::of(child));
         let number = child.inner();
         // Nobody has waited for it, so the number is still its own.
         process::thread_signal(child, child, libc::SIGKILL)?;
@@ -69,4 +75,29 @@ impl Snapshot {
     pub(crate) fn maps(&mut self) -> (&File, &mut Pagemap) {
         (&self.maps, &mut self.pagemap)
     }
+}
+
+/// Unmaps files in the child. An address space that ends writes the changes of a file that it maps, and waits for whoever serves the
+/// file; but where this process is killed, its own end is the end of the address space, and would wait for itself.
+fn leave_out(original: &Remote, child: HostPid, files: &[Range<u64>]) -> io::Result<()> {
+    if files.is_empty() {
+        return Ok(());
+    }
+    block_signals(child)?;
+    let mut copy = Remote::new(InnerPid::default(), child, original.area_address())?;
+    let mut rest = files;
+    while !rest.is_empty() {
+        let mut batch = Batch::new();
+        let mut calls = Vec::new();
+        while let Some((range, others)) = rest.split_first().filter(|_| batch.fits(1, 0)) {
+            let args = [range.start.into(), (range.end - range.start).into()];
+            calls.push(batch.call(libc::SYS_munmap, &args));
+            rest = others;
+        }
+        let outcome = copy.run(&batch)?;
+        calls
+            .into_iter()
+            .try_for_each(|call| outcome.result(call).map(drop))?;
+    }
+    Ok(())
 }

@@ -107,6 +107,31 @@ fn a_service_that_is_killed_while_it_copies_memory_leaves_nothing() {
 }
 
 #[test]
+fn a_service_that_is_killed_while_it_copies_does_not_wait_for_files_that_only_it_could_write() {
+    let home = Home::with_box();
+    let mark = format!("98762.{}", std::process::id());
+    // Two mappings of a file that always has changes which the service has not been told of.
+    let program = format!(
+        "import mmap, os; m = bytearray(b'x') * (256 << 20); f = open('/file', 'w+b'); \
+         f.truncate(1 << 20); s = mmap.mmap(f.fileno(), 0); \
+         p = mmap.mmap(f.fileno(), 0, flags=mmap.MAP_PRIVATE); p[0] = s[0] = 1\n\
+         if os.fork() == 0: os.execvp('sleep', ['sleep', '{mark}'])\n\
+         n = 0\n\
+         while True: n = (n + 1) % 256; s[::4096] = bytes([n]) * 256"
+    );
+    home.ok(&["exec", "-d", "box", "--", "python3", "-c", &program]);
+    wait_for("the program has its memory", || sleeper(&mark).is_some());
+    let inside = sleeper(&mark).unwrap();
+    let service = home.service();
+    home.checkpoint();
+    kill_process(service, Signal::KILL).unwrap();
+    wait_for("the service is gone", || gone(service));
+    wait_for("the process in the sandbox is gone", || gone(inside));
+    assert_eq!(home.run(&["ls", "--json"]).stdout, "[]\n");
+    assert_eq!(mounts_of(&home), Vec::<String>::new());
+}
+
+#[test]
 fn after_rm_and_stop_nothing_is_left() {
     let home = Home::with_box();
     let mark = format!("98764.{}", std::process::id());

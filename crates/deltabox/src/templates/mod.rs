@@ -266,6 +266,7 @@ impl Templates {
     pub(crate) fn remove(&self, id: CheckpointId) {
         let mut state = self.state.lock();
         state.pool.pin(id, false);
+        state.pool.expect(id, 0);
         let gone = state.pool.remove(id);
         drop(state);
         drop(gone);
@@ -274,6 +275,11 @@ impl Templates {
     /// Keeps the template of a checkpoint whatever comes, when there is one, or no longer.
     pub(crate) fn pin(&self, id: CheckpointId, pinned: bool) {
         self.state.lock().pool.pin(id, pinned);
+    }
+
+    /// So many forks of a checkpoint are likely to be asked for next: its template is worth as much as if they had been.
+    pub(crate) fn expect(&self, id: CheckpointId, forks: usize) {
+        self.state.lock().pool.expect(id, forks as u64);
     }
 
     /// Gives up the one that is worth least, for want of memory. Returns whether there was one.

@@ -8,11 +8,13 @@ use std::sync::Arc;
 
 use crate::error::{During, Result};
 use crate::mem::harvest::{Work, Written, count};
+use crate::mem::pages::outside;
 use crate::mem::pages_to_come::Promise;
 use crate::mem::scan::{Change, Scan};
 use crate::mem::spare::{self, Spare};
 use crate::mem::{
-    AddressSpace, Backing, Memory, PAGE, Pages, Tracker, Vma, addresses_of, pages_of, tracker,
+    AddressSpace, Backing, Memory, PAGE, Pages, Tracker, VERSIONED, Vma, addresses_of, merged,
+    pages_of, tracker,
 };
 use crate::remote::Remote;
 use crate::snapshot::Snapshot;
@@ -126,7 +128,9 @@ impl Memory<'_> {
         }
         let doing = "taking a snapshot";
         let ranges: Vec<_> = written.iter().map(|run| addresses_of(&run.pages)).collect();
-        let spares = spare::find(remote, &scan.clean, &ranges).during(scan.pid, doing)?;
+        let files = files_of_the_sandbox(&scan.vmas);
+        let clean = outside(&scan.clean, &files);
+        let spares = spare::find(remote, &clean, &ranges).during(scan.pid, doing)?;
         let spared = spares.iter().map(Spare::pages).sum();
         if !self
             .gears
@@ -135,7 +139,7 @@ impl Memory<'_> {
             return Ok(None);
         }
         spare::keep_back(remote, &spares).during(scan.pid, doing)?;
-        let mut taken = Snapshot::take(remote, self.env);
+        let mut taken = Snapshot::take(remote, self.env, &files);
         let child = taken.as_mut().ok().map(|snapshot| snapshot.maps().0);
         spare::give_back(remote, &spares, child).during(scan.pid, doing)?;
         match taken {
@@ -146,6 +150,16 @@ impl Memory<'_> {
             }
         }
     }
+}
+
+/// Where files of the sandbox's own filesystem are mapped. What the process wrote to its private mappings of them is little, and is
+/// read eagerly.
+fn files_of_the_sandbox(vmas: &[Vma]) -> Vec<Range<u64>> {
+    let own = vmas.iter().filter(|vma| match &vma.backing {
+        Backing::File(file) => file.device == VERSIONED,
+        _ => false,
+    });
+    merged(own.map(Vma::range).collect(), 0)
 }
 
 /// Forgets the pages of whatever is mapped no more.

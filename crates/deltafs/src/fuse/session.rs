@@ -235,4 +235,5 @@ pub(super) fn answer(
             server.forget(*ino, 1);
         }
     }
+    reply.clear();
 }

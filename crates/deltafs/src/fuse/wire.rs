@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use parking_lot::Mutex;
 use rustix::io::Errno;
 
 use crate::ids::IdMap;
@@ -133,6 +134,14 @@ impl<'a> Args<'a> {
     }
 }
 
+/// A reply of more bytes uses room that the threads of all mounts share, which are more than ever reply at once: fresh memory of that size
+/// is slow to touch for the first time, and each would keep its own.
+const LARGE: usize = 64 << 10;
+/// The most pieces of room that are kept.
+const SPARES: usize = 16;
+
+static SPARE: Mutex<Vec<Vec<u8>>> = Mutex::new(Vec::new());
+
 /// A reply under construction, with room for its header.
 #[derive(Debug)]
 pub(crate) struct Reply {
@@ -153,6 +162,13 @@ impl Reply {
     pub(crate) fn clear(&mut self) {
         self.bytes.truncate(OUT_HEADER);
         self.counted.clear();
+        if self.bytes.capacity() > LARGE {
+            let large = std::mem::replace(&mut self.bytes, vec![0; OUT_HEADER]);
+            let mut spare = SPARE.lock();
+            if spare.len() < SPARES {
+                spare.push(large);
+            }
+        }
     }
 
     /// The inodes whose look-ups were counted for this reply.
@@ -194,6 +210,13 @@ impl Reply {
     /// Makes room for `len` bytes more and gives it to fill.
     pub(crate) fn room(&mut self, len: usize) -> &mut [u8] {
         let start = self.bytes.len();
+        if start + len > LARGE.max(self.bytes.capacity())
+            && let Some(mut large) = SPARE.lock().pop()
+        {
+            large.clear();
+            large.extend_from_slice(&self.bytes);
+            self.bytes = large;
+        }
         self.bytes.resize(start + len, 0);
         &mut self.bytes[start..]
     }
