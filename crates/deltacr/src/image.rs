@@ -182,6 +182,18 @@ impl TreeImage {
         inodes
     }
 
+    /// The inodes of the versioned filesystem that its processes have open (in flight between sockets, too) or mapped, run, stand in or
+    /// have as their root.
+    pub fn inodes_in_use(&self) -> BTreeSet<u64> {
+        let mut inodes = self.mapped_inodes();
+        for process in self.processes.values() {
+            inodes.extend(process.cwd.inode());
+            inodes.extend(process.root.as_ref().and_then(Place::inode));
+        }
+        inodes.extend(self.descriptors.inodes());
+        inodes
+    }
+
     /// The parts, in bytes, of files of the versioned filesystem over which its processes have pages of their own, by inode. To make
     /// those pages the kernel reads the file's first. Waits for memory that is still being copied.
     ///

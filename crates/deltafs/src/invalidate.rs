@@ -1,6 +1,6 @@
 //! What the kernel must drop when a mount is switched from one view to another: exactly what differs.
 
-use std::collections::HashSet;
+use std::collections::{BTreeSet, HashSet};
 
 use imbl::ordmap::DiffItem;
 
@@ -242,10 +242,10 @@ impl Plan {
 
     /// What makes the kernel see the new state through what is `held`, the inodes that anything has open, has mapped or
     /// stands in, and how to know the directories among them; costs what is held, however much differs.
-    pub(crate) fn of_held(switch: Switch<'_>, held: &HashSet<Ino>) -> (Self, Rest) {
+    pub(crate) fn of_held(switch: Switch<'_>, held: &BTreeSet<Ino>) -> (Self, Rest) {
         let dirs = held.iter().copied().filter(|ino| switch.has_dir(*ino));
         let starts: HashSet<Ino> = dirs.chain([ROOT]).collect();
-        let mut told = held | &starts;
+        let mut told: HashSet<Ino> = held.iter().chain(&starts).copied().collect();
         // Somebody stands below them too, and may ask where.
         for dir in &starts {
             switch.add_above(*dir, &mut told);

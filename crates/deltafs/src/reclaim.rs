@@ -8,6 +8,7 @@ use std::thread::JoinHandle;
 use parking_lot::Mutex;
 
 use crate::data::DataStore;
+use crate::fuse::Barrier;
 use crate::view::View;
 
 /// What the thread is told. The store may say so too, which the views hold; so it says nothing of them.
@@ -62,25 +63,29 @@ impl Reclaimer {
     }
 }
 
-/// A view that a switch has left behind. When this is dropped, a thread begins to free it.
+/// A view that a switch has left behind. When this is dropped, a thread begins to free it, and another to tell the kernel what
+/// could wait until then.
 #[derive(Debug)]
 pub struct LeftBehind {
     /// None only while this is dropped.
     view: Option<View>,
     reclaimer: Arc<Reclaimer>,
+    barrier: Arc<Barrier>,
 }
 
 impl LeftBehind {
-    pub(crate) fn new(view: View, reclaimer: &Arc<Reclaimer>) -> Self {
+    pub(crate) fn new(view: View, reclaimer: &Arc<Reclaimer>, barrier: &Arc<Barrier>) -> Self {
         Self {
             view: Some(view),
             reclaimer: Arc::clone(reclaimer),
+            barrier: Arc::clone(barrier),
         }
     }
 }
 
 impl Drop for LeftBehind {
     fn drop(&mut self) {
+        self.barrier.begin();
         self.view
             .take()
             .into_iter()

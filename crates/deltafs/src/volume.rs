@@ -1,13 +1,12 @@
 //! The public face: volumes and snapshots.
 
-use std::collections::HashSet;
+use std::collections::BTreeSet;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
-use std::thread::JoinHandle;
 
 use parking_lot::Mutex;
 use rustix::fs::{AtFlags, Mode, OFlags, ResolveFlags, StatxFlags};
@@ -15,7 +14,7 @@ use rustix::fs::{AtFlags, Mode, OFlags, ResolveFlags, StatxFlags};
 use crate::base::Base;
 use crate::data::DataStore;
 use crate::error::{Error, Result};
-use crate::fuse::{Server, Session, refresh_size, settle};
+use crate::fuse::{Server, Session, Settler, refresh_size};
 use crate::ids::IdMap;
 use crate::invalidate::{Plan, Rest, Switch};
 use crate::node::{Ino, Name, ROOT};
@@ -54,7 +53,7 @@ pub struct Volume {
     /// Checkpoints and rollbacks come one after another.
     switch: Mutex<()>,
     /// Finishes the last rollback.
-    settling: Mutex<Option<JoinHandle<()>>>,
+    settler: Settler,
 }
 
 /// A state of a volume, kept at no cost but that of what changes later. Dropping the last clone frees what only it held.
@@ -91,7 +90,8 @@ pub struct RollbackStats {
     /// again. The kernel never revives a removed directory object, so every descriptor and working directory of such an
     /// inode number must be opened again ([`Volume::open_inode_in`]); the old ones give `EIO`.
     pub reborn: Vec<u64>,
-    /// The state that is shown no more, to be dropped when time matters less: then it is freed.
+    /// The state that is shown no more, to be dropped when the sandbox runs again: then it is freed, and the kernel told of the
+    /// rest (before, if somebody waits for that).
     pub left: LeftBehind,
 }
 
@@ -111,7 +111,7 @@ pub struct Stats {
 
 impl Volume {
     /// Up to this many changed inodes it is cheapest to tell the kernel of each at once.
-    pub const FEW: usize = 64;
+    pub const FEW: usize = 2;
 
     /// Makes a volume that shows the base, and mounts it (detached: it has no path on the host).
     ///
@@ -143,6 +143,7 @@ impl Volume {
     fn start(view: View, ids: IdMap, threads: usize, reclaimer: Arc<Reclaimer>) -> Result<Self> {
         let server = Arc::new(Server::new(view, ids));
         let session = Session::start(&server, threads)?;
+        let settler = Settler::new(&server, session.device());
         Ok(Self {
             server,
             session,
@@ -150,7 +151,7 @@ impl Volume {
             threads,
             reclaimer,
             switch: Mutex::default(),
-            settling: Mutex::default(),
+            settler,
         })
     }
 
@@ -186,16 +187,16 @@ impl Volume {
     /// # Errors
     /// If the snapshot is of another tree of volumes (nothing was changed then), or the kernel does not take a notice.
     pub fn rollback(&self, to: &Snapshot) -> Result<RollbackStats> {
-        self.rollback_sparing(to, usize::MAX, || None)
+        self.rollback_sparing(to, usize::MAX, BTreeSet::new)
     }
 
     /// As [`Volume::rollback`], but where more than `few` inodes differ, it costs what is in use, and the kernel is told of the rest
     /// after this returns; for fewer than [`Volume::FEW`] that does not pay. Until then whoever walks through a directory with such
     /// files waits, and for the first moment, in which the states are compared, whoever walks at all; so nobody can see the difference.
     ///
-    /// `held` is asked if it matters: it tells the numbers of all inodes of the volume that anything has open
-    /// (with `O_PATH` too) or mapped, or stands in or has as its root; or nothing if it cannot tell; then this is [`Volume::rollback`].
-    /// Inodes that are held in another way, as by a watch, do not matter. Needs Linux 6.18 to have an effect.
+    /// `held` is asked if it matters: it tells the numbers of all inodes of the volume that anything will have open (with `O_PATH` too) or
+    /// mapped, or stand in or have as its root, when it runs again. Inodes that are held in another way, as by a watch, do
+    /// not matter. Needs Linux 6.18 to have an effect.
     ///
     /// # Errors
     /// As [`Volume::rollback`].
@@ -203,14 +204,14 @@ impl Volume {
         &self,
         to: &Snapshot,
         few: usize,
-        held: impl FnOnce() -> Option<HashSet<u64>>,
+        held: impl FnOnce() -> BTreeSet<u64>,
     ) -> Result<RollbackStats> {
         let _switch = self.switch.lock();
         let target = to.view();
         if !Arc::ptr_eq(target.tree(), self.server.tree()) {
             return Err(Error::ForeignSnapshot);
         }
-        self.settle();
+        self.settler.finish();
         // Dirty pages would be written into the new state when they are dropped. What becomes of them in the old one,
         // which goes, does not matter; not even an error.
         let _ = self.sync();
@@ -229,7 +230,7 @@ impl Volume {
             told: plan.notices.len(),
             sparing: rest.is_some(),
             reborn,
-            left: LeftBehind::new(old, &self.reclaimer),
+            left: LeftBehind::new(old, &self.reclaimer, self.server.barrier()),
         };
         self.finish(&plan, rest)?;
         Ok(stats)
@@ -240,18 +241,15 @@ impl Volume {
         old: &View,
         new: &View,
         few: usize,
-        held: impl FnOnce() -> Option<HashSet<u64>>,
+        held: impl FnOnce() -> BTreeSet<u64>,
     ) -> (Plan, Option<Rest>) {
         let switch = Switch {
             old,
             new,
             kernel: self.server.kernel(),
         };
-        if switch.exceeds(few)
-            && self.session.prunes()
-            && let Some(held) = held()
-        {
-            let (plan, rest) = Plan::of_held(switch, &held);
+        if switch.exceeds(few) && self.session.prunes() {
+            let (plan, rest) = Plan::of_held(switch, &held());
             return (plan, Some(rest));
         }
         (Plan::complete(switch), None)
@@ -265,21 +263,10 @@ impl Volume {
         let root = self.root().map_err(opening_root)?;
         self.refresh(plan, root);
         if let Some(rest) = rest {
-            let device = self.session.device();
             let root = root.try_clone().map_err(opening_root)?;
-            let started = settle(rest, &self.server, device, root);
-            *self.settling.lock() = started.map_err(invalidate)?;
+            self.settler.leave(rest, root).map_err(invalidate)?;
         }
         Ok(())
-    }
-
-    /// Waits until the kernel was told everything of the last rollback.
-    fn settle(&self) {
-        let mut settling = self.settling.lock();
-        if let Some(thread) = settling.take() {
-            // It does not panic; if it did, whoever waits for it would wait until the volume ends.
-            let _ = thread.join();
-        }
     }
 
     /// Makes the kernel ask for what it cannot be told. An inode that it has just forgotten needs nothing.
@@ -353,7 +340,7 @@ impl Volume {
             return Ok(fd);
         }
         // A number leads past the directories where others wait.
-        self.settle();
+        self.settler.finish();
         self.open_by_number(root, ino, flags)
     }
 
@@ -423,7 +410,7 @@ impl Volume {
     /// Ends the mount and its threads. What still uses the mount gets `ENOTCONN`.
     pub fn shutdown(&self) {
         self.session.stop();
-        self.settle();
+        self.settler.end();
     }
 }
 

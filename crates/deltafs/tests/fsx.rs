@@ -3,7 +3,7 @@
 
 mod common;
 
-use std::collections::HashSet;
+use std::collections::BTreeSet;
 use std::fs::{self, File, OpenOptions};
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::PathBuf;
@@ -206,7 +206,7 @@ fn files_hold_what_was_written_whatever_is_rolled_back_under_them() {
     });
     let v = &f.volume;
     let mut players: Vec<Player> = (0..THREADS).map(|number| Player::new(v, number)).collect();
-    let held: HashSet<u64> = players.iter().map(|player| player.ino).collect();
+    let held: BTreeSet<u64> = players.iter().map(|player| player.ino).collect();
     let mut saved: Vec<(Snapshot, Vec<Known>)> = Vec::new();
     let mut random = Random(77);
     for round in 0..ROUNDS {
@@ -220,8 +220,7 @@ fn files_hold_what_was_written_whatever_is_rolled_back_under_them() {
         saved.push((v.checkpoint(), known.collect()));
         let (snapshot, known) = &saved[random.below(saved.len() as u64) as usize];
         let few = if round % 2 == 0 { 0 } else { usize::MAX };
-        v.rollback_sparing(snapshot, few, || Some(held.clone()))
-            .unwrap();
+        v.rollback_sparing(snapshot, few, || held.clone()).unwrap();
         for (player, known) in players.iter_mut().zip(known) {
             player.known = known.clone();
             player.verify(v);

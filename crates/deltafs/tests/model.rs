@@ -9,7 +9,6 @@ mod dump;
 mod ops;
 
 use std::cell::OnceCell;
-use std::collections::HashSet;
 use std::fs::{self, File};
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::MetadataExt;
@@ -201,7 +200,7 @@ impl Worlds {
         let held = || {
             let files = self.open.iter().map(|open| open.ino);
             let dirs = self.dirs.iter().map(|dir| dir.ino);
-            Some(files.chain(dirs).collect::<HashSet<_>>())
+            files.chain(dirs).collect()
         };
         let volume = &self.ours.volume;
         let few = if sparing { 0 } else { usize::MAX };

@@ -451,7 +451,7 @@ fn a_handle_opened_by_number_tells_the_name_of_the_file() {
 /// Rolls back as if very many files differed, with nothing in use but `held`.
 fn roll_back_sparing(v: &common::Mounted, to: &deltafs::Snapshot, held: &[&File]) -> bool {
     let held = held.iter().map(|file| file.metadata().unwrap().ino());
-    let held = Some(held.collect());
+    let held = held.collect();
     v.rollback_sparing(to, 0, || held).unwrap().sparing
 }
 

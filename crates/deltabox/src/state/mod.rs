@@ -4,7 +4,6 @@
 //! while all processes stand still; it is in the tree when all three are there, or not at all. A rollback gives all
 //! three back in the same way.
 
-mod held;
 mod persist;
 mod surroundings;
 mod tree;
@@ -138,13 +137,8 @@ impl<'a> Subject<'a> {
 
     /// Gives files and sessions the state of `target`. Returns what it leaves behind, and [`Switched::stale`].
     fn switch(self, target: &Content, epoch: u64) -> deltacr::Result<(LeftBehind, Vec<u64>)> {
-        let held = || match held::inodes(&self.shared.container, self.volume.device()) {
-            Ok(held) => Some(held),
-            Err(error) => {
-                tracing::warn!(%error, "cannot tell which files are in use; the rollback takes longer");
-                None
-            }
-        };
+        // What else is open now will be closed or gone before anything runs again.
+        let held = || target.processes.inodes_in_use();
         let files = &target.files;
         let done = self.volume.rollback_sparing(files, Volume::FEW, held);
         let done = done.map_err(io::Error::other);

@@ -245,6 +245,16 @@ impl Descriptors {
         }
     }
 
+    /// The inodes of the versioned filesystem that are open.
+    pub(crate) fn inodes(&self) -> impl Iterator<Item = u64> {
+        let files = self.objects.iter().filter_map(|object| match object.kind {
+            Kind::File { ino } => Some(ino),
+            _ => None,
+        });
+        let fifos = self.pipes.iter().filter(|pipe| pipe.fifo);
+        files.chain(fifos.map(|pipe| pipe.inode))
+    }
+
     /// The image restricted to the processes that `keep` names: what is left of it when the others have ended.
     pub fn retain(&mut self, keep: impl Fn(InnerPid) -> bool) {
         self.tables.retain(|&pid, _| keep(pid));

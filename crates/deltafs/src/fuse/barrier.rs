@@ -9,7 +9,7 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use parking_lot::Mutex;
+use parking_lot::{Condvar, Mutex};
 
 use crate::node::Ino;
 
@@ -19,12 +19,19 @@ pub(crate) struct Barrier {
     /// Spares the lock while nothing is held back.
     up: AtomicBool,
     state: Mutex<State>,
+    /// That `wanted` or `ended` became true.
+    called: Condvar,
+    lowered: Condvar,
 }
 
 #[derive(Debug, Default)]
 struct State {
     behind: HashSet<Ino>,
     waiting: Vec<Waiting>,
+    /// Whether it is time to do what lowers the barrier.
+    wanted: bool,
+    /// Whether nobody will raise it any more.
+    ended: bool,
 }
 
 /// A request that is answered later, and where.
@@ -62,8 +69,39 @@ impl Barrier {
                 bytes: bytes.to_vec(),
                 channel: Arc::clone(channel),
             });
+            state.wanted = true;
+            self.called.notify_one();
         }
         waits
+    }
+
+    /// Has whoever lowers the barrier, if it is up, begin with what is to be done before.
+    pub(crate) fn begin(&self) {
+        let mut state = self.state.lock();
+        state.wanted = !state.behind.is_empty();
+        self.called.notify_one();
+    }
+
+    /// Waits until it is time to begin, or somebody waits here. Tells whether there will be something to do.
+    pub(super) fn await_begin(&self) -> bool {
+        let mut state = self.state.lock();
+        let idle = |state: &mut State| !state.wanted && !state.ended;
+        self.called.wait_while(&mut state, idle);
+        state.wanted
+    }
+
+    /// Waits until it is down.
+    pub(super) fn await_lowered(&self) {
+        let mut state = self.state.lock();
+        let is_up = |state: &mut State| !state.behind.is_empty();
+        self.lowered.wait_while(&mut state, is_up);
+    }
+
+    /// Nobody will raise it any more.
+    pub(super) fn end(&self) {
+        self.begin();
+        self.state.lock().ended = true;
+        self.called.notify_one();
     }
 
     /// From now on holds back requests about these directories, which it did before, and about no others; gives what waited for
@@ -71,7 +109,9 @@ impl Barrier {
     pub(super) fn narrow(&self, to: &HashSet<Ino>) -> Vec<Waiting> {
         let mut state = self.state.lock();
         state.behind.retain(|ino| to.contains(ino));
-        let State { behind, waiting } = &mut *state;
+        let State {
+            behind, waiting, ..
+        } = &mut *state;
         waiting
             .extract_if(.., |waiting| !behind.contains(&waiting.ino))
             .collect()
@@ -82,6 +122,8 @@ impl Barrier {
         let mut state = self.state.lock();
         self.up.store(false, Ordering::Release);
         state.behind = HashSet::new();
+        state.wanted = false;
+        self.lowered.notify_all();
         std::mem::take(&mut state.waiting)
     }
 }
@@ -106,7 +148,11 @@ mod tests {
         assert!(!barrier.take(8, b"other", &channel));
         assert_eq!(requests(&barrier.narrow(&HashSet::from([9, 8]))), [b"late"]);
         assert!(!barrier.covers(7) && !barrier.covers(8) && barrier.covers(9));
+        assert!(barrier.await_begin());
         assert_eq!(requests(&barrier.lower()), [b"later"]);
+        barrier.await_lowered();
         assert!(!barrier.take(9, b"after", &channel) && !barrier.covers(9));
+        barrier.end();
+        assert!(!barrier.await_begin());
     }
 }

@@ -17,8 +17,9 @@ mod settle;
 mod wire;
 
 pub(crate) use absent::Absent;
+pub(crate) use barrier::Barrier;
 pub(crate) use kernel::Kernel;
 pub(crate) use notify::Notice;
 pub(crate) use server::Server;
 pub(crate) use session::Session;
-pub(crate) use settle::{refresh_size, settle};
+pub(crate) use settle::{Settler, refresh_size};

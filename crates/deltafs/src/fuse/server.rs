@@ -1,5 +1,6 @@
 //! What answers the kernel's requests: the current view behind one lock.
 
+use std::collections::HashSet;
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 use std::time::Duration;
@@ -83,7 +84,7 @@ pub(crate) struct Server {
     view: RwLock<View>,
     kernel: Kernel,
     absent: Absent,
-    barrier: Barrier,
+    barrier: Arc<Barrier>,
     ids: IdMap,
 }
 
@@ -95,7 +96,7 @@ impl Server {
             view: RwLock::new(view),
             kernel: Kernel::default(),
             absent: Absent::default(),
-            barrier: Barrier::default(),
+            barrier: Arc::default(),
             ids,
         }
     }
@@ -120,7 +121,7 @@ impl Server {
     }
 
     /// What is held back after a switch.
-    pub(crate) fn barrier(&self) -> &Barrier {
+    pub(crate) fn barrier(&self) -> &Arc<Barrier> {
         &self.barrier
     }
 
@@ -215,6 +216,17 @@ impl Server {
             self.absent.remove(*parent, name);
         }
         Ok(())
+    }
+
+    /// Has whoever walks through these directories wait at the barrier.
+    pub(super) fn hold_back(
+        &self,
+        dirs: &HashSet<Ino>,
+        device: BorrowedFd<'_>,
+    ) -> Result<(), (Ino, Errno)> {
+        self.barrier.raise(dirs);
+        dirs.iter()
+            .try_for_each(|ino| self.tell(&Notice::Attributes(*ino), device))
     }
 
     /// Takes look-ups back; an inode without a name that nobody knows any more is gone.

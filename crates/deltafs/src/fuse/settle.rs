@@ -1,12 +1,12 @@
 //! What is left to do after a switch while the sandbox runs again.
 
-use std::collections::HashSet;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::Duration;
 
+use parking_lot::Mutex;
 use rustix::fs::{AtFlags, StatxFlags};
 use rustix::io::Errno;
 
@@ -21,49 +21,100 @@ use crate::sys;
 
 /// How many inodes are pruned by one notice.
 const BATCH: usize = 4096;
-/// The kernel tells what it has forgotten a little later; when nothing more has come for this long, nothing will.
+/// The kernel tells what it has forgotten a little later: how long to wait for it first,
+const NAP: Duration = Duration::from_micros(50);
+/// and how long nothing more must have come for nothing more to be expected.
 const SILENCE: Duration = Duration::from_millis(4);
 
-/// What the work needs.
-struct Settle {
+/// Does the rests of a volume's switches, one after another, on a thread that the first one starts.
+#[derive(Debug)]
+pub(crate) struct Settler {
+    server: Arc<Server>,
+    device: Arc<OwnedFd>,
+    next: Arc<Mutex<Option<Work>>>,
+    thread: Mutex<Option<JoinHandle<()>>>,
+}
+
+/// The rest of a switch, and what it needs.
+#[derive(Debug)]
+struct Work {
     rest: Rest,
     server: Arc<Server>,
     device: Arc<OwnedFd>,
     root: OwnedFd,
 }
 
-/// Raises the barrier before the directories from which walks begin, and has a thread of its own do the rest of a switch and
-/// lower it again; without a thread that is done before this returns. `root` is a descriptor of the mount's root.
-///
-/// Nothing may be told the attributes of those directories between this and the end of the work, so this comes last in
-/// a switch.
-///
-/// # Errors
-/// If the kernel does not take a notice.
-pub(crate) fn settle(
-    rest: Rest,
-    server: &Arc<Server>,
-    device: &Arc<OwnedFd>,
-    root: OwnedFd,
-) -> Result<Option<JoinHandle<()>>, (Ino, Errno)> {
-    let work = Arc::new(Settle {
-        rest,
-        server: Arc::clone(server),
-        device: Arc::clone(device),
-        root,
-    });
-    work.hold_back(&work.rest.starts)?;
-    let shared = Arc::clone(&work);
-    let thread = std::thread::Builder::new()
-        .name("deltafs-settle".to_owned())
-        .spawn(move || shared.run());
-    if thread.is_err() {
-        work.run();
+impl Settler {
+    pub(crate) fn new(server: &Arc<Server>, device: &Arc<OwnedFd>) -> Self {
+        Self {
+            server: Arc::clone(server),
+            device: Arc::clone(device),
+            next: Arc::default(),
+            thread: Mutex::default(),
+        }
     }
-    Ok(thread.ok())
+
+    /// Raises the barrier before the directories from which walks begin, and leaves the rest of a switch to the thread, which
+    /// lowers it again. It begins when [`Barrier::begin`] says so or somebody waits; without a thread the work is done before this
+    /// returns. `root` is a descriptor of the mount's root. What was left before must be [finished](Self::finish).
+    ///
+    /// Nothing may be told the attributes of those directories between this and the end of the work, so this comes last in
+    /// a switch.
+    ///
+    /// # Errors
+    /// If the kernel does not take a notice.
+    pub(crate) fn leave(&self, rest: Rest, root: OwnedFd) -> Result<(), (Ino, Errno)> {
+        let starts = rest.starts.clone();
+        *self.next.lock() = Some(Work {
+            rest,
+            server: Arc::clone(&self.server),
+            device: Arc::clone(&self.device),
+            root,
+        });
+        let held_back = self.server.hold_back(&starts, self.device.as_fd());
+        if let Err(error) = self.start() {
+            tracing::warn!(%error, "cannot start a thread; a rollback takes longer");
+            run_next(&self.next);
+        }
+        held_back
+    }
+
+    fn start(&self) -> io::Result<()> {
+        let mut thread = self.thread.lock();
+        if thread.is_none() {
+            let (barrier, next) = (Arc::clone(self.server.barrier()), Arc::clone(&self.next));
+            let work = move || {
+                while barrier.await_begin() {
+                    run_next(&next);
+                }
+            };
+            let name = "deltafs-settle".to_owned();
+            *thread = Some(std::thread::Builder::new().name(name).spawn(work)?);
+        }
+        Ok(())
+    }
+
+    /// Waits until the kernel was told everything.
+    pub(crate) fn finish(&self) {
+        self.server.barrier().begin();
+        self.server.barrier().await_lowered();
+    }
+
+    /// Ends the thread, when the connection has ended.
+    pub(crate) fn end(&self) {
+        self.server.barrier().end();
+        if let Some(thread) = self.thread.lock().take() {
+            let _ = thread.join();
+        }
+    }
 }
 
-impl Settle {
+fn run_next(next: &Mutex<Option<Work>>) {
+    let work = next.lock().take();
+    work.iter().for_each(Work::run);
+}
+
+impl Work {
     fn run(&self) {
         // That a notice is not taken means that the connection has ended, and with it all who might look.
         if let Err((ino, error)) = self.tell() {
@@ -81,20 +132,10 @@ impl Settle {
         for ino in plan.refresh {
             let _ = refresh_size(&self.root, ino, kernel.generation(ino));
         }
-        self.hold_back(&later.behind)?;
+        self.server.hold_back(&later.behind, self.device.as_fd())?;
         self.let_go(self.server.barrier().narrow(&later.behind));
         let dropped = self.drop_stale(&later);
         dropped.map_err(|errno| (ROOT, errno))
-    }
-
-    /// Has whoever walks through these directories wait.
-    fn hold_back(&self, dirs: &HashSet<Ino>) -> Result<(), (Ino, Errno)> {
-        self.server.barrier().raise(dirs);
-        for ino in dirs {
-            let dropped = Notice::Attributes(*ino);
-            self.server.tell(&dropped, self.device.as_fd())?;
-        }
-        Ok(())
     }
 
     /// Answers who has waited.
@@ -127,14 +168,18 @@ impl Settle {
 
     /// Takes out of `inodes` what the kernel does not know any more, until no more of them go.
     fn await_forgotten(&self, inodes: &mut Vec<Ino>) {
-        let mut before = usize::MAX;
+        let mut silence = NAP;
         loop {
+            let before = inodes.len();
             inodes.retain(|ino| self.server.kernel().knows(*ino));
-            if inodes.is_empty() || inodes.len() == before {
+            if inodes.is_empty() || silence > SILENCE {
                 return;
             }
-            before = inodes.len();
-            std::thread::sleep(SILENCE);
+            silence = match inodes.len() < before {
+                true => NAP,
+                false => silence * 2,
+            };
+            std::thread::sleep(silence);
         }
     }
 }
