@@ -59,7 +59,8 @@ fn serve(volume: &Volume) -> Result<(), Box<dyn Error>> {
                 let to = snapshots
                     .get(which.parse::<usize>()?)
                     .ok_or("no such checkpoint")?;
-                format!("{:?}", volume.rollback(to)?)
+                let told = volume.rollback(to)?.told;
+                format!("rollback, the kernel was told {told} things")
             }
             ("fork", which) => {
                 let from = snapshots

@@ -16,6 +16,12 @@ const PER_DIRECTORY: u32 = 20;
 /// Every so many-th file is changed by the second commit; the one after it is removed, and one beside it added.
 const CHANGED: u32 = 5;
 
+/// Files that pytest looks into.
+const TEST_FILES: u32 = 300;
+
+/// The name of the wheel.
+pub(super) const WHEEL: &str = "bench_package-1.0-py3-none-any.whl";
+
 /// A word that one file in a hundred contains.
 pub(super) const RARE_WORD: &str = "needle";
 
@@ -25,6 +31,8 @@ pub(super) struct Packages {
     pub(super) interpreter: PathBuf,
     /// What is imported, as Python writes it.
     pub(super) imports: &'static str,
+    /// Whether pytest is among them.
+    pub(super) pytest: bool,
 }
 
 /// Fills the directory `base`. The large file has `large` bytes.
@@ -49,7 +57,50 @@ pub(super) fn fill(base: &Path, large: u64) -> Result<Packages> {
         file.write_all(&chunk)?;
     }
     file.sync_all()?;
-    packages(base)
+    let packages = packages(base)?;
+    write_tests(base)?;
+    write_wheel(base, &packages)?;
+    Ok(packages)
+}
+
+/// What pytest finds tests in.
+fn write_tests(base: &Path) -> Result<()> {
+    for file in 0..TEST_FILES {
+        let dir = base.join(format!("tests/part{}", file / PER_DIRECTORY));
+        fs::create_dir_all(&dir)?;
+        let tests: String = (0..10)
+            .map(|n| format!("def test_{n}():\n    assert {file} + {n} >= 0\n\n"))
+            .collect();
+        fs::write(dir.join(format!("test_{file}.py")), tests)?;
+    }
+    Ok(())
+}
+
+/// A wheel of the sources of the repository.
+fn write_wheel(base: &Path, packages: &Packages) -> Result<()> {
+    const PROGRAM: &str = "
+import os, sys, zipfile
+repo, out = sys.argv[1:]
+info = 'bench_package-1.0.dist-info/'
+with zipfile.ZipFile(out, 'w', zipfile.ZIP_DEFLATED) as wheel:
+    record = []
+    def add(name, text):
+        wheel.writestr(name, text)
+        record.append(name + ',,')
+    for top, dirs, files in os.walk(repo):
+        dirs[:] = [d for d in dirs if d != '.git']
+        for file in files:
+            path = os.path.join(top, file)
+            name = 'bench_package/' + os.path.relpath(path, repo)
+            add(name, open(path, 'rb').read())
+    add(info + 'METADATA', 'Metadata-Version: 2.1\\nName: bench-package\\nVersion: 1.0\\n')
+    add(info + 'WHEEL', 'Wheel-Version: 1.0\\nGenerator: bench\\nRoot-Is-Purelib: true\\nTag: py3-none-any\\n')
+    record.append(info + 'RECORD,,')
+    wheel.writestr(info + 'RECORD', '\\n'.join(record) + '\\n')
+";
+    let mut python = Command::new(&packages.interpreter);
+    python.args(["-I", "-c", PROGRAM]);
+    run(python.args([base.join("repo"), base.join(WHEEL)]))
 }
 
 fn directory(repo: &Path, file: u32) -> PathBuf {
@@ -90,7 +141,7 @@ fn text(seed: u32) -> String {
     text
 }
 
-/// Installs numpy and Django into a cache directory, once, and copies them into the base; the standard library where
+/// Installs numpy, Django, sympy and pytest into a cache directory, once, and copies them into the base; the standard library where
 /// that cannot be done.
 fn packages(base: &Path) -> Result<Packages> {
     let found = Command::new("python3")
@@ -108,20 +159,24 @@ fn packages(base: &Path) -> Result<Packages> {
         .zip(lines.next())
         .context("python3 does not tell where it is")?;
     let site = base.join("site");
-    let (from, imports) = match installed(&interpreter) {
-        Ok(cache) => (cache, "numpy, django.db.models, django.template"),
+    let (from, imports, pytest) = match installed(&interpreter) {
+        Ok(cache) => {
+            let imports = "numpy, django.db.models, django.template, sympy";
+            (cache, imports, true)
+        }
         Err(error) => {
-            eprintln!("no numpy and Django ({error:#}): importing the standard library instead");
+            eprintln!("no Python packages ({error:#}): importing the standard library instead");
             let library = library.parent().context("no standard library")?;
             let imports =
                 "asyncio, ctypes, email, http.server, sqlite3, unittest.mock, xml.dom.minidom";
-            (library.to_owned(), imports)
+            (library.to_owned(), imports, false)
         }
     };
     run(Command::new("cp").arg("-a").args([from, site]))?;
     Ok(Packages {
         interpreter,
         imports,
+        pytest,
     })
 }
 
@@ -130,14 +185,17 @@ fn installed(interpreter: &Path) -> Result<PathBuf> {
     let home = || std::env::var_os("HOME").map(|home| PathBuf::from(home).join(".cache"));
     let cache = cache.or_else(home).context("no cache directory")?;
     let cache = cache.join("deltabox-bench");
-    let packages = cache.join("python");
+    let packages = cache.join("python-2");
     if packages.join("complete").exists() {
         return Ok(packages);
     }
     fs::create_dir_all(&cache)?;
     let pip = ["-m", "pip", "install", "-q", "--target"];
     let mut install = Command::new(interpreter);
-    install.args(pip).arg(&packages).args(["numpy", "django<5"]);
+    install
+        .args(pip)
+        .arg(&packages)
+        .args(["numpy", "django<5", "sympy", "pytest"]);
     run(&mut install)?;
     fs::write(packages.join("complete"), "")?;
     Ok(packages)

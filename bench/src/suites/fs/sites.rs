@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use anyhow::{Context, Result};
-use deltafs::{IdMap, Options, Volume};
+use deltafs::{IdMap, Options, Snapshot, Volume};
 use rustix::fs::CWD;
 use rustix::mount::{MountFlags, MoveMountFlags, OpenTreeFlags, UnmountFlags};
 use tempfile::TempDir;
@@ -22,15 +22,22 @@ pub(super) enum Kind {
     Native,
     Overlay,
     Delta,
+    /// A DeltaFS with a long chain of checkpoints before it.
+    Deep,
 }
 
-pub(super) const KINDS: [Kind; 3] = [Kind::Native, Kind::Overlay, Kind::Delta];
+pub(super) const KINDS: [Kind; 4] = [Kind::Native, Kind::Overlay, Kind::Delta, Kind::Deep];
+
+/// Checkpoints in the long chain.
+const DEPTH: usize = 1_000;
 
 /// A tree that begins as the base; unmounted when it is dropped.
 pub(super) struct Site {
     root: PathBuf,
     mounted: bool,
     volume: Option<Volume>,
+    /// Its checkpoints.
+    _chain: Vec<Snapshot>,
     /// Where changes go.
     _data: TempDir,
 }
@@ -46,6 +53,7 @@ impl Site {
             root,
             mounted,
             volume,
+            _chain: Vec::new(),
             _data: data,
         };
         Ok(match kind {
@@ -59,9 +67,17 @@ impl Site {
                 mount_overlay(base, data.path(), &root)?;
                 site(root, true, None, data)
             }
-            Kind::Delta => {
+            Kind::Delta | Kind::Deep => {
                 let volume = mount_delta(base, data.path(), &root)?;
-                site(root, true, Some(volume), data)
+                let depth = if kind == Kind::Deep { DEPTH } else { 1 };
+                let chain = (0..depth).map(|n| {
+                    fs::write(root.join("counter"), n.to_string())?;
+                    Ok(volume.checkpoint())
+                });
+                let chain = chain.collect::<Result<_>>()?;
+                let mut site = site(root, true, Some(volume), data);
+                site._chain = chain;
+                site
             }
         })
     }

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Result, ensure};
 
-use super::base::{Packages, RARE_WORD};
+use super::base::{Packages, RARE_WORD, WHEEL};
 use super::{git, run};
 
 /// Files that are created and deleted.
@@ -62,16 +62,21 @@ const fn fresh(name: &'static str, repetitions: [u32; 2], run: Run) -> Workload 
 }
 
 /// All of them.
-pub(super) const ALL: [Workload; 15] = [
+pub(super) const ALL: [Workload; 20] = [
     warm("git status", [7, 30], git_status),
     warm("find", [7, 30], find),
     warm("ls -lR", [7, 30], list),
     warm("grep -r", [7, 30], grep),
     warm("python import", [5, 20], import),
+    warm("pytest collection", [3, 15], collect),
     fresh("cold first touch: git status", [3, 10], git_status),
+    fresh("cold first touch: find", [3, 10], find),
+    fresh("cold first touch: ls -lR", [3, 10], list),
     fresh("cold first touch: grep -r", [3, 10], grep),
     fresh("cold first touch: python import", [3, 10], import),
+    fresh("cold first touch: pytest collection", [3, 10], collect),
     warm("untar 3,000 files", [3, 15], untar),
+    warm("pip install of a wheel", [3, 10], install),
     warm("git checkout", [3, 15], checkout),
     warm("create and delete 5,000 files", [3, 15], create_and_delete),
     warm("sequential write 256 MiB", [3, 10], write),
@@ -120,6 +125,39 @@ fn import(root: &Path, packages: &Packages) -> Result<Duration> {
     let mut python = Command::new(&packages.interpreter);
     python.args(["-I", "-S", "-B", "-c", &program]);
     timed(python.arg(root.join("site")))
+}
+
+/// Whether a workload can be done with these packages.
+pub(super) fn is_possible(workload: &Workload, packages: &Packages) -> bool {
+    packages.pytest || !workload.name.contains("pytest")
+}
+
+fn collect(root: &Path, packages: &Packages) -> Result<Duration> {
+    const PROGRAM: &str =
+        "import sys; sys.path[:0] = [sys.argv.pop(1)]; import pytest; sys.exit(pytest.main())";
+    let mut python = Command::new(&packages.interpreter);
+    python.args(["-I", "-S", "-B", "-c", PROGRAM]);
+    python.arg(root.join("site"));
+    python.args(["--collect-only", "-q", "-p", "no:cacheprovider"]);
+    timed(python.arg(root.join("tests")))
+}
+
+fn install(root: &Path, packages: &Packages) -> Result<Duration> {
+    let place = root.join("installed");
+    let mut python = Command::new(&packages.interpreter);
+    python.args([
+        "-I",
+        "-m",
+        "pip",
+        "install",
+        "-q",
+        "--no-index",
+        "--no-deps",
+    ]);
+    python.args(["--disable-pip-version-check", "--no-compile", "--target"]);
+    let time = timed(python.arg(&place).arg(root.join(WHEEL)))?;
+    fs::remove_dir_all(&place)?;
+    Ok(time)
 }
 
 fn untar(root: &Path, _: &Packages) -> Result<Duration> {
