@@ -32,7 +32,8 @@ pub(crate) const MAX_WRITE: usize = 256 << 10;
 const MAJOR: u32 = 7;
 const MINOR: u32 = 36;
 
-/// The features that are asked for, as far as the kernel has them.
+/// The features that are asked for, as far as the kernel has them. Not among them is `ASYNC_DIO`: of a direct write that is asynchronous the
+/// kernel does not drop the pages when it is done, so who read them meanwhile would be left with the old bytes.
 mod feature {
     pub(super) const ASYNC_READ: u32 = 1 << 0;
     pub(super) const EXPORT_SUPPORT: u32 = 1 << 4;
@@ -40,7 +41,6 @@ mod feature {
     pub(super) const DONT_MASK: u32 = 1 << 6;
     pub(super) const DO_READDIRPLUS: u32 = 1 << 13;
     pub(super) const READDIRPLUS_AUTO: u32 = 1 << 14;
-    pub(super) const ASYNC_DIO: u32 = 1 << 15;
     pub(super) const NO_OPEN_SUPPORT: u32 = 1 << 17;
     pub(super) const PARALLEL_DIROPS: u32 = 1 << 18;
     pub(super) const POSIX_ACL: u32 = 1 << 20;
@@ -58,7 +58,6 @@ const FEATURES: u32 = feature::ASYNC_READ
     | feature::DONT_MASK
     | feature::DO_READDIRPLUS
     | feature::READDIRPLUS_AUTO
-    | feature::ASYNC_DIO
     | feature::NO_OPEN_SUPPORT
     | feature::PARALLEL_DIROPS
     | feature::POSIX_ACL
