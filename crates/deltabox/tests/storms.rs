@@ -313,7 +313,7 @@ fn who_still_holds_a_removed_sandbox_does_no_harm_to_its_successor() {
     let id = new.checkpoint(None).unwrap().id;
     new.rollback(id).unwrap();
     assert_eq!(output(&new, "echo alive > /tmp/x; cat /tmp/x"), "alive");
-    assert!(f.dir.path().join("state/sandboxes/phoenix/logs").is_dir());
+    assert!(f.dir.path().join("state/sandboxes/phoenix").is_dir());
 }
 
 #[test]

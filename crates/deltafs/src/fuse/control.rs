@@ -17,8 +17,6 @@ pub(super) struct Control {
     /// The mounted control filesystem.
     files: BorrowedFd<'static>,
     connection: u32,
-    /// Kept open, for it is read at every checkpoint and rollback.
-    waiting: OwnedFd,
 }
 
 impl Control {
@@ -28,17 +26,12 @@ impl Control {
         let flags = AtFlags::EMPTY_PATH | AtFlags::STATX_DONT_SYNC;
         let connection = rustix::fs::statx(mount, "", flags, StatxFlags::empty())?.stx_dev_minor;
         let files = mount_control()?;
-        Ok(Self {
-            files,
-            connection,
-            waiting: open(files, connection, "waiting", OFlags::RDONLY)?,
-        })
+        Ok(Self { files, connection })
     }
 
     /// Ends the connection: every request under way fails.
     pub(super) fn abort(&self) -> io::Result<()> {
-        let file = open(self.files, self.connection, "abort", OFlags::WRONLY)?;
-        rustix::io::write(file, b"1")?;
+        rustix::io::write(self.file("abort", OFlags::WRONLY)?, b"1")?;
         Ok(())
     }
 
@@ -56,21 +49,25 @@ impl Control {
         Ok(())
     }
 
-    /// How many requests are under way. The file tells what was true when it was last read from its beginning.
+    /// How many requests are under way. The file tells what was true when it was first read.
     fn waiting(&self) -> io::Result<u64> {
         let mut text = [0; 32];
-        let len = rustix::io::pread(&self.waiting, &mut text, 0)?;
+        let len = rustix::io::read(self.file("waiting", OFlags::RDONLY)?, &mut text)?;
         let text = std::str::from_utf8(&text[..len]).unwrap_or_default();
         text.trim()
             .parse()
             .map_err(|_| io::ErrorKind::InvalidData.into())
     }
-}
 
-fn open(files: BorrowedFd<'_>, connection: u32, name: &str, flags: OFlags) -> io::Result<OwnedFd> {
-    let path = format!("{connection}/{name}");
-    let flags = flags | OFlags::CLOEXEC;
-    Ok(rustix::fs::openat(files, path, flags, Mode::empty())?)
+    fn file(&self, name: &str, flags: OFlags) -> io::Result<OwnedFd> {
+        let path = format!("{}/{name}", self.connection);
+        Ok(rustix::fs::openat(
+            self.files,
+            path,
+            flags | OFlags::CLOEXEC,
+            Mode::empty(),
+        )?)
+    }
 }
 
 /// The one control filesystem of the kernel; mounted once in the life of this process, for all its connections.
