@@ -248,3 +248,46 @@ fn offsets_in_a_directory_mean_the_same_place_whatever_changes_around_them() {
         assert!(read_some(&other, usize::MAX).0 == all[place..]);
     }
 }
+
+#[test]
+fn access_times_are_those_that_were_set_for_the_volume_does_not_hear_of_reads() {
+    let f = fixture(|base| fs::write(base.join("base"), "x").unwrap());
+    let v = &f.volume;
+    v.write("own", vec![b'x'; 4096]);
+    let times = fs::FileTimes::new();
+    let long_ago = std::time::UNIX_EPOCH + std::time::Duration::from_secs(1_000_000);
+    for name in ["base", "own"] {
+        let file = OpenOptions::new().write(true).open(v.at(name)).unwrap();
+        file.set_times(times.set_accessed(long_ago)).unwrap();
+        fs::read(v.at(name)).unwrap();
+        let accessed = fs::metadata(v.at(name)).unwrap().accessed().unwrap();
+        assert_eq!(accessed, long_ago, "{name}");
+    }
+    // What the kernel has, it gives: also where nobody could be asked any more. So nothing can be made of it when it was read.
+    v.write("own", vec![b'y'; 4096]);
+    let own = File::open(v.at("own")).unwrap();
+    v.shutdown();
+    let mut page = [0; 4096];
+    std::os::unix::fs::FileExt::read_exact_at(&own, &mut page, 0).unwrap();
+    assert_eq!(page, [b'y'; 4096]);
+}
+
+#[test]
+fn a_volume_can_be_made_read_only_and_writable_again() {
+    use rustix::mount::{FsPickFlags, fsconfig_reconfigure, fsconfig_set_flag, fspick};
+    let f = fixture(|base| fs::write(base.join("a"), "x").unwrap());
+    let v = &f.volume;
+    let set = |flag: &str| {
+        let flags = FsPickFlags::FSPICK_CLOEXEC | FsPickFlags::FSPICK_EMPTY_PATH;
+        let context = fspick(v.mount(), "", flags)?;
+        fsconfig_set_flag(context.as_fd(), flag)?;
+        fsconfig_reconfigure(context.as_fd())
+    };
+    v.write("b", "x");
+    set("ro").unwrap();
+    let refused = fs::write(v.at("a"), "y").unwrap_err();
+    assert_eq!(refused.kind(), std::io::ErrorKind::ReadOnlyFilesystem);
+    set("rw").unwrap();
+    v.write("a", "y");
+    assert_eq!(v.read("a"), "y");
+}

@@ -5,6 +5,7 @@
 //! directory within the root of its mount, and what is given out is a mount of that directory alone.
 
 use std::os::fd::{AsFd, OwnedFd};
+use std::sync::Arc;
 
 use rustix::io::Errno;
 use rustix::mount::OpenTreeFlags;
@@ -31,7 +32,9 @@ impl Server {
                 Ok(())
             }
             opcode::GETATTR => {
-                let outer = NodeRef::gone(DIRECTORY | 0o555, Body::Dir(DirBody::default()));
+                let mut outer = NodeRef::gone(DIRECTORY | 0o555, Body::Dir(DirBody::default()));
+                // As long as the kernel knows an inode without links, it does not make the filesystem read-only.
+                Arc::make_mut(&mut outer.0).meta.nlink = 2;
                 // It is the host's own: only we ever walk through it.
                 reply.attr_out(OUTER, true, &outer, IdMap::IDENTITY);
                 Ok(())
