@@ -224,6 +224,9 @@ impl Reconcile<'_> {
         };
         let remote = &mut self.process.stopped.remote;
         attributes::restore(remote, &attributes, &self.image.attributes)?;
+        // The limits are those of the image now.
+        let memory = &self.image.memory;
+        memory.advised.restore(remote, &memory.vmas)?;
         self.threads(answers)?;
         let remote = &mut self.process.stopped.remote;
         // Those that signal a thread find it there now.

@@ -33,18 +33,17 @@ pub(crate) struct Snapshot {
 
 impl Snapshot {
     /// Takes a snapshot of a stopped process, but of the ranges that it keeps from its children (`MADV_DONTFORK`,
-    /// `MADV_WIPEONFORK`), and of `files`: whole mappings of files that this process serves. The next process in the sandbox gets
-    /// the number that it would have got.
+    /// `MADV_WIPEONFORK`), and of the whole mappings `left_out`. The next process in the sandbox gets the number that it would have got.
     ///
     /// # Errors
     /// No process can be made in the sandbox, the original died, or there is no `userfaultfd`.
     pub(crate) fn take(
         original: &mut Remote,
         env: &dyn Environment,
-        files: &[Range<u64>],
+        left_out: &[Range<u64>],
     ) -> io::Result<Self> {
         let child = spawn::clone_through(original, SHARED)?;
-        let taken = leave_out(original, child, files).and_then(|()| Self::of(child));
+        let taken = leave_out(original, child, left_out).and_then(|()| Self::of(child));
         let number = child.inner();
         // Nobody has waited for it, so the number is still its own.
         process::thread_signal(child, child, libc::SIGKILL)?;
@@ -77,15 +76,15 @@ impl Snapshot {
     }
 }
 
-/// Unmaps files in the child. An address space that ends writes the changes of a file that it maps, and waits for whoever serves the
-/// file; but where this process is killed, its own end is the end of the address space, and would wait for itself.
-fn leave_out(original: &Remote, child: HostPid, files: &[Range<u64>]) -> io::Result<()> {
-    if files.is_empty() {
+/// Unmaps mappings in the child. An address space that ends writes the changes of a file that it maps, and waits for whoever serves the
+/// file, which may be this process; but where this process is killed, its own end is the end of the address space, and would wait for itself.
+fn leave_out(original: &Remote, child: HostPid, mappings: &[Range<u64>]) -> io::Result<()> {
+    if mappings.is_empty() {
         return Ok(());
     }
     block_signals(child)?;
     let mut copy = Remote::new(InnerPid::default(), child, original.area_address())?;
-    let mut rest = files;
+    let mut rest = mappings;
     while !rest.is_empty() {
         let mut batch = Batch::new();
         let mut calls = Vec::new();

@@ -566,3 +566,75 @@ def segments_of_system_v():
         equal(segments()[parts][3], 0, "attachments of the parts")
 
     return mutate, check
+
+
+libc.mlock.argtypes = libc.munlock.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+libc.mlock2.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+GROWSDOWN, ADVICE = 0x100, {"lo", "lf", "dc", "wf", "dd", "hg", "nh", "mg", "gd"}
+
+
+def asked():
+    """What was asked for mappings, by their first addresses."""
+    result = {}
+    with open("/proc/self/smaps") as lines:
+        for text in lines:
+            if text.startswith("VmFlags:"):
+                result[first] = ADVICE & set(text.split()[1:])
+            elif "-" in text.split()[0]:
+                first = int(text.split("-")[0], 16)
+    return result
+
+
+@case
+def advice_and_locks():
+    areas = []
+
+    def area(wanted, ask, flags=0):
+        at = mapping(6 * PAGE, flags=PRIVATE | ANONYMOUS | flags)
+        # Nothing beside it is like it, so that the kernel makes one of no two.
+        call(libc.mprotect, at, PAGE, NONE)
+        call(libc.mprotect, at + 5 * PAGE, PAGE, NONE)
+        fill(at + PAGE, at + PAGE, 4 * PAGE)
+        if ask:
+            ask(at + PAGE)
+        areas.append((at + PAGE, wanted))
+        return at + PAGE
+
+    def advise(value):
+        return lambda at: call(libc.madvise, at, 4 * PAGE, value)
+
+    area({"dc"}, advise(10))
+    area({"wf"}, advise(18))
+    area({"dd"}, advise(16))
+    area({"hg"}, advise(14))
+    area({"nh"}, advise(15))
+    locked = area({"lo"}, lambda at: call(libc.mlock, at, 4 * PAGE))
+    area({"lo", "lf"}, lambda at: call(libc.mlock2, at, 4 * PAGE, 1))
+    both = area({"dc", "dd"}, lambda at: (advise(10)(at), advise(16)(at)))
+    plain = area(set(), None)
+    part = area(set(), lambda at: call(libc.madvise, at + PAGE, PAGE, 16))
+    areas.append((part + PAGE, {"dd"}))
+    room = mapping(600 * PAGE, NONE)
+    grows = mapping(4 * PAGE, flags=PRIVATE | ANONYMOUS | FIXED | GROWSDOWN, at=room + 500 * PAGE)
+    fill(grows, "grows", 4 * PAGE)
+    # Nothing is mapped so near below what grows, and what is not accessible does not keep it from growing.
+    call(libc.munmap, room + 450 * PAGE, 50 * PAGE)
+    areas.append((grows, {"gd"}))
+
+    def mutate():
+        call(libc.madvise, both, 4 * PAGE, 11)
+        call(libc.madvise, plain, 4 * PAGE, 16)
+        call(libc.munlock, locked, 4 * PAGE)
+        for at, _ in areas[:4]:
+            call(libc.munmap, at, 4 * PAGE)
+
+    def check():
+        now = asked()
+        equal([(at, now.get(at)) for at, _ in areas], areas, "what was asked")
+        for at, wanted in areas[:10]:
+            if at != part + PAGE:
+                holds(at, at, 4 * PAGE, f"memory with {wanted}")
+        ctypes.memset(grows - 40 * PAGE, 7, 1)
+        equal(ctypes.string_at(grows, 4 * PAGE), pattern("grows", 4 * PAGE), "what has grown")
+
+    return mutate, check

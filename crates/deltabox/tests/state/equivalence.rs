@@ -297,6 +297,7 @@ theme! { memory:
     program_break
     stack_grown_since
     segments_of_system_v
+    advice_and_locks
 }
 
 /// Cases once more, with everything done in the second gear.
@@ -342,7 +343,9 @@ second_gear! {
         file_mapped_private_with_written_pages
         anonymous_memory_shared_with_children
         memory_copied_on_write_between_processes
-        program_break;
+        program_break
+        segments_of_system_v
+        advice_and_locks;
     threads:
         eight_threads_that_wait
         threads_ended_and_born_since

@@ -7,6 +7,7 @@ use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 
 use crate::error::{During, Result};
+use crate::mem::advice::{Advised, Told};
 use crate::mem::harvest::{Work, Written, count};
 use crate::mem::pages::outside;
 use crate::mem::pages_to_come::Promise;
@@ -39,7 +40,7 @@ impl Memory<'_> {
         &self,
         remote: &mut Remote,
         tracker: &mut Option<Tracker>,
-        scan: Scan,
+        mut scan: Scan,
         like: Option<&AddressSpace>,
     ) -> Result<(Arc<AddressSpace>, Option<Work>)> {
         for vma in &scan.vmas {
@@ -49,6 +50,7 @@ impl Memory<'_> {
                     .during(scan.pid, "reading the shared memory")?;
             }
         }
+        let advised = advised(remote, &mut scan)?;
         let (pages, promise) = Pages::to_come(scan.pid);
         let work = self.read(remote, &scan, like, promise)?;
         let work = if work.is_quick(&self.gears) {
@@ -62,6 +64,7 @@ impl Memory<'_> {
             guards: scan.guards,
             layout: scan.layout,
             auxv: scan.auxv,
+            advised,
             pages,
         });
         let mut pagemap = scan.pagemap;
@@ -128,8 +131,8 @@ impl Memory<'_> {
         }
         let doing = "taking a snapshot";
         let ranges: Vec<_> = written.iter().map(|run| addresses_of(&run.pages)).collect();
-        let files = files_of_the_sandbox(&scan.vmas);
-        let clean = outside(&scan.clean, &files);
+        let left_out = left_out(&scan.vmas);
+        let clean = outside(&scan.clean, &left_out);
         let spares = spare::find(remote, &clean, &ranges).during(scan.pid, doing)?;
         let spared = spares.iter().map(Spare::pages).sum();
         if !self
@@ -139,7 +142,7 @@ impl Memory<'_> {
             return Ok(None);
         }
         spare::keep_back(remote, &spares).during(scan.pid, doing)?;
-        let mut taken = Snapshot::take(remote, self.env, &files);
+        let mut taken = Snapshot::take(remote, self.env, &left_out);
         let child = taken.as_mut().ok().map(|snapshot| snapshot.maps().0);
         spare::give_back(remote, &spares, child).during(scan.pid, doing)?;
         match taken {
@@ -152,14 +155,31 @@ impl Memory<'_> {
     }
 }
 
-/// Where files of the sandbox's own filesystem are mapped. What the process wrote to its private mappings of them is little, and is
-/// read eagerly.
-fn files_of_the_sandbox(vmas: &[Vma]) -> Vec<Range<u64>> {
+/// What a snapshot is to have no part of. Files of the sandbox's own filesystem: what the process wrote to its private mappings of them is
+/// little, and is read eagerly. And segments of System V, for a snapshot's would count as attached.
+fn left_out(vmas: &[Vma]) -> Vec<Range<u64>> {
     let own = vmas.iter().filter(|vma| match &vma.backing {
         Backing::File(file) => file.device == VERSIONED,
+        Backing::Shm(key) => key.segment().is_some(),
         _ => false,
     });
     merged(own.map(Vma::range).collect(), 0)
+}
+
+/// What was asked for the memory: looked up of a process that is met for the first time, and of those that had asked for something
+/// and have changed their mappings. Marks mappings that grow by themselves.
+fn advised(remote: &Remote, scan: &mut Scan) -> Result<Advised> {
+    if let Some(base) = &scan.base
+        && (base.advised.is_empty() || base.vmas == scan.vmas)
+    {
+        return Ok(base.advised.clone());
+    }
+    let Told { advised, grow } = Told::by(remote)?;
+    for vma in scan.vmas.iter_mut().filter(|vma| vma.is_anonymous()) {
+        let at = grow.partition_point(|range| range.end <= vma.start);
+        vma.grows_down |= grow.get(at).is_some_and(|range| *range == vma.range());
+    }
+    Ok(advised.within(&scan.vmas))
 }
 
 /// Forgets the pages of whatever is mapped no more.

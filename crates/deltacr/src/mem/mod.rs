@@ -5,6 +5,7 @@
 //! [`AddressSpace`], and [`Memory::restore`] takes the process to any earlier one; both cost what
 //! changed.
 
+mod advice;
 mod capture;
 mod gears;
 mod harvest;
@@ -41,6 +42,8 @@ pub use scan::Scan;
 pub use shm::{SharedMemory, SharedObjects, ShmImage, ShmKey};
 pub use tracker::Tracker;
 pub(crate) use vmas::mapped_file;
+
+use advice::Advised;
 
 use crate::env::Environment;
 use crate::error::Error;
@@ -169,6 +172,9 @@ pub struct AddressSpace {
     pub layout: Layout,
     /// The auxiliary vector, as `/proc/PID/auxv` shows it.
     pub auxv: Vec<u8>,
+    /// What the program has asked of the kernel for parts of it.
+    #[serde(default)]
+    pub(crate) advised: Advised,
     /// The pages, by address divided by 4096, that differ from what the private mapping shows by
     /// itself. Persisted apart from the rest.
     #[serde(skip)]

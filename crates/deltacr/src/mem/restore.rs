@@ -114,6 +114,8 @@ impl Memory<'_> {
             return Ok(None);
         }
         let mut avoid: Vec<_> = hot.iter().map(|at| *at..at.saturating_add(1)).collect();
+        // To lock a page is to wait for it.
+        avoid.extend(target.advised.locked());
         avoid.extend(scan.guards.iter().chain(&target.guards).cloned());
         lazy::plan(remote, target, runs, &avoid, self.gears.lazy)
             .during(scan.pid, "looking for memory to be given back later")

@@ -5,28 +5,29 @@
 //! processes that held it, and a rollback puts its contents back in place. Segments, which have a life of their own, are
 //! [kept](crate::sysv) elsewhere; the registry is shown them each time, for their contents.
 
+mod contents;
+#[cfg(test)]
+mod tests;
+
 use std::collections::{BTreeMap, HashMap};
 use std::ffi::CString;
 use std::fs::{self, File};
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
-use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
+use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::sync::{Arc, Weak};
 
 use parking_lot::Mutex;
 use rustix::fs::{
-    FallocateFlags, Gid, MemfdFlags, Mode, SealFlags, SeekFrom, Uid, fallocate, fchmod, fchown,
-    fcntl_add_seals, fcntl_get_seals, fstat, memfd_create, seek,
+    Gid, MemfdFlags, Mode, SealFlags, Uid, fchmod, fchown, fcntl_add_seals, fcntl_get_seals, fstat,
+    memfd_create,
 };
 use serde::{Deserialize, Serialize};
 
-use crate::mem::PAGE;
 use crate::owners::Owners;
-use crate::store::{PageMap, PageStore, is_zero};
+use crate::store::{PageMap, PageStore};
 use crate::sys::pagemap::Mapping;
-
-/// Bytes that are read at a time.
-const BUFFER: usize = 1 << 20;
+use contents::{read, write};
 
 /// Names a shared memory object of a tree, across its deaths and rebirths.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
@@ -436,28 +437,6 @@ impl Live {
     }
 }
 
-/// Reads a sparse file. Pages that are as they were share their storage with `before`.
-fn read(file: &File, size: u64, before: &PageMap, store: &PageStore) -> io::Result<PageMap> {
-    let mut pages = before.clone();
-    let mut buffer = vec![0; BUFFER];
-    let mut at = 0;
-    while let Some(data) = next_data(file, at)? {
-        pages.remove(at / PAGE..data / PAGE);
-        let hole = seek(file, SeekFrom::Hole(data))?.min(size);
-        at = data;
-        while at < hole {
-            let len = (hole - at).min(BUFFER as u64) as usize;
-            let part = &mut buffer[..len.next_multiple_of(PAGE as usize)];
-            part[len..].fill(0);
-            file.read_exact_at(&mut part[..len], at)?;
-            sort(&mut pages, at / PAGE, part, store)?;
-            at += part.len() as u64;
-        }
-    }
-    pages.remove(at / PAGE..u64::MAX);
-    Ok(pages)
-}
-
 /// Gives a file its mode and owner.
 fn own(file: &File, image: &ShmImage) -> io::Result<()> {
     let meta = file.metadata()?;
@@ -469,169 +448,4 @@ fn own(file: &File, image: &ShmImage) -> io::Result<()> {
         fchmod(file, Mode::from_raw_mode(image.mode))?;
     }
     Ok(())
-}
-
-fn next_data(file: &File, at: u64) -> io::Result<Option<u64>> {
-    match seek(file, SeekFrom::Data(at)) {
-        Ok(data) => Ok(Some(data)),
-        Err(rustix::io::Errno::NXIO) => Ok(None),
-        Err(e) => Err(e.into()),
-    }
-}
-
-/// Holds these pages, which begin with number `first`, from now on; only those that differ are stored.
-fn sort(pages: &mut PageMap, first: u64, bytes: &[u8], store: &PageStore) -> io::Result<()> {
-    let mut new = Vec::new();
-    for (page, bytes) in (first..).zip(bytes.as_chunks::<{ PAGE as usize }>().0) {
-        if is_zero(bytes) {
-            pages.remove(page..page + 1);
-        } else if pages.get(page) != Some(bytes) {
-            new.push((page, bytes));
-        }
-    }
-    let mut fresh = store.allocate(new.len())?;
-    for (index, (page, bytes)) in new.into_iter().enumerate() {
-        *fresh.page_mut(index) = *bytes;
-        pages.put(page, &mut fresh, index);
-    }
-    Ok(())
-}
-
-/// Writes what differs between `now`, which the file holds, and the image.
-fn write(file: &File, now: &PageMap, image: &ShmImage) -> io::Result<()> {
-    let mut runs = Vec::new();
-    now.diff(&image.pages, 0..image.size.div_ceil(PAGE), |run| {
-        runs.push(run)
-    });
-    for page in runs.into_iter().flatten() {
-        let at = page * PAGE;
-        match image.pages.get(page) {
-            Some(bytes) => {
-                let len = (image.size - at).min(PAGE) as usize;
-                file.write_all_at(&bytes[..len], at)?;
-            }
-            None => {
-                let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
-                fallocate(file.as_fd(), flags, at, PAGE)?;
-            }
-        }
-    }
-    Ok(())
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn memfd(name: &std::ffi::CStr) -> File {
-        let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
-        File::from(memfd_create(name, flags).unwrap())
-    }
-
-    fn captured(objects: &SharedObjects, file: &File) -> (ShmKey, SharedMemory) {
-        let key = objects.capture_fd(file.as_fd()).unwrap();
-        (key, objects.take())
-    }
-
-    fn contents(file: &File) -> Vec<u8> {
-        let mut all = vec![0; file.metadata().unwrap().len() as usize];
-        file.read_exact_at(&mut all, 0).unwrap();
-        all
-    }
-
-    #[test]
-    fn a_memfd_gets_its_contents_and_size_back_in_place() {
-        let store = PageStore::new();
-        let objects = SharedObjects::new(Arc::clone(&store)).unwrap();
-        let file = memfd(c"data");
-        file.set_len(100 * PAGE + 10).unwrap();
-        file.write_all_at(&[1; 5000], 3 * PAGE).unwrap();
-        file.write_all_at(&[2; 10], 100 * PAGE).unwrap();
-        let before = contents(&file);
-        let (key, state) = captured(&objects, &file);
-        assert_eq!(store.pages(), 3);
-
-        file.write_all_at(&[9; 5], 4 * PAGE).unwrap();
-        file.write_all_at(&[9; 5], 50 * PAGE).unwrap();
-        let (_, later) = captured(&objects, &file);
-        assert_eq!(store.pages(), 5, "what did not change is not stored twice");
-        file.set_len(2 * PAGE).unwrap();
-        let changed = later.objects[&key].size;
-        assert_eq!(changed, 100 * PAGE + 10);
-        objects.restore(&state).unwrap();
-        assert_eq!(contents(&file), before);
-        let again = File::from(objects.open(key, libc::O_RDONLY).unwrap());
-        assert_eq!(contents(&again), before);
-        drop((state, later));
-        objects.take();
-        assert_eq!(store.pages(), 0);
-        assert!(objects.open(key, libc::O_RDWR).is_err());
-    }
-
-    #[test]
-    fn a_memfd_that_is_gone_is_made_anew_with_name_and_seals() {
-        let store = PageStore::new();
-        let objects = SharedObjects::new(Arc::clone(&store)).unwrap();
-        let file = memfd(c"sealed thing");
-        file.write_all_at(&[5; 6000], 0).unwrap();
-        fcntl_add_seals(&file, SealFlags::WRITE | SealFlags::SHRINK).unwrap();
-        let before = contents(&file);
-        let (key, state) = captured(&objects, &file);
-        objects.restore(&state).unwrap();
-
-        let elsewhere = SharedObjects::new(store).unwrap();
-        elsewhere.restore(&state).unwrap();
-        let new = File::from(elsewhere.open(key, libc::O_RDWR).unwrap());
-        assert_ne!(
-            new.metadata().unwrap().ino(),
-            file.metadata().unwrap().ino()
-        );
-        assert_eq!(contents(&new), before);
-        let seals = fcntl_get_seals(&new).unwrap();
-        assert_eq!(seals, SealFlags::WRITE | SealFlags::SHRINK);
-        let path = format!("/proc/self/fd/{}", new.as_raw_fd());
-        let name = fs::read_link(path).unwrap();
-        assert_eq!(name.to_str().unwrap(), "/memfd:sealed thing (deleted)");
-    }
-
-    #[test]
-    fn a_memfd_that_was_sealed_since_is_refused_once_and_then_made_anew() {
-        let objects = SharedObjects::new(PageStore::new()).unwrap();
-        let file = memfd(c"x");
-        file.write_all_at(&[5; 6000], 0).unwrap();
-        let (key, state) = captured(&objects, &file);
-        fcntl_add_seals(&file, SealFlags::WRITE).unwrap();
-        let refused = objects.restore(&state).unwrap_err();
-        assert_eq!(refused.kind(), io::ErrorKind::PermissionDenied);
-        objects.restore(&state).unwrap();
-        let new = File::from(objects.open(key, libc::O_RDWR).unwrap());
-        assert_eq!(contents(&new), contents(&file));
-    }
-
-    #[test]
-    fn a_segment_is_compared_with_what_was_known_of_it_and_not_kept_open() {
-        let store = PageStore::new();
-        let objects = SharedObjects::new(Arc::clone(&store)).unwrap();
-        let file = memfd(c"stands for a segment");
-        file.write_all_at(&[5; 3 * PAGE as usize], 0).unwrap();
-        let show = |file: &File| objects.show_segment(7, file.try_clone().unwrap());
-        let mut states = Vec::new();
-        for changed in 0..2 {
-            file.write_all_at(&[9; 5], changed * PAGE).unwrap();
-            let key = show(&file).unwrap();
-            objects.capture(key).unwrap();
-            states.push(objects.take());
-            assert!(objects.size(key).is_err(), "it is still open");
-        }
-        assert_eq!(store.pages(), 4);
-        assert!(objects.restore(&states[0]).is_err(), "there is none");
-        let another = memfd(c"has the same id");
-        another.set_len(3 * PAGE).unwrap();
-        show(&another).unwrap();
-        objects.restore(&states[0]).unwrap();
-        file.write_all_at(&[5; 5], PAGE).unwrap();
-        assert_eq!(contents(&another), contents(&file));
-        let huge = show(&File::open("/dev/null").unwrap()).unwrap_err();
-        assert!(huge.to_string().contains("huge"));
-    }
 }

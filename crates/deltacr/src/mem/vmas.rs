@@ -143,7 +143,8 @@ impl Reader<'_> {
                     && vma.offset_at(found.start) == found.offset
             }
         };
-        let within = vma.start <= found.start && found.end <= vma.end;
+        let begins = vma.start <= found.start || (vma.grows_down && vma.end == found.end);
+        let within = begins && found.end <= vma.end;
         (same && within && vma.shared == found.shared).then_some(vma)
     }
 

@@ -5,21 +5,23 @@
 //! anew each time and all other threads of the sandbox stand still, so a program that tampers with
 //! the area changes nothing: it cannot make the engine run other calls than the engine's own.
 
+mod area;
 mod batch;
+mod descriptors;
+mod flights;
 
+use area::{AREA, vdso_of};
 use batch::Laid;
 pub(crate) use batch::Standing;
 pub use batch::{Arg, Batch, CAPACITY, CallId, DataRef, Outcome};
+use flights::Flight;
+pub(crate) use flights::FlightId;
 
 use std::fs;
 use std::io::{self, IoSlice};
-use std::mem::MaybeUninit;
-use std::ops::Range;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::FileExt;
 use std::sync::{Arc, OnceLock};
-
-use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
 
 use crate::ids::{HostPid, InnerPid};
 use crate::procfs::OpenFiles;
@@ -28,16 +30,6 @@ use crate::sys::ptrace::{self, RawSiginfo, Registers, Stop};
 
 /// Bytes at the area's beginning that hold the stub.
 const STUB_ROOM: u64 = 4096;
-/// Size of the area.
-const AREA: u64 = 64 * 1024;
-/// How far it is below the code that the first thread was stopped in.
-const AWAY: u64 = 16 << 30;
-/// Where else the area is tried: at multiples of this distance,
-const PLACES_APART: u64 = 64 << 30;
-/// of which there are so many below the end of the address space.
-const PLACES: u64 = (1 << 47) / PLACES_APART;
-/// The most descriptors that one message carries (the kernel's limit is 253).
-const FDS_A_MESSAGE: usize = 128;
 /// How often a batch's end is looked for before the caller goes to sleep: most batches take some microseconds, being woken
 /// takes longer.
 const GLANCES: usize = 40;
@@ -63,27 +55,6 @@ pub struct Remote {
     strays: Vec<Stray>,
     files: OpenFiles,
 }
-
-/// A batch that a thread of the process runs while the engine does other things.
-struct Flight {
-    tid: HostPid,
-    /// Where in the area it is.
-    at: u64,
-    len: usize,
-    state: FlightState,
-}
-
-enum FlightState {
-    Under,
-    /// It has come to its end, and brought this.
-    Landed(Vec<u8>),
-    /// What it brought was taken, or it failed.
-    Over,
-}
-
-/// Names a batch that was launched.
-#[derive(Debug)]
-pub(crate) struct FlightId(usize);
 
 /// A signal that a thread took off its queue while it ran for the engine. No mask keeps these from it: `SIGSTOP`, and
 /// `SIGTRAP`, with which the stub ends. The program gets it when it is let go.
@@ -231,64 +202,6 @@ impl Remote {
         process::write_memory(self.host, laid.at, &[IoSlice::new(&laid.bytes)])
     }
 
-    /// Sets a thread going on a batch, and does not wait for its end; other threads may run theirs meanwhile. `None` if the
-    /// area has no room for it beside those.
-    pub(crate) fn launch(
-        &mut self,
-        tid: HostPid,
-        batch: &Standing,
-    ) -> io::Result<Option<FlightId>> {
-        let begin = self.map_area()? + STUB_ROOM;
-        let last = self.flights.last();
-        let at = last.map_or(begin, |f| (f.at + f.len as u64).next_multiple_of(64));
-        if at + batch.encoded_len() as u64 > begin + CAPACITY as u64 {
-            return Ok(None);
-        }
-        let len = self.set_going(tid, &batch.lay(at))?;
-        self.flights.push(Flight {
-            tid,
-            at,
-            len,
-            state: FlightState::Under,
-        });
-        Ok(Some(FlightId(self.flights.len() - 1)))
-    }
-
-    /// What a launched batch brought; waits for its end. Once for each.
-    pub(crate) fn land(&mut self, flight: &FlightId, batch: &Standing) -> io::Result<Outcome> {
-        self.await_landing(flight.0)?;
-        match std::mem::replace(&mut self.flights[flight.0].state, FlightState::Over) {
-            FlightState::Landed(bytes) => Ok(batch.outcome(bytes)),
-            FlightState::Under | FlightState::Over => Err(io::ErrorKind::NotFound.into()),
-        }
-    }
-
-    fn await_landing(&mut self, index: usize) -> io::Result<()> {
-        let flight = &mut self.flights[index];
-        if !matches!(flight.state, FlightState::Under) {
-            return Ok(());
-        }
-        let (tid, at, len) = (flight.tid, flight.at, flight.len);
-        flight.state = FlightState::Over;
-        self.finish(tid)?;
-        let mut bytes = vec![0; len];
-        process::read_memory(self.host, at, &mut bytes)?;
-        self.flights[index].state = FlightState::Landed(bytes);
-        Ok(())
-    }
-
-    /// Waits for all launched batches, and keeps what they brought.
-    pub(crate) fn land_all(&mut self) -> io::Result<()> {
-        (0..self.flights.len()).try_for_each(|index| self.await_landing(index))
-    }
-
-    /// Makes room for further launches. What was not taken by [`Remote::land`] is dropped.
-    pub(crate) fn clear_flights(&mut self) -> io::Result<()> {
-        let landed = self.land_all();
-        self.flights.clear();
-        landed
-    }
-
     pub(crate) fn outcome(&self, batch: &Batch, len: usize) -> io::Result<Outcome> {
         let mut bytes = vec![0; len];
         let area = self.area.unwrap_or_default();
@@ -344,96 +257,6 @@ impl Remote {
             }
         }
         Ok(())
-    }
-
-    /// The range of addresses that the engine itself occupies in the process; no part of a
-    /// checkpoint, and never to be unmapped. Empty while there is none.
-    pub fn area(&self) -> Range<u64> {
-        self.area.map_or(0..0, |at| at..at + AREA)
-    }
-
-    /// Where the area begins, as a later [`Remote::new`] wants to know.
-    pub(crate) fn area_address(&self) -> Option<u64> {
-        self.area
-    }
-
-    /// The process has a new address space, so the area is gone.
-    pub(crate) fn forget_area(&mut self) -> io::Result<()> {
-        self.area = None;
-        self.files.forget_memory();
-        self.stub_there = false;
-        self.base = ptrace::registers(self.host)?;
-        self.memory = OnceLock::new();
-        Ok(())
-    }
-
-    fn map_area(&mut self) -> io::Result<u64> {
-        match self.area {
-            Some(at) => Ok(at),
-            None => self.map_first_area(),
-        }
-    }
-
-    /// Maps the area far below what the program has mapped last: a mapping that grows down (`MAP_GROWSDOWN`) needs room
-    /// there, and the kernel's own choice would be right below it.
-    fn map_first_area(&mut self) -> io::Result<u64> {
-        let code = self.base.rip & !(AREA - 1);
-        if let Some(at) = code.checked_sub(AWAY).filter(|at| *at > AWAY)
-            && let Ok(at) = self.map_new_area(at, libc::MAP_FIXED_NOREPLACE)
-        {
-            return Ok(at);
-        }
-        self.map_new_area(0, 0)
-    }
-
-    /// Maps another area, where the kernel likes unless `flags` say otherwise.
-    fn map_new_area(&mut self, at: u64, flags: i32) -> io::Result<u64> {
-        let args = [
-            at,
-            AREA,
-            (libc::PROT_READ | libc::PROT_WRITE | libc::PROT_EXEC) as u64,
-            (libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | flags) as u64,
-            u64::MAX,
-            0,
-        ];
-        let at = self.step_syscall(libc::SYS_mmap, args)?;
-        self.area = Some(at);
-        self.stub_there = false;
-        Ok(at)
-    }
-
-    /// Moves the area out of what is `taken`: addresses that the process needs for itself.
-    ///
-    /// The kernel's choice is tried once, for what is next to a taken place is likely to be taken as well; then places
-    /// far apart from each other.
-    pub(crate) fn clear_of(&mut self, taken: impl Fn(&Range<u64>) -> bool) -> io::Result<()> {
-        let mut rejected = Vec::new();
-        if self.area.is_none() || taken(&self.area()) {
-            rejected.extend(self.area);
-            self.map_new_area(0, 0)?;
-        }
-        if taken(&self.area()) {
-            rejected.extend(self.area);
-            let place = (1..PLACES)
-                .map(|n| n * PLACES_APART)
-                .filter(|at| !taken(&(*at..at + AREA)))
-                .find_map(|at| self.map_new_area(at, libc::MAP_FIXED_NOREPLACE).ok());
-            place.ok_or(io::ErrorKind::OutOfMemory)?;
-        }
-        let mut batch = Batch::new();
-        for at in rejected {
-            batch.call(libc::SYS_munmap, &[at.into(), AREA.into()]);
-        }
-        if batch.is_empty() {
-            Ok(())
-        } else {
-            self.run(&batch).map(drop)
-        }
-    }
-
-    fn holds_stub(&self, at: u64) -> bool {
-        let mut found = vec![0; process::stub().len()];
-        process::read_memory(self.host, at, &mut found).is_ok() && found == process::stub()
     }
 
     /// One system call without an area: the thread runs a `syscall` instruction that is there
@@ -564,63 +387,6 @@ impl Remote {
         })
     }
 
-    /// A duplicate of a descriptor of the process (`pidfd_getfd(2)`).
-    pub fn take_fd(&self, fd: i32) -> io::Result<OwnedFd> {
-        process::pidfd_getfd(self.pidfd.as_fd(), fd)
-    }
-
-    /// Gives the process duplicates of these descriptors (`SCM_RIGHTS`); they are close-on-exec
-    /// there and have the returned numbers.
-    pub fn give_fds(&mut self, fds: &[BorrowedFd<'_>]) -> io::Result<Vec<i32>> {
-        let mut given = Vec::with_capacity(fds.len());
-        for part in fds.chunks(FDS_A_MESSAGE) {
-            given.extend(self.give_some(part)?);
-        }
-        Ok(given)
-    }
-
-    fn give_some(&mut self, fds: &[BorrowedFd<'_>]) -> io::Result<Vec<i32>> {
-        let mut open = Batch::new();
-        let pair = open.output(8);
-        let kind = libc::SOCK_DGRAM | libc::SOCK_CLOEXEC;
-        let made = open.call(
-            libc::SYS_socketpair,
-            &[libc::AF_UNIX.into(), kind.into(), 0.into(), pair.into()],
-        );
-        let outcome = self.run(&open)?;
-        outcome.result(made)?;
-        let (near, far) = (outcome.int(pair.at(0, 4)), outcome.int(pair.at(4, 4)));
-        let sent = self
-            .take_fd(near)
-            .and_then(|ours| send_rights(ours.as_fd(), fds));
-
-        let mut receive = Batch::new();
-        let control = receive.output(control_len(fds.len()));
-        let byte = receive.output(1);
-        let iov = receive.input(&longs(&[0, 1]));
-        let header = receive.input(&longs(&[0, 0, 0, 1, 0, control.len() as u64, 0]));
-        receive.link(iov, &[(0, byte)]);
-        receive.link(header, &[(16, iov), (32, control)]);
-        let got = receive.call(
-            libc::SYS_recvmsg,
-            &[
-                far.into(),
-                header.into(),
-                (libc::MSG_CMSG_CLOEXEC | libc::MSG_DONTWAIT).into(),
-            ],
-        );
-        receive.call(libc::SYS_close, &[near.into()]);
-        receive.call(libc::SYS_close, &[far.into()]);
-        let outcome = self.run(&receive)?;
-        sent?;
-        outcome.result(got)?;
-        let rights = received_rights(outcome.bytes(control));
-        if rights.len() != fds.len() {
-            return Err(io::Error::from_raw_os_error(libc::EMFILE));
-        }
-        Ok(rights)
-    }
-
     /// Reads memory of the process (`process_vm_readv(2)`).
     pub fn read(&self, address: u64, into: &mut [u8]) -> io::Result<()> {
         process::read_memory(self.host, address, into)
@@ -665,15 +431,6 @@ pub(crate) fn lost(stop: Stop) -> io::Error {
     }
 }
 
-fn vdso_of(pid: HostPid) -> Option<u64> {
-    let maps = fs::read(format!("/proc/{pid}/maps")).ok()?;
-    let line = maps
-        .split(|b| *b == b'\n')
-        .find(|l| l.ends_with(b" [vdso]"))?;
-    let start = line.split(|b| *b == b'-').next()?;
-    u64::from_str_radix(std::str::from_utf8(start).ok()?, 16).ok()
-}
-
 /// A 32-bit field of a `siginfo_t`: signal, error and code are at 0, 4 and 8.
 fn signed(info: &RawSiginfo, at: usize) -> i32 {
     i32::from_le_bytes([info[at], info[at + 1], info[at + 2], info[at + 3]])
@@ -682,37 +439,4 @@ fn signed(info: &RawSiginfo, at: usize) -> i32 {
 /// The bytes of a structure of 64-bit fields.
 pub(crate) fn longs(fields: &[u64]) -> Vec<u8> {
     fields.iter().flat_map(|f| f.to_le_bytes()).collect()
-}
-
-const CMSG_HEADER: usize = 16;
-
-fn control_len(fds: usize) -> usize {
-    (CMSG_HEADER + 4 * fds).next_multiple_of(8)
-}
-
-fn send_rights(socket: BorrowedFd<'_>, fds: &[BorrowedFd<'_>]) -> io::Result<()> {
-    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(FDS_A_MESSAGE))];
-    let mut control = SendAncillaryBuffer::new(&mut space);
-    if !control.push(SendAncillaryMessage::ScmRights(fds)) {
-        return Err(io::ErrorKind::InvalidInput.into());
-    }
-    sendmsg(
-        socket,
-        &[IoSlice::new(&[0])],
-        &mut control,
-        SendFlags::NOSIGNAL,
-    )?;
-    Ok(())
-}
-
-/// The descriptor numbers in a control message that the target's kernel wrote.
-fn received_rights(control: &[u8]) -> Vec<i32> {
-    let len = u64::from_le_bytes(control[..8].try_into().expect("eight bytes")) as usize;
-    let end = len.clamp(CMSG_HEADER, control.len().max(CMSG_HEADER));
-    control
-        .get(CMSG_HEADER..end)
-        .unwrap_or_default()
-        .chunks_exact(4)
-        .map(|n| i32::from_le_bytes(n.try_into().expect("four bytes")))
-        .collect()
 }
