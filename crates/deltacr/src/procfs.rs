@@ -7,7 +7,10 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::FileExt;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use rustix::fs::{AtFlags, Mode, OFlags, RawDir, ResolveFlags, SeekFrom, openat, openat2, statat};
+use rustix::fs::{
+    AtFlags, Mode, OFlags, RawDir, ResolveFlags, SeekFrom, StatxFlags, openat, openat2, statat,
+    statx,
+};
 use serde::{Deserialize, Serialize};
 
 use crate::env::Environment;
@@ -155,12 +158,13 @@ impl Procfs {
         statat(&*self.0, format!("{pid}/task/{tid}"), AtFlags::empty()).is_ok()
     }
 
-    /// The file behind `cwd`, `root` or `exe`.
+    /// The file behind `cwd`, `root` or `exe`; its filesystem is not asked.
     pub(crate) fn file(&self, pid: InnerPid, link: &str) -> io::Result<FileId> {
-        let stat = statat(&*self.0, format!("{pid}/{link}"), AtFlags::empty())?;
+        let path = format!("{pid}/{link}");
+        let stat = statx(&*self.0, path, AtFlags::STATX_DONT_SYNC, StatxFlags::INO)?;
         Ok(FileId {
-            device: stat.st_dev,
-            inode: stat.st_ino,
+            device: rustix::fs::makedev(stat.stx_dev_major, stat.stx_dev_minor),
+            inode: stat.stx_ino,
         })
     }
 

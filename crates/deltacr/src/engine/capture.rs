@@ -36,26 +36,30 @@ impl Engine {
         let descriptors = fd::capture(&remotes(held), env, &self.means.shared)?;
         watch.lap("descriptors");
         let mut mapped = self.mappings(env, held, |_| true)?;
+        let mut answering = Vec::new();
+        for (pid, interview) in interviews {
+            let vmas = mapped.remove(&pid).unwrap_or_default();
+            answering.push((pid, interview, self.scan(env, held, pid, vmas)?));
+        }
         watch.lap("mappings");
         let mut described = BTreeMap::new();
         // Without a process there is nobody to ask.
-        let mut has_system_v = interviews.is_empty();
-        for (pid, interview) in interviews {
+        let mut has_system_v = answering.is_empty();
+        for (pid, interview, mut scan) in answering {
             let process = member(&mut held.processes, pid)?;
             let answers = interview.end(&mut process.stopped.remote)?;
             has_system_v |= answers.system_v;
-            let state = describe(env, &held.procfs, process, answers, &mut self.waits)?;
-            described.insert(pid, state);
+            let (state, layout) = describe(env, &held.procfs, process, answers, &mut self.waits)?;
+            scan.layout = layout;
+            described.insert(pid, (state, scan));
         }
         // The processes answer no more, and can be told to do something.
         let descriptors =
             fd::look_inside(descriptors, &mut remotes(held), env, &self.means.shared)?;
         let mut attached = Attached::default();
-        for (pid, vmas) in &mapped {
-            attached.note(
-                member(&mut held.processes, *pid)?.stopped.remote.host(),
-                vmas,
-            );
+        for (pid, (_, scan)) in &described {
+            let host = member(&mut held.processes, *pid)?.stopped.remote.host();
+            attached.note(host, &scan.vmas);
         }
         let system_v = match has_system_v {
             true => sysv::capture(env, &self.means.shared, &attached)?,
@@ -66,12 +70,10 @@ impl Engine {
         let mut pages = 0;
         let mut left = Vec::new();
         let mut processes: BTreeMap<InnerPid, Arc<ProcessImage>> = BTreeMap::new();
-        for (pid, (mut state, layout)) in described {
+        for (pid, (mut state, scan)) in described {
             let process = member(&mut held.processes, pid)?;
             let remote = &mut process.stopped.remote;
             let tracker = self.trackers.entry(remote.host()).or_default();
-            let vmas = mapped.remove(&pid).unwrap_or_default();
-            let scan = memory.scan_mapped(remote, tracker.as_ref(), vmas, layout)?;
             pages += scan.changed_pages();
             // A new process is like its parent, of which it is a fork.
             let parent = processes

@@ -17,7 +17,7 @@ use crate::hold::{Acquaintances, Deaths, Grounds, Held, HeldProcess};
 use crate::ids::{HostPid, InnerPid};
 use crate::image::TreeImage;
 use crate::interview::Interview;
-use crate::mem::{Gears, Memory, SharedObjects, Tracker, Vma};
+use crate::mem::{Gears, Memory, Scan, SharedObjects, Tracker, Vma};
 use crate::orphan::Orphans;
 use crate::stopwatch::{Phases, Stopwatch};
 use crate::store::PageStore;
@@ -234,6 +234,21 @@ impl Engine {
                 Ok((*pid, memory.mappings(remote, tracker)?))
             })
             .collect()
+    }
+
+    /// What of a process' memory was written, which can be seen while it answers questions. Its program break is not known yet.
+    fn scan(
+        &mut self,
+        env: &dyn Environment,
+        held: &Held,
+        pid: InnerPid,
+        vmas: Vec<Vma>,
+    ) -> Result<Scan> {
+        let process = &held.processes[&pid];
+        let remote = &process.stopped.remote;
+        let tracker = self.trackers.entry(remote.host()).or_default();
+        let memory = self.means.memory(env);
+        memory.scan_mapped(remote, tracker.as_ref(), vmas, process.bounds)
     }
 
     fn forget_the_dead(&mut self, held: &Held) {

@@ -15,7 +15,7 @@ use crate::files::Place;
 use crate::hold::{Deaths, Held};
 use crate::ids::InnerPid;
 use crate::image::{ProcessImage, TreeImage};
-use crate::mem::{Layout, Vma};
+use crate::mem::{Scan, Vma};
 use crate::reconcile::{self, Now, Reconcile};
 use crate::stopwatch::{Phases, Stopwatch};
 use crate::sysv::{self, Attached};
@@ -43,6 +43,14 @@ impl Survey {
             now.same_root &= !image.root.as_ref().is_some_and(stale);
         }
     }
+}
+
+/// What can be seen of a process without its help.
+struct Look {
+    scan: Scan,
+    same_program: bool,
+    same_directory: bool,
+    same_root: bool,
 }
 
 /// What a rollback did with the processes.
@@ -127,13 +135,17 @@ impl Engine {
         let interviews = interview_all(held, |pid| keep.contains(pid))?;
         let descriptors = fd::survey(&remotes(held), env, &self.means.shared)?;
         let mut mapped = self.mappings(env, held, |pid| keep.contains(pid))?;
-        let mut processes = BTreeMap::new();
-        let memory = self.means.memory(env);
-        let mut system_v = false;
+        let mut answering = Vec::new();
         for (pid, interview) in interviews {
+            let vmas = mapped.remove(&pid).unwrap_or_default();
+            let look = self.look(env, held, pid, vmas, target);
+            answering.push((pid, interview, look));
+        }
+        let mut processes = BTreeMap::new();
+        let mut system_v = false;
+        for (pid, interview, look) in answering {
             let process = member(&mut held.processes, pid)?;
-            let remote = &mut process.stopped.remote;
-            let answers = interview.end(remote)?;
+            let answers = interview.end(&mut process.stopped.remote)?;
             system_v |= answers.system_v;
             let attributes = answers.attributes;
             let image = &target.processes[&pid];
@@ -146,24 +158,15 @@ impl Engine {
                 stuck.insert(pid);
                 continue;
             }
-            let tracker = self.trackers.entry(remote.host()).or_default();
-            let layout = Layout {
-                brk: answers.program_break,
-                ..process.bounds
-            };
-            let vmas = mapped.remove(&pid).unwrap_or_default();
-            let scan = memory.scan_mapped(remote, tracker.as_ref(), vmas, layout)?;
-            let procfs = &held.procfs;
-            let exe = image.exe.is_of(env, procfs, pid, "exe");
-            let cwd = image.cwd.is_of(env, procfs, pid, "cwd");
-            let root = Place::is_root_of(image.root.as_ref(), env, procfs, pid);
+            let mut look = look?;
+            look.scan.layout.brk = answers.program_break;
             let now = Now {
                 attributes,
                 threads: answers.threads,
-                scan: Some(scan),
-                same_program: exe.during(pid, "reading its program")?,
-                same_directory: cwd.during(pid, "reading its directory")?,
-                same_root: root.during(pid, "reading its root directory")?,
+                scan: Some(look.scan),
+                same_program: look.same_program,
+                same_directory: look.same_directory,
+                same_root: look.same_root,
             };
             processes.insert(pid, now);
         }
@@ -175,6 +178,28 @@ impl Engine {
             processes,
             descriptors,
             system_v,
+        })
+    }
+
+    /// Looks at a process of the image while it answers questions. Its program break is not known yet.
+    fn look(
+        &mut self,
+        env: &dyn Environment,
+        held: &Held,
+        pid: InnerPid,
+        vmas: Vec<Vma>,
+        target: &TreeImage,
+    ) -> Result<Look> {
+        let scan = self.scan(env, held, pid, vmas)?;
+        let (procfs, image) = (&held.procfs, &target.processes[&pid]);
+        let exe = image.exe.is_of(env, procfs, pid, "exe");
+        let cwd = image.cwd.is_of(env, procfs, pid, "cwd");
+        let root = Place::is_root_of(image.root.as_ref(), env, procfs, pid);
+        Ok(Look {
+            scan,
+            same_program: exe.during(pid, "reading its program")?,
+            same_directory: cwd.during(pid, "reading its directory")?,
+            same_root: root.during(pid, "reading its root directory")?,
         })
     }
 

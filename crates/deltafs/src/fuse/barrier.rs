@@ -78,8 +78,10 @@ impl Barrier {
     /// Has whoever lowers the barrier, if it is up, begin with what is to be done before.
     pub(crate) fn begin(&self) {
         let mut state = self.state.lock();
-        state.wanted = !state.behind.is_empty();
-        self.called.notify_one();
+        if !state.behind.is_empty() {
+            state.wanted = true;
+            self.called.notify_one();
+        }
     }
 
     /// Waits until it is time to begin, or somebody waits here. Tells whether there will be something to do.
