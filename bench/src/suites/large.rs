@@ -28,17 +28,24 @@ const SWEEP: [(u32, u32); 6] = [
 ];
 
 /// Holds `argv[1]` MiB of random bytes, and writes to every page of the first `argv[2]` MiB when it is told a number.
-/// `touch N` reads those pages, tells whether they are those of step N, writes to them, and tells how long that took.
+/// `touch N` reads those pages, tells whether they are those of step N, writes to them, and tells how long that took. `stray N` reads
+/// them 256 KiB at a time, in an order of its own that is the same each time.
 const PROGRAM: &str = r"
 import random, sys, time
 M = bytearray(int(sys.argv[1]) << 20)
 for i in range(0, len(M), 1 << 20):
     M[i:i + (1 << 20)] = random.randbytes(1 << 20)
 end, pages = int(sys.argv[2]) << 20, int(sys.argv[2]) << 8
+order = list(range(0, end, 1 << 18))
+random.Random(1).shuffle(order)
 for line in sys.stdin:
     *touch, number = line.split()
     wanted = bytes([int(number) % 251]) * pages
-    if touch:
+    if touch == ['stray']:
+        begun = time.perf_counter()
+        same = all(M[at + 8:at + (1 << 18):4096] == wanted[:64] for at in order)
+        print('<<%d %.6f>>' % (same, time.perf_counter() - begun), flush=True)
+    elif touch:
         begun = time.perf_counter()
         same = M[8:end:4096] == wanted
         M[16:end:4096] = wanted
@@ -57,6 +64,11 @@ pub(crate) fn run(options: &Options, rows: &mut Rows) -> Result<()> {
             let measured = measure(options, size, written);
             measured.with_context(|| name.clone())?.tell(&name, rows);
         }
+    }
+    let name = "python 128 MB, 64 MB read in an order of its own";
+    if options.wants(name) {
+        eprintln!("{name} ...");
+        strays(options, name, rows)?;
     }
     let (checkpoints, depth) = if options.quick {
         (600, 100)
@@ -100,7 +112,11 @@ impl Program {
 
     /// How long the program takes to read and write all that it wrote in step `number`, its last.
     fn touch(&self, number: u32) -> Result<Duration> {
-        let answer = ask(&self.sandbox, self.session, &format!("touch {number}"))?;
+        self.timed("touch", number)
+    }
+
+    fn timed(&self, how: &str, number: u32) -> Result<Duration> {
+        let answer = ask(&self.sandbox, self.session, &format!("{how} {number}"))?;
         let (same, seconds) = answer.split_once(' ').context("not an answer")?;
         ensure!(same == "1", "the memory is not that of step {number}");
         Ok(Duration::from_secs_f64(seconds.parse()?))
@@ -185,6 +201,33 @@ impl Measured {
         self.checkpoint.tell(SUITE, case, "checkpoint", rows);
         self.rollback.tell(SUITE, case, "rollback", rows);
     }
+}
+
+/// What it buys that the order is known in which a program touches its memory after a rollback.
+fn strays(options: &Options, name: &str, rows: &mut Rows) -> Result<()> {
+    let stage = Stage::open(options)?;
+    let program = Program::start(&stage, 128, 64)?;
+    let sandbox = &program.sandbox;
+    let base = sandbox.checkpoint(None)?.id;
+    let (mut first, mut later) = (Samples::default(), Samples::default());
+    for i in 0..if options.quick { 5 } else { 20 } {
+        program.step(2 * i)?;
+        let checkpoint = sandbox.checkpoint(None)?.id;
+        sandbox.complete(checkpoint)?;
+        for round in 0..3 {
+            program.step(2 * i + 1)?;
+            sandbox.rollback(checkpoint)?;
+            let time = program.timed("stray", 2 * i)?;
+            if round == 0 { &mut first } else { &mut later }.time(time);
+        }
+        sandbox.rollback(base)?;
+        sandbox.delete(checkpoint)?;
+    }
+    let metric = "reading after the first rollback";
+    rows.add(SUITE, name, metric, "ms", &first, None);
+    let metric = "reading after later rollbacks";
+    rows.add(SUITE, name, metric, "ms", &later, Some(&first));
+    Ok(())
 }
 
 /// The first and the last operations of a tree of many checkpoints.

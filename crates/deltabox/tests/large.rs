@@ -266,3 +266,26 @@ fn nobody_inside_sees_that_memory_is_being_copied() {
         assert_eq!(sandbox.info().processes, 1);
     }
 }
+
+#[test]
+fn no_number_is_missing_after_memory_was_given_back() {
+    let Some(mut program) = Program::start() else {
+        return;
+    };
+    let sandbox = Arc::clone(&program.sandbox);
+    let mut number = None;
+    for n in 0..4 {
+        program.ask("fill", 2 * n);
+        let id = sandbox.checkpoint(None).unwrap().id;
+        program.ask("fill", 2 * n + 1);
+        let report = sandbox.rollback(id).unwrap();
+        assert!(report.pages > 12_000, "{report:?}");
+        program.went_back();
+        // Whoever drops the old pages may be there still, but far from the numbers that others get.
+        let census = program.ask("census", 0);
+        let (_, next) = census.rsplit_once(' ').unwrap();
+        let next: i32 = next.parse().unwrap();
+        assert_eq!(next, number.map_or(next, |before| before + 1), "{census}");
+        number = Some(next);
+    }
+}

@@ -2,65 +2,11 @@
 
 mod common;
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Instant;
 
-use common::{Fixture, PATIENCE, output};
-use deltabox::{
-    CommandSpec, Host, HostConfig, Sandbox, SandboxSpec, Session, SessionEvent, SessionId,
-};
-
-/// A Python that does what it is told, line by line.
-fn python(sandbox: &Sandbox) -> Arc<Session> {
-    let argv = ["python3", "-I", "-u", "-c", DRIVER].map(str::to_owned);
-    let command = CommandSpec {
-        argv: argv.to_vec(),
-        stdin: true,
-        ..CommandSpec::default()
-    };
-    sandbox.spawn(command).unwrap()
-}
-
-/// Evaluates lines, in itself or (`>` first) in the child that `CHILD` makes.
-const DRIVER: &str = r#"
-import os, sys, hashlib
-def serve(source, sink):
-  names = {'os': os, 'sys': sys, 'hashlib': hashlib}
-  for line in source:
-    if line.startswith('>'):
-      down.write(line[1:]); down.flush(); sink.write(up.readline()); sink.flush(); continue
-    try: sink.write(repr(eval(line, names)) + '\n')
-    except SyntaxError: exec(line, names); sink.write('done\n')
-    sink.flush()
-a, b, c, d = *os.pipe(), *os.pipe()
-M = bytearray(1 << 20)
-if os.fork() == 0:
-  os.close(b); os.close(c)
-  serve(os.fdopen(a), os.fdopen(d, 'w'))
-  os._exit(0)
-os.close(a); os.close(d)
-down, up = os.fdopen(b, 'w'), os.fdopen(c)
-serve(sys.stdin, sys.stdout)
-"#;
-
-fn ask(sandbox: &Sandbox, id: SessionId, line: &str) -> String {
-    let session = sandbox.session(id).unwrap();
-    let mut events = session.events(session.info().output);
-    session.write(format!("{line}\n").as_bytes()).unwrap();
-    let begun = Instant::now();
-    let mut heard = String::new();
-    while !heard.ends_with('\n') {
-        assert!(begun.elapsed() < PATIENCE, "{line}: {heard:?}");
-        match events.next(Some(PATIENCE)) {
-            Some(SessionEvent::Output { bytes, .. }) => {
-                heard.push_str(&String::from_utf8_lossy(&bytes));
-            }
-            other => panic!("{line}: {other:?} after {heard:?}"),
-        }
-    }
-    heard.trim_end().to_owned()
-}
+use common::driver::{FILL, SUM, ask, change, python, sums};
+use common::{Fixture, output};
+use deltabox::{Host, HostConfig, SandboxSpec};
 
 /// Bytes of memory that a process has in common with others.
 fn shared_bytes(pid: i32) -> u64 {
@@ -75,9 +21,6 @@ fn shared_bytes(pid: i32) -> u64 {
     });
     kib.sum::<u64>() << 10
 }
-
-const FILL: &str = "M = bytearray(b''.join(i.to_bytes(4, 'little') * 1024 for i in range(1536)))";
-const SUM: &str = "hashlib.sha256(M).hexdigest()";
 
 #[test]
 fn copies_of_one_template_write_everywhere_and_touch_neither_it_nor_each_other() {
@@ -268,28 +211,6 @@ fn a_template_goes_with_its_checkpoint_its_sandbox_and_the_switch() {
     assert_eq!((off.templates().births, off.templates().made), (0, 0));
 }
 
-/// Lines that change some memory, let it grow, drop some and give some back; `n` tells them apart.
-fn change(sandbox: &Sandbox, id: SessionId, n: usize) {
-    for prefix in ["", ">"] {
-        let at = n * 40_000 % (1 << 20);
-        let write = format!("M[{at}:{at} + 20_000] = bytes([{n}]) * 20_000");
-        assert_eq!(ask(sandbox, id, &format!("{prefix}{write}")), "done");
-        let grow =
-            format!("N = [bytearray([{n}]) * (300_000 + 70_000 * k) for k in range({n} % 4)]");
-        assert_eq!(ask(sandbox, id, &format!("{prefix}{grow}")), "done");
-    }
-}
-
-fn sums(sandbox: &Sandbox, id: SessionId) -> Vec<String> {
-    ["", ">"]
-        .into_iter()
-        .flat_map(|prefix| {
-            [SUM, "[hashlib.sha256(n).hexdigest() for n in N]"].map(|q| format!("{prefix}{q}"))
-        })
-        .map(|question| ask(sandbox, id, &question))
-        .collect()
-}
-
 #[test]
 fn templates_of_later_checkpoints_are_copies_of_earlier_ones_with_what_differs() {
     let f = Fixture::new();
@@ -416,114 +337,6 @@ fn a_pinned_template_is_there_before_a_fork_and_stays_for_others() {
     );
     source.delete(ids[0]).unwrap();
     assert_eq!(host.templates().number, 1);
-}
-
-/// A host that bears processes of forks early, however busy the machine is.
-fn early_host(dir: &tempfile::TempDir) -> Host {
-    let config = HostConfig {
-        state_dir: dir.path().join("state"),
-        warm: 2,
-        early_pressure: 101.0,
-        ..HostConfig::default()
-    };
-    Host::open(config).unwrap()
-}
-
-/// Waits until two blank sandboxes are ready, and their processes with them.
-fn await_early(host: &Host, births: u64) {
-    let begun = Instant::now();
-    while host.warm().ready < 2 || host.warm().early_births < births {
-        assert!(begun.elapsed() < PATIENCE, "{:?}", host.warm());
-        std::thread::sleep(std::time::Duration::from_millis(10));
-    }
-}
-
-#[test]
-fn forks_take_up_what_was_born_before_they_were_asked_for() {
-    let dir = tempfile::tempdir().unwrap();
-    let host = early_host(&dir);
-    let source = host.create(SandboxSpec::default()).unwrap();
-    let id = python(&source).info().id;
-    for line in [FILL, "N = []"] {
-        ask(&source, id, line);
-        ask(&source, id, &format!(">{line}"));
-    }
-    let first = source.checkpoint(None).unwrap().id;
-    let at_first = sums(&source, id);
-    change(&source, id, 5);
-    let second = source.checkpoint(None).unwrap().id;
-    let at_second = sums(&source, id);
-
-    host.expect_forks(source.name(), first, 2).unwrap();
-    await_early(&host, 2);
-    let info = host.warm();
-    // What the step between the two wrote to, and no more.
-    assert!((20..400).contains(&info.early_pages), "{info:?}");
-    assert!(host.list().len() == 1);
-    let forks = host.fork(source.name(), Some(first), 2, &[]).unwrap();
-    assert_eq!(host.warm().early_taken, 2);
-    for (n, fork) in forks.iter().enumerate() {
-        assert_eq!(sums(fork, id), at_first);
-        change(fork, id, 50 + n);
-    }
-    assert_ne!(sums(&forks[0], id), sums(&forks[1], id));
-    assert_eq!(forks[0].info().processes, 2);
-
-    // They serve a checkpoint that is much like theirs,
-    await_early(&host, 4);
-    let fork = &host.fork(source.name(), Some(second), 1, &[]).unwrap()[0];
-    assert_eq!(host.warm().early_taken, 3);
-    assert_eq!(sums(fork, id), at_second);
-    // and make way where there is a better template.
-    let forks = host.fork(source.name(), Some(second), 2, &[]).unwrap();
-    assert!(host.warm().early_ended > 0, "{:?}", host.warm());
-    for fork in &forks {
-        assert_eq!(sums(fork, id), at_second);
-    }
-}
-
-#[test]
-fn what_was_born_early_and_died_is_born_again() {
-    let dir = tempfile::tempdir().unwrap();
-    let host = early_host(&dir);
-    let source = host.create(SandboxSpec::default()).unwrap();
-    let session = python(&source).info();
-    ask(&source, session.id, FILL);
-    let sum = ask(&source, session.id, SUM);
-    let checkpoint = source.checkpoint(None).unwrap().id;
-    host.expect_forks(source.name(), checkpoint, 2).unwrap();
-    await_early(&host, 2);
-    // The control groups of one host have a common parent.
-    let template = host.template_processes()[0];
-    let group = std::fs::read_to_string(format!("/proc/{template}/cgroup")).unwrap();
-    let begin = group.find("deltabox-").unwrap();
-    let parent = group[begin..].split('/').next().unwrap();
-    let mut killed = 0;
-    for entry in std::fs::read_dir("/proc").unwrap().flatten() {
-        let Ok(status) = std::fs::read_to_string(entry.path().join("status")) else {
-            continue;
-        };
-        let number = format!("\t{}", session.pid);
-        let numbers = status.lines().find(|line| line.starts_with("NSpid:"));
-        let cgroup = std::fs::read_to_string(entry.path().join("cgroup")).unwrap_or_default();
-        let of_program = status.contains("\tpython3\n");
-        if !of_program
-            && numbers.is_some_and(|line| line.ends_with(&number))
-            && cgroup.contains(parent)
-        {
-            let pid = entry.file_name().to_str().unwrap().parse().unwrap();
-            let pid = rustix::process::Pid::from_raw(pid).unwrap();
-            rustix::process::kill_process(pid, rustix::process::Signal::KILL).unwrap();
-            killed += 1;
-        }
-    }
-    assert_eq!(killed, 2);
-    let forks = host.fork(source.name(), Some(checkpoint), 2, &[]).unwrap();
-    // More may have been born since, for the next forks.
-    assert!(host.templates().births >= 4);
-    for fork in &forks {
-        assert_eq!(ask(fork, session.id, SUM), sum);
-    }
 }
 
 #[test]

@@ -2,18 +2,20 @@
 //!
 //! Such a process is made by a helper that shares the original's memory (`CLONE_VM | CLONE_VFORK`) and ends at once, so that
 //! it becomes a child of init, which waits for it. It has no descriptors, a session of its own, and all signals blocked; nobody
-//! traces it. Inside it is seen by `ps` for as long as it lives, and may be killed.
+//! traces it. Inside it is seen by `ps` for as long as it lives, and may be killed. It has one of the highest numbers, and others get the
+//! numbers that they would have got without it.
 
 use std::collections::HashSet;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use crate::birth::spawn;
+use crate::env::Environment;
 use crate::ids::{HostPid, InnerPid};
 use crate::remote::{Batch, Remote, block_signals};
 use crate::stop::await_interruption;
@@ -72,6 +74,7 @@ impl Orphan {
     /// No process can be made in the sandbox, or the original died.
     pub(crate) fn make(
         original: &mut Remote,
+        env: &dyn Environment,
         all: &Orphans,
         purpose: &Purpose<'_>,
     ) -> io::Result<Self> {
@@ -79,7 +82,7 @@ impl Orphan {
         let host = spawn::clone(original, flags)?;
         // From here on the original waits in the kernel until its helper has ended.
         ptrace::resume(original.host())?;
-        let made = by_helper(host, original.area_address(), all, purpose);
+        let made = by_helper(host, original.area_address(), (env, all), purpose);
         if made.is_err() {
             let killed = process::pidfd_open(host);
             let _ = killed.and_then(|p| process::pidfd_signal(p.as_fd(), libc::SIGKILL));
@@ -88,6 +91,7 @@ impl Orphan {
         original.finish(original.host())?;
         let (helper, orphan) = made?;
         spawn::reap(original, &[helper])?;
+        set_next(env, helper);
         Ok(orphan)
     }
 
@@ -127,11 +131,28 @@ impl Drop for Orphan {
     }
 }
 
+/// A number that no program's process has, unless all were given already.
+fn highest(taken: usize) -> InnerPid {
+    static MOST: OnceLock<i32> = OnceLock::new();
+    let most = MOST.get_or_init(|| {
+        let told = std::fs::read_to_string("/proc/sys/kernel/pid_max").ok();
+        told.and_then(|text| text.trim().parse().ok())
+            .unwrap_or(1 << 15)
+    });
+    InnerPid(most - 1 - taken as i32)
+}
+
+fn set_next(env: &dyn Environment, number: InnerPid) {
+    if let Err(error) = env.set_next_pid(number) {
+        tracing::debug!(%error, "the next process gets another number");
+    }
+}
+
 /// Makes the helper make the orphan, and end. Returns the helper's number inside.
 fn by_helper(
     host: HostPid,
     area: Option<u64>,
-    all: &Orphans,
+    (env, all): (&dyn Environment, &Orphans),
     purpose: &Purpose<'_>,
 ) -> io::Result<(InnerPid, Orphan)> {
     await_interruption(host)?;
@@ -144,6 +165,7 @@ fn by_helper(
     let args = [0.into(), u32::MAX.into(), unshare.into()];
     let closed = close.call(libc::SYS_close_range, &args);
     helper.run(&close)?.result(closed)?;
+    set_next(env, highest(all.count()));
     let born = spawn::clone_through(&mut helper, purpose.share)?;
     let orphan = Orphan::of(born, all)?;
     let mut remote = Remote::new(pid, born, area)?;

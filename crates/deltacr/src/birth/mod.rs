@@ -11,6 +11,7 @@ pub(crate) mod terminal;
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::os::fd::AsFd;
+use std::time::Duration;
 
 use rustix::fs::OFlags;
 
@@ -27,6 +28,11 @@ use crate::sys::ptrace;
 
 /// How a session outside shows inside.
 const NONE: InnerPid = InnerPid(0);
+
+/// How often a copy of a template is tried, where one that was made has died,
+const COPIES: usize = 5;
+/// and how long init may take in between to wait for it.
+const BURIAL: Duration = Duration::from_millis(2);
 
 /// The processes that were made.
 #[derive(Default)]
@@ -222,19 +228,27 @@ impl<'a> Delivery<'a> {
         if !template.is_some_and(|t| self.target.begins_as_copy(pid, t)) {
             return Ok(false);
         }
-        match self.env.birth_from_template(pid, self.spare()) {
-            Ok(host) => {
-                let remote = spawn::adopt_copy(pid, host);
-                let remote = remote.during(pid, "taking up a copy of the template")?;
-                self.born.copies.insert(pid);
-                self.admit(pid, remote, NONE)?;
-                Ok(true)
-            }
-            Err(e) => {
-                tracing::debug!(error = %e, "a process is made without its template");
-                Ok(false)
+        for _ in 0..COPIES {
+            let born = self.env.birth_from_template(pid, self.spare());
+            let is_born = born.is_ok();
+            match born.and_then(|host| spawn::adopt_copy(pid, host)) {
+                Ok(remote) => {
+                    self.born.copies.insert(pid);
+                    self.admit(pid, remote, NONE)?;
+                    return Ok(true);
+                }
+                // One that was born early has died just now: its number is free when init has waited for it.
+                Err(e) if is_born || e.kind() == io::ErrorKind::AlreadyExists => {
+                    tracing::debug!(error = %e, "another copy of the template is made");
+                    std::thread::sleep(BURIAL);
+                }
+                Err(e) => {
+                    tracing::debug!(error = %e, "a process is made without its template");
+                    return Ok(false);
+                }
             }
         }
+        Ok(false)
     }
 
     fn child_of_init(&mut self, pid: InnerPid) -> Result<()> {

@@ -7,13 +7,13 @@ use std::io;
 use std::ops::Range;
 use std::os::fd::{AsFd, OwnedFd};
 
+use crate::env::Environment;
 use crate::error::{During, Result};
 use crate::mem::pager::Pager;
 use crate::mem::sweeper::Sweeper;
-use crate::mem::{AddressSpace, Backing, PAGE, Tracker, merged, overlap, pages_of};
+use crate::mem::{AddressSpace, Backing, PAGE, Pages, Tracker, merged, overlap, pages_of};
 use crate::orphan::Orphans;
 use crate::remote::{Batch, CallId, Remote};
-use crate::store::PageMap;
 use crate::sys::pagemap;
 use crate::sys::uffd;
 
@@ -152,8 +152,8 @@ pub(crate) fn begin(
     tracker: &Tracker,
     plan: Plan,
     fresh: &[Range<u64>],
-    pages: &PageMap,
-    orphans: &Orphans,
+    pages: &Pages,
+    ours: (&dyn Environment, &Orphans),
 ) -> Result<Lazy> {
     let pid = remote.pid();
     let doing = "setting its memory aside";
@@ -169,12 +169,13 @@ pub(crate) fn begin(
         !fresh.any(|f| f.start <= range.start && range.end <= f.end)
     });
     let full: Vec<_> = full.map(|(_, held)| held).collect();
-    let sweep = || Sweeper::start(remote, hold.start, &full, orphans);
+    let sweep = || Sweeper::start(remote, hold.start, &full, ours);
     let sweeper = (!full.is_empty()).then(sweep).transpose();
     let sweeper = sweeper
         .inspect_err(|e| tracing::debug!(error = %e, "no sweeper for process {pid}"))
         .unwrap_or_default();
-    let pager = Pager::start(uffd, &ranges, pages.clone()).during(pid, doing)?;
+    let map = pages.get()?.clone();
+    let pager = Pager::start(uffd, &ranges, map, pages.touched()).during(pid, doing)?;
     Ok(Lazy {
         pager,
         sweeper,

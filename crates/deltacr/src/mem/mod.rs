@@ -25,6 +25,7 @@ mod spare;
 mod sweeper;
 #[cfg(test)]
 mod tests;
+mod touched;
 mod tracker;
 mod vmas;
 

@@ -1,6 +1,7 @@
 //! Giving pages back to a process that runs already: at once what it waits for, and all others in order.
 //!
-//! A thread waits for what the process touches, and meanwhile goes through all that is outstanding. It depends on nothing
+//! A thread waits for what the process touches, and meanwhile goes through all that is outstanding: first what was touched after
+//! earlier rollbacks to the same state, in that order, then the rest in order of addresses. It depends on nothing
 //! but the page store: no lock that others hold for long, no file, nothing that the process could hold. The kernel itself sees to it
 //! that a page is put only where none is and where the process has not mapped something else.
 
@@ -18,6 +19,7 @@ use rustix::io::Errno;
 
 use crate::mem::PAGE;
 use crate::mem::outstanding::{Outstanding, Part};
+use crate::mem::touched::Touched;
 use crate::store::PageMap;
 use crate::sys::arena::PageBytes;
 use crate::sys::uffd::{self, Event};
@@ -56,18 +58,29 @@ struct Space {
     outstanding: Outstanding,
     /// Addresses that somebody waits for.
     awaited: Vec<u64>,
-    /// Where to go on.
+    /// Pages that are likely to be touched next.
+    likely: std::vec::IntoIter<u64>,
+    /// Where to go on after those.
     next: u64,
+    /// Where what is touched is noted, if it is to be.
+    touched: Option<Touched>,
 }
 
 impl Pager {
-    /// Begins to give back the pages of these ranges, which are registered with the descriptor and empty.
-    pub(crate) fn start(uffd: OwnedFd, ranges: &[Range<u64>], pages: PageMap) -> io::Result<Self> {
+    /// Begins to give back the pages of these ranges, which are registered with the descriptor and empty. Notes what is touched.
+    pub(crate) fn start(
+        uffd: OwnedFd,
+        ranges: &[Range<u64>],
+        pages: PageMap,
+        touched: Touched,
+    ) -> io::Result<Self> {
         let space = Space {
             uffd: Arc::new(uffd),
             outstanding: Outstanding::of(ranges),
             awaited: Vec::new(),
+            likely: touched.order().into_iter(),
             next: 0,
+            touched: Some(touched),
         };
         let shared = Arc::new(Shared {
             work: Mutex::new(Work {
@@ -197,7 +210,9 @@ impl Space {
                     uffd: Arc::new(uffd),
                     outstanding: self.outstanding.clone(),
                     awaited: Vec::new(),
+                    likely: Vec::new().into_iter(),
                     next: 0,
+                    touched: None,
                 }),
                 Event::Moved { from, to, len } => self.outstanding.relocate(from, to, len),
                 Event::Removed(range) => self.outstanding.remove(&range),
@@ -209,15 +224,35 @@ impl Space {
     fn serve(&mut self, pages: &PageMap) -> Result<(), Errno> {
         while let Some(&address) = self.awaited.last() {
             match self.outstanding.around(address) {
-                Some(part) => self.give(&part, pages)?,
+                Some(part) => {
+                    self.touched
+                        .iter()
+                        .for_each(|touched| touched.note(part.page));
+                    self.give(&part, pages)?;
+                    self.next = part.range.end;
+                }
                 None => self.zero(address)?,
             }
             self.awaited.pop();
         }
-        if let Some(part) = self.outstanding.next(self.next) {
+        if let Some(part) = self.due() {
             self.give(&part, pages)?;
         }
         Ok(())
+    }
+
+    /// What to give back next: what is likely to be touched, but not what the process has moved elsewhere; then the rest.
+    fn due(&mut self) -> Option<Part> {
+        let outstanding = &self.outstanding;
+        let likely = self.likely.find_map(|page| {
+            let part = outstanding.around(page * PAGE)?;
+            (part.page == page).then_some(part)
+        });
+        likely.or_else(|| {
+            let part = self.outstanding.next(self.next)?;
+            self.next = part.range.end;
+            Some(part)
+        })
     }
 
     /// The address space is gone, with all who waited.
@@ -240,7 +275,6 @@ impl Space {
             run.1.push(bytes);
         }
         self.put(run.0, &run.1)?;
-        self.next = part.range.end;
         self.outstanding.remove(&part.range);
         // One that waits for a page that was there already, or is none of the map's, asks again.
         let _ = uffd::wake(self.uffd.as_fd(), &part.range);
@@ -289,5 +323,39 @@ impl Space {
                 Ok(())
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_was_touched_after_an_earlier_rollback_comes_first_and_the_rest_in_order() {
+        const MIB: u64 = 256;
+        let touched = Touched::default();
+        // The middle, the end, what is not outstanding this time, and the beginning, which is in the middle of a block.
+        for page in [3 * MIB, 5 * MIB - 64, 9 * MIB, MIB + 7] {
+            touched.note(page);
+        }
+        let range = (MIB + 7) * PAGE..5 * MIB * PAGE;
+        let mut space = Space {
+            uffd: Arc::new(uffd::of_this_process().unwrap()),
+            outstanding: Outstanding::of(std::slice::from_ref(&range)),
+            awaited: Vec::new(),
+            likely: touched.order().into_iter(),
+            next: 0,
+            touched: Some(touched),
+        };
+        let mut given = Vec::new();
+        while let Some(part) = space.due() {
+            space.outstanding.remove(&part.range);
+            given.push(part.page);
+        }
+        assert_eq!(
+            given[..5],
+            [3 * MIB, 5 * MIB - 64, MIB + 7, MIB + 64, MIB + 128]
+        );
+        assert_eq!(given.len(), 16);
     }
 }

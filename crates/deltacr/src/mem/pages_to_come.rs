@@ -5,6 +5,7 @@ use std::sync::{Arc, OnceLock};
 use crate::error::{Error, Result};
 use crate::ids::InnerPid;
 use crate::mem::Kept;
+use crate::mem::touched::Touched;
 use crate::store::PageMap;
 
 /// The pages of an address space. While they are still being copied, whoever wants them waits. Clones share the outcome.
@@ -15,13 +16,19 @@ pub struct Pages(Arc<Cell>);
 struct Cell {
     pid: InnerPid,
     outcome: OnceLock<Result<(PageMap, Kept), String>>,
+    touched: Touched,
 }
 
 impl Pages {
     /// Pages of process `pid` that will be known when the promise is kept.
     pub(crate) fn to_come(pid: InnerPid) -> (Self, Promise) {
         let outcome = OnceLock::new();
-        let cell = Arc::new(Cell { pid, outcome });
+        let touched = Touched::default();
+        let cell = Arc::new(Cell {
+            pid,
+            outcome,
+            touched,
+        });
         (Self(Arc::clone(&cell)), Promise(cell))
     }
 
@@ -44,6 +51,11 @@ impl Pages {
     /// Whether nobody has to wait for them.
     pub(crate) fn are_known(&self) -> bool {
         self.0.outcome.get().is_some()
+    }
+
+    /// In which order processes that went back to this state touched pages that were not there yet.
+    pub(crate) fn touched(&self) -> Touched {
+        self.0.touched.clone()
     }
 
     fn outcome(&self) -> Result<&(PageMap, Kept)> {

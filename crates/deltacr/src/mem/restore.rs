@@ -78,7 +78,14 @@ impl Memory<'_> {
                 Some(tracks) => tracks,
                 None => Tracker::attach(remote, Arc::clone(target))?,
             };
-            let lazy = lazy::begin(remote, &tracks, later, &plan.fresh, pages, self.orphans)?;
+            let lazy = lazy::begin(
+                remote,
+                &tracks,
+                later,
+                &plan.fresh,
+                &target.pages,
+                (self.env, self.orphans),
+            )?;
             tracks.set_lazy(lazy);
             held = Some(tracks);
         }

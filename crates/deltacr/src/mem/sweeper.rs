@@ -3,6 +3,7 @@
 use std::io;
 use std::ops::Range;
 
+use crate::env::Environment;
 use crate::orphan::{Orphan, Orphans, Purpose};
 use crate::remote::{Batch, Remote};
 
@@ -20,7 +21,7 @@ impl Sweeper {
         original: &mut Remote,
         place: u64,
         ranges: &[Range<u64>],
-        all: &Orphans,
+        (env, all): (&dyn Environment, &Orphans),
     ) -> io::Result<Self> {
         let mut sweep = Batch::new();
         sweep.call(libc::SYS_setsid, &[]);
@@ -35,7 +36,7 @@ impl Sweeper {
             calls: &sweep,
             place: Some(place),
         };
-        Orphan::make(original, all, &purpose).map(Self)
+        Orphan::make(original, env, all, &purpose).map(Self)
     }
 }
 

@@ -3,14 +3,18 @@
 //! An open `/proc/PID/mem` does not keep one; a read that is under way does. So a thread of ours begins to read `/proc/PID/pagemap` into
 //! a page which is missing and which nobody gives it (`userfaultfd`). As long as it waits, the kernel keeps the address space,
 //! and files of `/proc/PID` that were opened in time show it, though no process is left.
+//!
+//! Such threads are used again: one that is started waits for its first turn on a processor, up to 3 ms where there is other work, while
+//! everything in the sandbox stands still; one that is woken does not.
 
 use std::fs::File;
 use std::io;
 use std::ops::Range;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
-use std::thread::JoinHandle;
+use std::sync::mpsc::{Receiver, Sender, TryRecvError, channel};
 use std::time::{Duration, Instant};
 
+use parking_lot::Mutex;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use crate::ids::HostPid;
@@ -30,7 +34,8 @@ const LOOK: Timespec = Timespec {
 pub(crate) struct Keeper {
     uffd: OwnedFd,
     missing: Range<u64>,
-    reader: Option<JoinHandle<io::Result<()>>>,
+    /// How the read went, when it is over.
+    outcome: Option<Receiver<io::Result<()>>>,
 }
 
 impl Keeper {
@@ -44,13 +49,16 @@ impl Keeper {
         let missing = page.0.clone();
         let uffd = uffd::of_this_process()?;
         uffd::register(uffd.as_fd(), &missing)?;
-        let reader = std::thread::Builder::new()
-            .name("deltacr keep".to_owned())
-            .spawn(move || page.read_into(&pagemap))?;
+        let (done, outcome) = channel();
+        begin(Read {
+            pagemap,
+            page,
+            done,
+        })?;
         let mut keeper = Self {
             uffd,
             missing,
-            reader: Some(reader),
+            outcome: Some(outcome),
         };
         keeper.await_reader()?;
         Ok(keeper)
@@ -66,8 +74,12 @@ impl Keeper {
             if let Some(Event::Missing(_)) = uffd::next_event(self.uffd.as_fd())? {
                 return Ok(());
             }
-            if self.reader.as_ref().is_none_or(JoinHandle::is_finished) {
-                return self.end().and(Err(io::ErrorKind::NotFound.into()));
+            match self.outcome.as_ref().map(Receiver::try_recv) {
+                Some(Err(TryRecvError::Empty)) => {}
+                _ => {
+                    self.outcome = None;
+                    return Err(io::ErrorKind::NotFound.into());
+                }
             }
         }
         Err(io::ErrorKind::TimedOut.into())
@@ -76,20 +88,74 @@ impl Keeper {
     fn end(&mut self) -> io::Result<()> {
         // The page becomes one like any other, and the read ends.
         uffd::unregister(self.uffd.as_fd(), &self.missing)?;
-        let reader = self.reader.take().map(JoinHandle::join);
-        reader.unwrap_or(Ok(Ok(()))).unwrap_or_else(|_| {
+        match self.outcome.take().map(|outcome| outcome.recv()) {
+            None => Ok(()),
+            Some(Ok(read)) => read,
             // The panic was reported when it happened.
-            Err(io::Error::other("the thread that keeps memory failed"))
-        })
+            Some(Err(_)) => Err(io::Error::other("the thread that keeps memory failed")),
+        }
     }
 }
 
 impl Drop for Keeper {
     fn drop(&mut self) {
-        if self.reader.is_some()
+        if self.outcome.is_some()
             && let Err(error) = self.end()
         {
             tracing::warn!(%error, "letting go of a snapshot");
+        }
+    }
+}
+
+/// Something to be read by a thread that waits for it.
+struct Read {
+    pagemap: File,
+    page: Page,
+    done: Sender<io::Result<()>>,
+}
+
+/// Threads that wait for something to read.
+static IDLE: Mutex<Vec<Sender<Read>>> = Mutex::new(Vec::new());
+/// The most that are kept.
+const MOST_IDLE: usize = 4;
+
+/// Gives the work to a thread.
+fn begin(mut read: Read) -> io::Result<()> {
+    loop {
+        let Some(idle) = IDLE.lock().pop() else {
+            let thread = std::thread::Builder::new().name("deltacr keep".to_owned());
+            return thread.spawn(move || serve(read)).map(drop);
+        };
+        match idle.send(read) {
+            Ok(()) => return Ok(()),
+            // It has failed.
+            Err(back) => read = back.0,
+        }
+    }
+}
+
+fn serve(mut read: Read) {
+    block_signals();
+    loop {
+        let Read {
+            pagemap,
+            page,
+            done,
+        } = read;
+        let outcome = page.read_into(&pagemap);
+        drop(pagemap);
+        let (turn, next) = channel();
+        let mut idle = IDLE.lock();
+        let stays = idle.len() < MOST_IDLE;
+        if stays {
+            idle.push(turn);
+        }
+        drop(idle);
+        // Whoever is not interested any more has let go of it.
+        let _ = done.send(outcome);
+        match next.recv() {
+            Ok(more) if stays => read = more,
+            _ => return,
         }
     }
 }
@@ -119,7 +185,6 @@ impl Page {
 
     /// Reads the first entry of a page map into it. No signal is handled meanwhile, which would end the read.
     fn read_into(self, pagemap: &File) -> io::Result<()> {
-        block_signals();
         // SAFETY: the page is there as long as `self` is, and nothing refers to it.
         match unsafe { libc::pread(pagemap.as_raw_fd(), self.0.start as *mut _, 8, 0) } {
             -1 => Err(io::Error::last_os_error()),

@@ -215,6 +215,36 @@ fn memory_that_is_given_back_later_is_right_whatever_touches_it_first() {
 }
 
 #[test]
+fn what_is_touched_after_a_rollback_is_noted_for_the_next_one() {
+    let bench = Bench {
+        gears: LOW,
+        ..Bench::new()
+    };
+    let process = Process::sleeper();
+    let host = process.host();
+    let mut stopped = process.seize();
+    let remote = &mut stopped.remote;
+    let ground = Ground::new(remote);
+    ground.fill(remote, 1);
+    let mut tracker = None;
+    let first = bench.capture(remote, &mut tracker);
+    assert!(first.pages.touched().order().is_empty());
+    let last = ground.start / 4096 + Ground::PAGES - 1;
+    // It may have been given back before it was touched, though what is last comes last.
+    let noted = (0..50).any(|_| {
+        ground.fill(remote, 2);
+        bench.begin_restore(remote, &mut tracker, &first);
+        assert_eq!(page_of(host, ground.at(Ground::PAGES - 1))[1], 1);
+        bench.restore(remote, &mut tracker, &first);
+        assert!(ground.is(host, 1));
+        let order = first.pages.touched().order();
+        order.iter().any(|page| page / 64 == last / 64)
+    });
+    assert!(noted);
+    stopped.release().unwrap();
+}
+
+#[test]
 fn a_process_that_is_made_anew_gets_its_memory_while_it_runs() {
     let bench = Bench {
         gears: LOW,
@@ -292,7 +322,7 @@ fn a_process_may_move_drop_and_unmap_memory_that_is_still_to_come_back() {
             calls: &wait,
             place: None,
         };
-        let child = Orphan::make(remote, &bench.orphans, &purpose).unwrap();
+        let child = Orphan::make(remote, &bench.host, &bench.orphans, &purpose).unwrap();
         for host in [host, child.host()] {
             for page in (0..PART).step_by(7 + round) {
                 let zero = [0, 0];
