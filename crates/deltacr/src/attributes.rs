@@ -1,13 +1,15 @@
 //! What belongs to a process besides memory, descriptors and threads: credentials, limits, signal
 //! handlers, timers, umask and the like.
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::io;
 
 use serde::{Deserialize, Serialize};
 
+use crate::credentials::{self, Credentials, Gist};
 use crate::error::{During, Error, Result};
-use crate::ids::HostPid;
+use crate::ids::{HostPid, InnerPid};
 use crate::procfs;
 use crate::remote::{Arg, Batch, CallId, DataRef, Outcome, Remote};
 use crate::stop::Stopped;
@@ -22,35 +24,21 @@ const TRAP: usize = libc::SIGTRAP as usize - 1;
 const IGNORE: [u8; 8] = (libc::SIG_IGN as u64).to_le_bytes();
 const RLIMITS: u32 = 16;
 const ITIMERS: u64 = 3;
-const GROUPS_MAX: usize = 256;
-/// Capabilities that there are (`CAP_LAST_CAP` is 40).
-const CAPABILITIES: i32 = 41;
 /// `membarrier(2)`: what a process is registered for, as a set of commands (Linux 6.3).
 const MEMBARRIER_GET_REGISTRATIONS: i32 = 1 << 9;
 /// `personality(2)`: ask only.
 const PERSONALITY_ASK: u64 = 0xffff_ffff;
 
-/// User and group ids, as the sandbox counts, and capabilities.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub(crate) struct Credentials {
-    /// Real, effective, saved, and that for files.
-    users: [u32; 4],
-    groups: [u32; 4],
-    supplementary: Vec<u8>,
-    /// Effective, permitted, inheritable; two words each, as `capget(2)` gives them.
-    capabilities: Vec<u8>,
-    /// Those that no program that is executed gets back; a bit for each, as for the next.
-    bounding: u64,
-    /// Those that a program keeps when it executes another.
-    ambient: u64,
-    securebits: u64,
-    no_new_privileges: bool,
-}
-
 /// See the module's description.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Attributes {
+    /// Those of the first thread.
     pub(crate) credentials: Credentials,
+    /// Those of other threads that have others.
+    pub(crate) others: BTreeMap<InnerPid, Credentials>,
+    /// What those have told of theirs; of processes that are looked at only.
+    #[serde(skip)]
+    gists: BTreeMap<InnerPid, Gist>,
     umask: u64,
     /// Soft and hard limit of each resource.
     limits: Vec<[u64; 2]>,
@@ -71,6 +59,12 @@ pub(crate) struct Attributes {
 }
 
 impl Attributes {
+    /// Notes which threads have other credentials than the first, by what all have told.
+    pub(crate) fn note_others(&mut self, told: impl Iterator<Item = (InnerPid, Gist)>) {
+        let other = |(_, gist): &(InnerPid, Gist)| !self.credentials.are(gist);
+        self.gists = told.filter(other).collect();
+    }
+
     /// Notes that `SIGTRAP` is ignored, which asking for it has changed.
     pub(crate) fn ignore_trap(&mut self) {
         if let Some(handler) = self.actions.get_mut(TRAP).and_then(|a| a.get_mut(..8)) {
@@ -88,14 +82,7 @@ impl Attributes {
 
 /// Where in a batch the questions to a process are.
 pub(crate) struct Questions {
-    users: (DataRef, CallId),
-    groups: (DataRef, CallId),
-    supplementary: (CallId, DataRef),
-    capabilities: DataRef,
-    bounding: Vec<CallId>,
-    ambient: Vec<CallId>,
-    securebits: CallId,
-    no_new_privileges: CallId,
+    credentials: credentials::Questions,
     umask: CallId,
     limits: Vec<DataRef>,
     actions: Vec<DataRef>,
@@ -109,57 +96,18 @@ pub(crate) struct Questions {
     program_break: CallId,
 }
 
-fn ambient(batch: &mut Batch, operation: i32, capability: i32) -> CallId {
-    let option = libc::PR_CAP_AMBIENT;
-    let args = [
-        option.into(),
-        operation.into(),
-        capability.into(),
-        0.into(),
-        0.into(),
-    ];
-    batch.call(libc::SYS_prctl, &args)
-}
-
-fn prctl(batch: &mut Batch, option: i32, value: impl Into<Arg>) -> CallId {
+pub(crate) fn prctl(batch: &mut Batch, option: i32, value: impl Into<Arg>) -> CallId {
     batch.call(
         libc::SYS_prctl,
         &[option.into(), value.into(), 0.into(), 0.into(), 0.into()],
     )
 }
 
-/// Asks for three ids, and by setting none for the fourth.
-fn ids(batch: &mut Batch, three: i64, fourth: i64) -> (DataRef, CallId) {
-    let ids = batch.output(12);
-    let args = [0, 4, 8].map(|at| ids.at(at, 4).into());
-    batch.call(three, &args);
-    (ids, batch.call(fourth, &[u32::MAX.into()]))
-}
-
-fn capability_header() -> Vec<u8> {
-    [process::CAPABILITY_VERSION.to_le_bytes(), [0; 4]].concat()
-}
-
 impl Questions {
     /// Adds the questions to a batch: about 150 quick calls. Another 41 for the ambient capabilities, which nobody has who has
     /// none that are inheritable.
     pub(crate) fn ask(b: &mut Batch, ambient_too: bool) -> Self {
-        let users = ids(b, libc::SYS_getresuid, libc::SYS_setfsuid);
-        let groups = ids(b, libc::SYS_getresgid, libc::SYS_setfsgid);
-        let list = b.output(4 * GROUPS_MAX);
-        let count = b.call(libc::SYS_getgroups, &[GROUPS_MAX.into(), list.into()]);
-        let header = b.input(&capability_header());
-        let capabilities = b.output(24);
-        b.call(libc::SYS_capget, &[header.into(), capabilities.into()]);
-        let bounding = (0..CAPABILITIES)
-            .map(|capability| prctl(b, libc::PR_CAPBSET_READ, capability))
-            .collect();
-        let ambient = (0..CAPABILITIES)
-            .filter(|_| ambient_too)
-            .map(|capability| ambient(b, libc::PR_CAP_AMBIENT_IS_SET, capability))
-            .collect();
-        let securebits = prctl(b, libc::PR_GET_SECUREBITS, 0);
-        let no_new_privileges = prctl(b, libc::PR_GET_NO_NEW_PRIVS, 0);
+        let credentials = credentials::Questions::ask(b, ambient_too);
         // The umask can only be read by setting it.
         let umask = b.call(libc::SYS_umask, &[0o77.into()]);
         b.call(libc::SYS_umask, &[umask.into()]);
@@ -199,14 +147,7 @@ impl Questions {
         let barriers = b.call(libc::SYS_membarrier, &barriers);
         let program_break = b.call(libc::SYS_brk, &[0.into()]);
         Self {
-            users,
-            groups,
-            supplementary: (count, list),
-            capabilities,
-            bounding,
-            ambient,
-            securebits,
-            no_new_privileges,
+            credentials,
             umask,
             limits,
             actions,
@@ -219,33 +160,6 @@ impl Questions {
             barriers,
             program_break,
         }
-    }
-
-    fn credentials(&self, o: &Outcome) -> io::Result<Credentials> {
-        let ids = |(three, fourth): (DataRef, CallId)| {
-            let [a, b, c] = [0, 4, 8].map(|at| o.int(three.at(at, 4)) as u32);
-            Ok::<_, io::Error>([a, b, c, o.result(fourth)? as u32])
-        };
-        // What the kernel does not know nobody has.
-        let set = |calls: &[CallId]| {
-            let bits = calls.iter().zip(0..);
-            bits.fold(0, |set, (call, bit)| match o.result(*call) {
-                Ok(1) => set | 1 << bit,
-                _ => set,
-            })
-        };
-        let (count, list) = self.supplementary;
-        let bytes = (o.result(count)? as usize * 4).min(list.len());
-        Ok(Credentials {
-            users: ids(self.users)?,
-            groups: ids(self.groups)?,
-            supplementary: o.bytes(list)[..bytes].to_vec(),
-            capabilities: o.bytes(self.capabilities).to_vec(),
-            bounding: set(&self.bounding),
-            ambient: set(&self.ambient),
-            securebits: o.result(self.securebits)?,
-            no_new_privileges: o.result(self.no_new_privileges)? != 0,
-        })
     }
 
     /// Where its heap ends.
@@ -268,7 +182,9 @@ impl Questions {
     pub(crate) fn attributes(&self, o: &Outcome, remote: &Remote) -> io::Result<Attributes> {
         let copies = |list: &[DataRef]| list.iter().map(|d| o.bytes(*d).to_vec()).collect();
         Ok(Attributes {
-            credentials: self.credentials(o)?,
+            credentials: self.credentials.answers(o)?,
+            others: BTreeMap::new(),
+            gists: BTreeMap::new(),
             umask: o.result(self.umask)?,
             limits: self
                 .limits
@@ -287,17 +203,6 @@ impl Questions {
             oom_score: procfs::read_all(&*remote.proc_file("oom_score_adj")?)?,
         })
     }
-}
-
-/// Whether `current` can become `target` by the process' own means.
-pub(crate) fn reachable(current: &Attributes, target: &Attributes) -> bool {
-    let (c, t) = (&current.credentials, &target.credentials);
-    if c == t {
-        return true;
-    }
-    // Root may become anybody; nobody else can be sure to. no_new_privs never goes away.
-    let root = c.users == [0; 4] && c.capabilities == t.capabilities && t.users == [0; 4];
-    root && c.no_new_privileges <= t.no_new_privileges && t.bounding & !c.bounding == 0
 }
 
 /// Undoes what differs, but for credentials ([`restore_credentials`]).
@@ -350,120 +255,64 @@ pub(crate) fn restore(
             calls.push(("a memory barrier", b.call(libc::SYS_membarrier, &args)));
         }
     }
-    let first = remote.host();
-    run_all(remote, first, &b, &calls)
+    run_all(remote, &b, &calls)
 }
 
-/// Makes the credentials of all threads those of `target`. Comes last, for it may take rights away.
+/// Whether `current` can become `target` by the process' own means.
+pub(crate) fn reachable(current: &Attributes, target: &Attributes) -> bool {
+    let goal = |tid| target.others.get(tid).unwrap_or(&target.credentials);
+    let first = &current.credentials;
+    let as_first = |tid: &InnerPid| !current.gists.contains_key(tid);
+    // What a thread with others could become is not known.
+    current.gists.iter().all(|(tid, gist)| goal(tid).are(gist))
+        && target
+            .others
+            .iter()
+            .all(|(tid, goal)| !as_first(tid) || first.can_become(goal))
+        && first.can_become(&target.credentials)
+}
+
+/// Makes the credentials of all threads those of `target`, and what their change resets. Comes last, for it may take rights away.
 pub(crate) fn restore_credentials(
     stopped: &mut Stopped,
     current: &Attributes,
     target: &Attributes,
 ) -> Result<()> {
-    let (have, want) = (&current.credentials, &target.credentials);
-    let first = stopped.remote.host();
-    let mut b = Batch::new();
-    let mut calls = Vec::new();
-    if have != want {
-        calls = change_credentials(&mut b, have, want);
-        // Each thread has its own; those that were made just now have what the first has.
-        let others = stopped.threads.iter().map(|thread| thread.host);
-        for host in others.filter(|host| *host != first) {
-            run_all(&mut stopped.remote, host, &b, &calls)?;
+    let remote = &mut stopped.remote;
+    let pid = remote.pid();
+    let mut changed = false;
+    for thread in &stopped.threads {
+        let of = |attributes: &'_ Attributes| {
+            let own = attributes.others.get(&thread.tid);
+            own.unwrap_or(&attributes.credentials).clone()
+        };
+        let (have, want) = (of(current), of(target));
+        if have != want {
+            changed = true;
+            let restored = credentials::restore(remote, thread.host, &have, &want);
+            restored.map_err(|(what, source)| Error::Process {
+                doing: format!("restoring {what}"),
+                pid,
+                source,
+            })?;
         }
     }
-    // Changing ids resets these.
-    if have != want || current.dumpable != target.dumpable {
+    let mut b = Batch::new();
+    if changed || current.dumpable != target.dumpable {
         if target.dumpable <= 1 {
             prctl(&mut b, libc::PR_SET_DUMPABLE, target.dumpable);
         }
         prctl(&mut b, libc::PR_SET_PDEATHSIG, target.death_signal);
     }
-    run_all(&mut stopped.remote, first, &b, &calls)
+    run_all(remote, &b, &[])
 }
 
-/// Adds the calls that change a thread's credentials, and tells what each of them is for.
-fn change_credentials(
-    b: &mut Batch,
-    have: &Credentials,
-    want: &Credentials,
-) -> Vec<(&'static str, CallId)> {
-    let mut calls = Vec::new();
-    let list = b.input(&want.supplementary);
-    let count = want.supplementary.len() / 4;
-    let header = b.input(&capability_header());
-    let sets = b.input(&want.capabilities);
-    if have.supplementary != want.supplementary {
-        let args = [count.into(), list.into()];
-        calls.push((
-            "the supplementary groups",
-            b.call(libc::SYS_setgroups, &args),
-        ));
-    }
-    for capability in 0..CAPABILITIES {
-        if have.bounding & !want.bounding & 1 << capability != 0 {
-            calls.push((
-                "the bounding set",
-                prctl(b, libc::PR_CAPBSET_DROP, capability),
-            ));
-        }
-    }
-    let ids = |[a, b, c, _]: [u32; 4]| [a, b, c].map(Arg::from);
-    calls.push((
-        "the group ids",
-        b.call(libc::SYS_setresgid, &ids(want.groups)),
-    ));
-    // The calls for the fourth ids give the old one and no errors.
-    b.call(libc::SYS_setfsgid, &[want.groups[3].into()]);
-    // Capabilities survive the change of user only so.
-    prctl(b, libc::PR_SET_KEEPCAPS, 1);
-    calls.push((
-        "the user ids",
-        b.call(libc::SYS_setresuid, &ids(want.users)),
-    ));
-    if !want.users[..3].contains(&want.users[3]) {
-        // What is permitted must be in effect for that, and some of it is not any more after it.
-        let mut effective = want.capabilities.clone();
-        effective.copy_within(4..8, 0);
-        effective.copy_within(16..20, 12);
-        let effective = b.input(&effective);
-        b.call(libc::SYS_capset, &[header.into(), effective.into()]);
-        b.call(libc::SYS_setfsuid, &[want.users[3].into()]);
-    }
-    calls.push((
-        "the capabilities",
-        b.call(libc::SYS_capset, &[header.into(), sets.into()]),
-    ));
-    prctl(b, libc::PR_SET_KEEPCAPS, 0);
-    for capability in (0..CAPABILITIES).filter(|c| want.ambient & 1 << c != 0) {
-        calls.push((
-            "the ambient capabilities",
-            ambient(b, libc::PR_CAP_AMBIENT_RAISE, capability),
-        ));
-    }
-    if have.securebits != want.securebits {
-        let set = prctl(b, libc::PR_SET_SECUREBITS, want.securebits);
-        calls.push(("the securebits", set));
-    }
-    if want.no_new_privileges && !have.no_new_privileges {
-        calls.push(("no_new_privs", prctl(b, libc::PR_SET_NO_NEW_PRIVS, 1)));
-    }
-    calls
-}
-
-fn run_all(
-    remote: &mut Remote,
-    thread: HostPid,
-    batch: &Batch,
-    calls: &[(&str, CallId)],
-) -> Result<()> {
+fn run_all(remote: &mut Remote, batch: &Batch, calls: &[(&str, CallId)]) -> Result<()> {
     if batch.is_empty() {
         return Ok(());
     }
     let pid = remote.pid();
-    let outcome = remote
-        .run_in(thread, batch)
-        .during(pid, "restoring the attributes")?;
+    let outcome = remote.run(batch).during(pid, "restoring the attributes")?;
     for (what, call) in calls {
         outcome.result(*call).map_err(|source| Error::Process {
             doing: format!("restoring {what}"),

@@ -42,9 +42,10 @@ pub(crate) fn describe(
     for thread in &mut process.stopped.threads {
         let wait = waits.entry(thread.host).or_default();
         let answers = threads::known_or_asked(remote, thread, &mut answers)?;
-        threads.push(threads::capture(
-            env, remote, thread, answers, &pending, wait,
-        )?);
+        let answers = (answers, &attributes.credentials);
+        let (image, own) = threads::capture(env, remote, thread, answers, &pending, wait)?;
+        attributes.others.extend(own.map(|own| (image.tid, own)));
+        threads.push(image);
     }
     pending.extend(remote.strays());
     let cwd = Place::of(env, procfs, pid, "cwd").during(pid, "reading its directory")?;

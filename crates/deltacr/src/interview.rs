@@ -142,6 +142,9 @@ impl Interview {
                 }
             }
             if waiting.is_empty() {
+                let threads = answers.threads.iter();
+                let gists = threads.map(|(tid, answer)| (*tid, answer.gist));
+                answers.attributes.note_others(gists);
                 return Ok(answers);
             }
             // There are more than have room at once.

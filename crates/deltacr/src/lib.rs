@@ -6,6 +6,7 @@ mod attributes;
 mod background;
 mod birth;
 mod catch;
+mod credentials;
 mod describe;
 mod disk;
 mod end;

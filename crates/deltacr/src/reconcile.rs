@@ -10,6 +10,7 @@ use rustix::fs::OFlags;
 
 use crate::attributes::{self, Attributes};
 use crate::birth::spawn;
+use crate::credentials::Credentials;
 use crate::env::Environment;
 use crate::error::{During, Result};
 use crate::fd;
@@ -214,7 +215,7 @@ impl Reconcile<'_> {
         let remote = &mut self.process.stopped.remote;
         let pid = remote.pid();
         remote.forget_strays();
-        let (attributes, answers) = match now {
+        let (mut attributes, answers) = match now {
             // A new program has reset some of them.
             Some(now) if now.same_program => (now.attributes, now.threads),
             _ => {
@@ -227,7 +228,7 @@ impl Reconcile<'_> {
         // The limits are those of the image now.
         let memory = &self.image.memory;
         memory.advised.restore(remote, &memory.vmas)?;
-        self.threads(answers)?;
+        let others = self.threads(answers, &attributes.credentials)?;
         let remote = &mut self.process.stopped.remote;
         // Those that signal a thread find it there now.
         let timers = timers::capture(self.procfs, remote)?;
@@ -239,6 +240,7 @@ impl Reconcile<'_> {
             .restore(&self.image.pending, remote, (pid, host), Scope::Process)
             .during(pid, "restoring the queued signals")?;
         self.wake()?;
+        attributes.others = others;
         Ok(attributes)
     }
 
@@ -287,7 +289,12 @@ impl Reconcile<'_> {
             .try_for_each(|call| outcome.result(*call).during(pid, doing).map(drop))
     }
 
-    fn threads(&mut self, mut answers: BTreeMap<InnerPid, threads::Answers>) -> Result<()> {
+    /// Returns the credentials of those that have others than the first.
+    fn threads(
+        &mut self,
+        mut answers: BTreeMap<InnerPid, threads::Answers>,
+        first: &Credentials,
+    ) -> Result<BTreeMap<InnerPid, Credentials>> {
         let stopped = &mut self.process.stopped;
         let remote = &mut stopped.remote;
         let pid = remote.pid();
@@ -304,13 +311,20 @@ impl Reconcile<'_> {
         }
         let wanted: BTreeMap<InnerPid, _> = self.image.threads.iter().map(|t| (t.tid, t)).collect();
         let shared = Queue::default();
+        let mut others = BTreeMap::new();
+        let images = &self.image.threads;
+        let together = images.iter().all(|t| t.has_filters_of(&images[0]));
         for thread in &mut stopped.threads {
             let answers = threads::known_or_asked(remote, thread, &mut answers)?;
-            let current = threads::capture(self.env, remote, thread, answers, &shared, &mut None)?;
+            let answers = (answers, first);
+            let (current, own) =
+                threads::capture(self.env, remote, thread, answers, &shared, &mut None)?;
+            others.extend(own.map(|own| (thread.tid, own)));
             let wait = self.waits.entry(thread.host).or_default();
-            threads::restore(remote, thread, &current, wanted[&thread.tid], wait)?;
+            let target = (wanted[&thread.tid], together);
+            threads::restore(remote, thread, &current, target, wait)?;
         }
-        Ok(())
+        Ok(others)
     }
 
     /// Takes back a stop by job control that has come since.

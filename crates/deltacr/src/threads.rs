@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
+use crate::credentials::{self, Credentials, Gist, GistQuestions};
 use crate::disk::stored;
 use crate::env::Environment;
 use crate::error::{During, Error, Result};
@@ -68,6 +69,11 @@ impl ThreadImage {
         self.filters.0.starts_with(&Filters::of(host, env).0)
     }
 
+    /// Whether it has the seccomp filters of another thread.
+    pub(crate) fn has_filters_of(&self, other: &Self) -> bool {
+        self.filters == other.filters
+    }
+
     /// Addresses that the thread, or the kernel for it, needs as soon as it runs or when it ends.
     pub(crate) fn hot(&self) -> Vec<u64> {
         let mut hot = vec![
@@ -106,10 +112,12 @@ pub(crate) struct Questions {
     scheduling: DataRef,
     affinity: (CallId, DataRef),
     io_priority: CallId,
+    gist: GistQuestions,
 }
 
 /// What a thread answered.
 pub(crate) struct Answers {
+    pub(crate) gist: Gist,
     clear_tid: u64,
     properties: Properties,
 }
@@ -142,6 +150,7 @@ impl Questions {
             scheduling,
             affinity,
             io_priority,
+            gist: GistQuestions::ask(b),
         }
     }
 
@@ -157,6 +166,7 @@ impl Questions {
             io_priority: o.result(self.io_priority)?,
         };
         Ok(Answers {
+            gist: self.gist.answers(o),
             clear_tid: o.long(self.clear_tid),
             properties,
         })
@@ -179,18 +189,19 @@ pub(crate) fn known_or_asked(
     answers.during(remote.pid(), "asking a thread")
 }
 
-/// Takes down a stopped thread, which gave these answers. `shared` holds the signals queued for its process, `wait` the timed
+/// Takes down a stopped thread, which gave these answers; `first` are the credentials of its process' first thread. Gives
+/// the thread's own, if they are others. `shared` holds the signals queued for its process, `wait` the timed
 /// wait that the thread was in when it was last looked at.
 ///
 /// A call that the stop made return `EINTR` is sent back to in `thread` too, for it goes on from there.
 pub(crate) fn capture(
     env: &dyn Environment,
-    remote: &Remote,
+    remote: &mut Remote,
     thread: &mut StoppedThread,
-    answers: Answers,
+    (answers, first): (Answers, &Credentials),
     shared: &Queue,
     wait: &mut Option<Wait>,
-) -> Result<ThreadImage> {
+) -> Result<(ThreadImage, Option<Credentials>)> {
     let pid = remote.pid();
     if thread.regs.cs != CS_64 {
         let what = "it is a 32-bit program; run its 64-bit build".to_owned();
@@ -200,7 +211,15 @@ pub(crate) fn capture(
             what,
         });
     }
-    read(env, remote, thread, answers, shared, wait).during(pid, "reading a thread")
+    let credentials = match first.are(&answers.gist) {
+        true => None,
+        false => {
+            let read = credentials::read(remote, thread.host);
+            Some(read.during(pid, "asking a thread for its credentials")?)
+        }
+    };
+    let image = read(env, remote, thread, answers, shared, wait).during(pid, "reading a thread")?;
+    Ok((image, credentials))
 }
 
 fn read(
@@ -272,16 +291,17 @@ pub(crate) fn release_rseq(
 }
 
 /// Gives a stopped thread everything of `target` but what [`StoppedThread`] holds, and sets that
-/// up to be what the thread goes on with. `current` is what it is now; `wait` becomes the timed wait that it is in.
+/// up to be what the thread goes on with. `current` is what it is now; `wait` becomes the timed wait that it is in. Seccomp filters
+/// that it lacks go to all threads of the process if `together`.
 pub(crate) fn restore(
     remote: &mut Remote,
     thread: &mut StoppedThread,
     current: &ThreadImage,
-    target: &ThreadImage,
+    (target, together): (&ThreadImage, bool),
     wait: &mut Option<Wait>,
 ) -> Result<()> {
     let pid = remote.pid();
-    write(remote, thread, current, target).during(pid, "restoring a thread")?;
+    write(remote, thread, current, target, together).during(pid, "restoring a thread")?;
     *wait = None;
     thread.regs = match target.left {
         Some(left) => waits::give_back(remote, thread.host, &target.regs, left, wait)
@@ -297,6 +317,7 @@ fn write(
     thread: &StoppedThread,
     current: &ThreadImage,
     target: &ThreadImage,
+    together: bool,
 ) -> io::Result<()> {
     let (have, want) = (&current.properties, &target.properties);
     let mut b = Batch::new();
@@ -328,24 +349,14 @@ fn write(
             calls.push(b.call(libc::SYS_rseq, &rseq_args(&target.rseq, 0)));
         }
     }
-    let missing = target.filters.0.iter().skip(current.filters.0.len());
-    for filter in missing {
-        let program = b.input(filter);
-        let count = filter.len() / size_of::<libc::sock_filter>();
-        let header = b.input(&crate::remote::longs(&[count as u64, 0]));
-        b.link(header, &[(8, program)]);
-        let args = [
-            libc::SECCOMP_SET_MODE_FILTER.into(),
-            0.into(),
-            header.into(),
-        ];
-        calls.push(b.call(libc::SYS_seccomp, &args));
-    }
     if !b.is_empty() {
         let outcome = remote.run_in(thread.host, &b)?;
         for call in calls {
             outcome.result(call)?;
         }
+    }
+    for filter in target.filters.0.iter().skip(current.filters.0.len()) {
+        add_filter(remote, thread.host, filter, together)?;
     }
     // By the supervisor, which may raise what the thread itself may not.
     if have.scheduling != want.scheduling {
@@ -365,6 +376,33 @@ fn write(
     )?;
     if current.xstate != target.xstate {
         ptrace::set_xstate(thread.host, &target.xstate)?;
+    }
+    Ok(())
+}
+
+/// Gives a thread another filter; all threads of the process if they are to have it `together`, for only what they share lets the
+/// program give them more together later.
+fn add_filter(remote: &mut Remote, host: HostPid, filter: &[u8], together: bool) -> io::Result<()> {
+    let attempts: &[_] = match together {
+        true => &[libc::SECCOMP_FILTER_FLAG_TSYNC, 0],
+        false => &[0],
+    };
+    for &flags in attempts {
+        let mut b = Batch::new();
+        let program = b.input(filter);
+        let count = filter.len() / size_of::<libc::sock_filter>();
+        let header = b.input(&crate::remote::longs(&[count as u64, 0]));
+        b.link(header, &[(8, program)]);
+        let args = [
+            libc::SECCOMP_SET_MODE_FILTER.into(),
+            flags.into(),
+            header.into(),
+        ];
+        let call = b.call(libc::SYS_seccomp, &args);
+        // The number of a thread that has others says that nothing was done.
+        if remote.run_in(host, &b)?.result(call)? == 0 {
+            break;
+        }
     }
     Ok(())
 }

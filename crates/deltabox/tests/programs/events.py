@@ -347,3 +347,136 @@ def device_nodes():
         equal(len(os.read(random, 10)), 10, "urandom")
 
     return mutate, check
+
+
+IOCTL = {"TIOCSPTLCK": 0x40045431, "TIOCGPTLCK": 0x80045439, "TIOCGPKT": 0x80045438, "TIOCGEXCL": 0x80045440}
+
+
+def told(descriptor, request):
+    return struct.unpack("i", fcntl.ioctl(descriptor, IOCTL[request], bytes(4)))[0]
+
+
+@case
+def pty_with_lines_that_nobody_has_read():
+    master, slave = pty.openpty()
+    os.fchown(slave, 1234, 4321)
+    os.fchmod(slave, 0o640)
+    # What is typed is shown, and a character for the end of the file ends a line without being in it.
+    os.write(master, b"first line\rsecond\rended\4partial\177ly ty\026\003ped")
+    eventually(lambda: told_bytes(slave) >= 18, "the lines")
+    os.write(slave, b"out\n")
+    attributes = termios.tcgetattr(slave)
+    os.set_blocking(slave, False)
+    shown = b"first line\r\nsecond\r\nendedpartial\b \bly ty^\b^Cpedout\r\n"
+    eventually(lambda: told_bytes(master) == len(shown), "the echo")
+
+    def mutate():
+        os.read(slave, 100)
+        os.write(master, b"more\r")
+        os.read(master, 10)
+
+    def check():
+        equal(termios.tcgetattr(slave), attributes, "attributes")
+        lines = [os.read(slave, 100) for _ in range(3)]
+        equal(lines, [b"first line\n", b"second\n", b"ended"], "lines")
+        raises(errno.EAGAIN, os.read, slave, 100)
+        equal(os.read(master, 1000), shown, "what was shown")
+        os.write(master, b"\r")
+        eventually(lambda: select.select([slave], [], [], 0)[0], "the last line")
+        equal(os.read(slave, 100), b"partialy ty\003ped\n", "the line that had not ended")
+        owner = os.fstat(slave)
+        equal((owner.st_uid, owner.st_gid, owner.st_mode & 0o777), (1234, 4321, 0o640), "owner")
+
+    return mutate, check
+
+
+def told_bytes(descriptor):
+    return struct.unpack("i", fcntl.ioctl(descriptor, termios.FIONREAD, bytes(4)))[0]
+
+
+@case
+def pty_with_bytes_that_nobody_has_read():
+    master, slave = pty.openpty()
+    tty.setraw(slave)
+    control = termios.tcgetattr(slave)
+    control[6][termios.VMIN] = 200
+    termios.tcsetattr(slave, termios.TCSANOW, control)
+    os.set_blocking(slave, False)
+    data = bytes(range(256))[:190] + b"\0\n\r\4\177"
+    os.write(master, data)
+    eventually(lambda: told_bytes(slave) == len(data), "the bytes")
+    os.write(slave, b"answer" * 400)
+    eventually(lambda: told_bytes(master) == 2400, "the answer")
+    fcntl.ioctl(master, termios.TIOCPKT, struct.pack("i", 1))
+    fcntl.ioctl(slave, termios.TIOCEXCL)
+    fcntl.ioctl(master, IOCTL["TIOCSPTLCK"], struct.pack("i", 1))
+
+    def mutate():
+        fcntl.ioctl(master, termios.TIOCPKT, struct.pack("i", 0))
+        fcntl.ioctl(slave, termios.TIOCNXCL)
+        fcntl.ioctl(master, IOCTL["TIOCSPTLCK"], struct.pack("i", 0))
+        termios.tcflush(slave, termios.TCIFLUSH)
+        os.read(master, 100)
+
+    def check():
+        modes = told(master, "TIOCGPKT"), told(slave, "TIOCGEXCL"), told(master, "TIOCGPTLCK")
+        equal(modes, (1, 1, 1), "packets, exclusive, locked")
+        equal(termios.tcgetattr(slave), control, "attributes")
+        equal(told_bytes(slave), len(data), "as many bytes")
+        os.write(master, b"12345")
+        got = b""
+        while len(got) < len(data) + 5:
+            got += os.read(slave, 300)
+        equal(got, data + b"12345", "the bytes")
+        answer = b""
+        while len(answer) < 2400:
+            packet = os.read(master, 4000)
+            equal(packet[0], 0, "a packet of data")
+            answer += packet[1:]
+        equal(answer, b"answer" * 400, "the answer")
+
+    return mutate, check
+
+
+@case
+def pty_whose_master_is_closed():
+    master, slave = pty.openpty()
+    another = os.dup(slave)
+    os.close(master)
+    before = descriptors()
+
+    def mutate():
+        os.close(slave)
+
+    def check():
+        equal(descriptors(), before, "descriptors")
+        for end in (slave, another):
+            equal(os.read(end, 10), b"", "the end")
+            raises(errno.EIO, os.write, end, b"x")
+
+    return mutate, check
+
+
+@case
+def signals_of_a_file_for_another_user():
+    reader, writer = os.pipe()
+    heard = []
+    signal.signal(signal.SIGUSR1, lambda *_: heard.append(1))
+    os.setresuid(1000, 1001, 0)
+    fcntl.fcntl(reader, fcntl.F_SETOWN, os.getpid())
+    fcntl.fcntl(reader, fcntl.F_SETSIG, signal.SIGUSR1)
+    fcntl.fcntl(reader, fcntl.F_SETFL, os.O_ASYNC)
+    os.setresuid(0, 0, 0)
+    os.setresuid(1000, 1000, 1000)
+    users = fcntl.fcntl(reader, 17, bytes(8))  # F_GETOWNER_UIDS
+
+    def mutate():
+        os.write(writer, b"x")
+        eventually(lambda: heard, "an early signal")
+
+    def check():
+        equal(fcntl.fcntl(reader, 17, bytes(8)), users, "who has asked for signals")
+        os.write(writer, b"x")
+        eventually(lambda: heard, "the signal")
+
+    return mutate, check

@@ -528,3 +528,29 @@ def path_descriptor_and_proc_file():
         equal(os.lseek(process, 0, os.SEEK_CUR), 10, "position")
 
     return mutate, check
+
+
+@case
+def namespaces_and_what_proc_has_of_the_dead():
+    child = Child()
+    own = [os.open(f"/proc/self/ns/{name}", os.O_RDONLY) for name in ("net", "mnt", "user", "uts")]
+    names = [os.readlink(f"/proc/self/fd/{descriptor}") for descriptor in own]
+    equal(names[0][:5], "net:[", "a namespace")
+    status_of_dead = os.open(f"/proc/{child.pid}/status", os.O_RDONLY)
+    directory_of_dead = os.open(f"/proc/{child.pid}", os.O_RDONLY)
+    child.kill()
+
+    def mutate():
+        for descriptor in own:
+            os.close(descriptor)
+        os.close(status_of_dead)
+        os.close(directory_of_dead)
+
+    def check():
+        spaces = [os.readlink(f"/proc/self/ns/{name}") for name in ("net", "mnt", "user", "uts")]
+        equal([os.readlink(f"/proc/self/fd/{descriptor}") for descriptor in own], spaces, "namespaces")
+        raises(errno.ESRCH, os.read, status_of_dead, 10)
+        equal(os.path.exists(f"/proc/{child.pid}"), False, "the process")
+        equal(os.readlink(f"/proc/self/fd/{directory_of_dead}").split(" ")[0], f"/proc/{child.pid}", "its directory")
+
+    return mutate, check

@@ -675,3 +675,31 @@ def semaphores_and_message_queues_of_system_v():
         equal(values(semaphores, 3), [1, 0, 300], "values after an operation")
 
     return mutate, check
+
+
+def refuse_call_in_all_threads(number):
+    """Makes one system call fail in every thread, which the kernel does only for those that share their filters."""
+    steps = [(0x20, 0, 0, 0), (0x15, 0, 1, number), (0x06, 0, 0, 0x50001), (0x06, 0, 0, 0x7fff0000)]
+    buffer = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *step) for step in steps))
+    program = struct.pack("HxxxxxxQ", len(steps), ctypes.addressof(buffer))
+    return libc.syscall(317, 1, 1, program)  # SECCOMP_SET_MODE_FILTER, SECCOMP_FILTER_FLAG_TSYNC
+
+
+@case
+def seccomp_filters_that_threads_share():
+    def setup():
+        refuse_call(110)
+        threading.Thread(target=time.sleep, args=[100000], daemon=True).start()
+
+    child = Child(setup)
+    child.ask("1")
+
+    def mutate():
+        child.ask("refuse_call(121)")
+
+    def check():
+        equal(child.ask("libc.getppid()"), -1, "refused")
+        equal(child.ask("refuse_call_in_all_threads(121)"), 0, "one more for all threads")
+        equal(child.ask("libc.getpgid(0)"), -1, "refused by that")
+
+    return mutate, check

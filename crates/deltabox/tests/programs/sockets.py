@@ -1,5 +1,7 @@
 """Unix, TCP and UDP sockets with what is queued in them."""
 
+import fcntl
+
 
 def stream_pair(one, two):
     one.send(b"to two" * 1000)
@@ -705,3 +707,82 @@ def tcp_connections_that_wait_with_data():
 @case
 def tcp6_connections_that_wait_with_data():
     return early_birds(socket.AF_INET6, ("::1", 0))
+
+
+def peer(end):
+    return struct.unpack("iII", end.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+
+
+@case
+def unix_peers_are_who_they_were():
+    """Of connections, pairs and listening sockets, made by processes that are there and that have ended, as other users."""
+    mine = socket.socketpair()
+    server = socket.socket(socket.AF_UNIX)
+    server.bind("/playground/peers")
+    os.chmod("/playground/peers", 0o777)
+    server.listen()
+
+    def become(user):
+        os.setresgid(user + 1, user + 1, 0)
+        os.setresuid(user, user, 0)
+
+    def born(user, act):
+        """A child that makes sockets in the table of its parent, as it were."""
+        here, there = socket.socketpair()
+        pid = os.fork()
+        if pid == 0:
+            become(user)
+            made = act()
+            socket.send_fds(there, [b"x"], [end.fileno() for end in made])
+            signal.pause()
+        _, numbers, _, _ = socket.recv_fds(here, 1, 9)
+        return pid, [socket.socket(fileno=number) for number in numbers]
+
+    def connect():
+        client = socket.socket(socket.AF_UNIX)
+        client.connect("/playground/peers")
+        return [client]
+
+    living, (one,) = born(2000, connect)
+    accepted, _ = server.accept()
+    dead, pair = born(3000, socket.socketpair)
+    os.kill(dead, signal.SIGKILL)
+    os.waitpid(dead, 0)
+    ends = [*mine, server, one, accepted, *pair]
+    before = [peer(end) for end in ends]
+    equal(before[4], (living, 2000, 2001), "who has connected")
+    equal(before[5], (dead, 3000, 3001), "who has made the pair")
+
+    def mutate():
+        for end in ends:
+            end.close()
+
+    def check():
+        equal([peer(end) for end in ends], before, "peers")
+        pair[0].send(b"still")
+        equal(pair[1].recv(9), b"still", "sent")
+        raises(errno.ESRCH, os.kill, dead, 0)
+
+    return mutate, check
+
+
+@case
+def tcp_shut_down_for_reading():
+    server, client, accepted = tcp_pair()
+    client.sendall(b"too late")
+    eventually(lambda: struct.unpack("i", fcntl.ioctl(accepted, 0x541B, bytes(4)))[0] == 8, "the data")
+    accepted.shutdown(socket.SHUT_RD)
+
+    def mutate():
+        accepted.recv(100)
+        client.close()
+
+    def check():
+        accepted.settimeout(20)
+        client.settimeout(20)
+        equal(accepted.recv(100), b"too late", "queued")
+        equal(accepted.recv(100), b"", "the end that it has made itself")
+        accepted.sendall(b"spoken")
+        equal(client.recv(100), b"spoken", "the other way")
+
+    return mutate, check

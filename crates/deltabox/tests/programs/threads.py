@@ -244,3 +244,28 @@ def threads_of_a_process_that_gave_up_its_rights():
                 equal(int(status(kind, of)[0], 16), 0, kind)
 
     return mutate, check
+
+
+@case
+def threads_of_different_users():
+    """The kernel keeps credentials for each thread; only the C library makes them the same."""
+    workers = [Worker(number) for number in range(2)]
+    securebits = 0b110101  # SECBIT_KEEP_CAPS, SECBIT_NO_SETUID_FIXUP and its lock, SECBIT_NOROOT
+    acts = [f"libc.prctl(28, {securebits & ~2}, 0, 0, 0)", "libc.syscall(119, 700, 701, 702)",
+            "libc.syscall(117, 500, 501, 502)"]
+    equal([workers[0].ask(act) for act in acts], [0, 0, 0], "becoming another")
+    fields = ("Uid", "Gid", "Groups", "CapInh", "CapPrm", "CapEff", "CapBnd")
+    tids = [os.getpid()] + [worker.tid for worker in workers]
+    before = [[status(field, tid) for field in fields] for tid in tids]
+    bits = workers[0].ask("libc.prctl(27, 0, 0, 0, 0)")
+
+    def mutate():
+        workers[1].ask("libc.syscall(117, 600, 600, 600)")
+
+    def check():
+        equal([[status(field, tid) for field in fields] for tid in tids], before, "credentials")
+        equal([worker.ask("libc.prctl(27, 0, 0, 0, 0)") for worker in workers], [bits, 0], "securebits")
+        equal(workers[0].ask("os.getresuid()"), (500, 501, 502), "as it sees itself")
+        equal((workers[1].ask("os.getresuid()"), os.getresuid()), ((0, 0, 0), (0, 0, 0)), "as the others do")
+
+    return mutate, check

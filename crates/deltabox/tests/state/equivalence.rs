@@ -213,6 +213,7 @@ theme! { files:
     locks_held
     leases
     path_descriptor_and_proc_file
+    namespaces_and_what_proc_has_of_the_dead
 }
 
 theme! { sockets:
@@ -244,6 +245,8 @@ theme! { sockets:
     unix_packets_that_wait_with_their_connection
     tcp_connections_that_wait_with_data
     tcp6_connections_that_wait_with_data
+    unix_peers_are_who_they_were
+    tcp_shut_down_for_reading
 }
 
 theme! { flights:
@@ -273,6 +276,10 @@ theme! { events:
     pty_with_both_ends_inside
     pty_with_a_session_on_it
     device_nodes
+    pty_with_lines_that_nobody_has_read
+    pty_with_bytes_that_nobody_has_read
+    pty_whose_master_is_closed
+    signals_of_a_file_for_another_user
 }
 
 theme! { memory:
@@ -367,6 +374,7 @@ theme! { threads:
     a_hundred_threads
     thread_of_a_child
     threads_of_a_process_that_gave_up_its_rights
+    threads_of_different_users
 }
 
 theme! { calls:
@@ -444,6 +452,7 @@ theme! { processes:
     descriptors_of_processes_that_ended
     root_directories_of_their_own
     semaphores_and_message_queues_of_system_v
+    seccomp_filters_that_threads_share
 }
 
 #[test]

@@ -1,5 +1,6 @@
 //! Capture: what a stopped tree has open.
 
+use std::cell::OnceCell;
 use std::cmp::Ordering;
 use std::collections::{BTreeMap, HashMap};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -8,11 +9,12 @@ use super::Procs;
 use super::fdinfo::EpollItem;
 use super::model::{Descriptors, Kind, Object, Owner, Slot};
 use super::table::{self, FileId, ProcFds, RawSlot};
-use super::{epoll, event, lock, pipe, process, socket, tty};
+use super::{epoll, event, lock, path, pipe, process, socket, tty};
 use crate::env::Environment;
 use crate::error::{During, Error, Result};
 use crate::ids::{HostPid, InnerPid};
 use crate::mem::SharedObjects;
+use crate::owners::Owners;
 use crate::remote::Remote;
 use crate::sys;
 
@@ -99,6 +101,8 @@ impl Holder<'_> {
     }
 }
 
+/// What the kernel adds to names that are gone.
+const DELETED: &[u8] = b" (deleted)";
 /// `O_LARGEFILE` as 64-bit kernels have it; libc's constant is zero.
 const LARGE: i32 = 0o100000;
 
@@ -171,6 +175,7 @@ fn read(
         likely: HashMap::new(),
         firsts: Vec::new(),
         inodes: Vec::new(),
+        owners: OnceCell::new(),
     };
     for remote in procs.values() {
         capture.process(remote)?;
@@ -204,6 +209,7 @@ pub(crate) struct Capture<'a> {
     pub(crate) firsts: Vec<(HostPid, i32)>,
     /// For each object the number of its inode.
     pub(crate) inodes: Vec<u64>,
+    owners: OnceCell<Owners>,
 }
 
 impl Capture<'_> {
@@ -269,7 +275,7 @@ impl Capture<'_> {
         };
         let known = self
             .kind(holder)
-            .and_then(|kind| Ok((kind, lock::owner(holder)?)));
+            .and_then(|kind| Ok((kind, lock::owner(self, holder)?)));
         let (kind, owner) = known.or_else(refusal)?;
         let object = self.image.objects.len();
         self.image.objects.push(Object {
@@ -346,6 +352,15 @@ impl Capture<'_> {
         }
     }
 
+    /// How users and groups show outside.
+    pub(crate) fn owners(&self) -> Result<&Owners> {
+        if let Some(owners) = self.owners.get() {
+            return Ok(owners);
+        }
+        let read = Owners::of(self.env).during_tree("reading the maps of users and groups")?;
+        Ok(self.owners.get_or_init(|| read))
+    }
+
     /// The process of the tree that has this number outside.
     pub(crate) fn member(&self, host: HostPid) -> Option<InnerPid> {
         self.hosts.get(&host).copied()
@@ -353,13 +368,20 @@ impl Capture<'_> {
 
     /// A file outside the versioned filesystem: carried by its path if that says it all.
     fn path(&self, holder: &Holder<'_>) -> Result<Kind> {
-        let path = holder.link()?;
+        let mut path = holder.link()?;
+        if let Some(name) = path::own_namespace(self.env, &path) {
+            return Ok(Kind::Namespace { name });
+        }
+        if path::process_of(&path).is_some() {
+            // Of one that has ended, it is the number that tells which.
+            path.truncate(path.strip_suffix(DELETED).map_or(path.len(), <[u8]>::len));
+        }
         let shown = String::from_utf8_lossy(&path).into_owned();
         let directory = holder.raw.file.format() == libc::S_IFDIR;
         let virtual_file = [&b"/proc/"[..], b"/sys/"]
             .iter()
             .any(|root| path.starts_with(root));
-        if path.ends_with(b" (deleted)") || !path.starts_with(b"/") {
+        if path.ends_with(DELETED) || !path.starts_with(b"/") {
             return Err(holder.refuse(format_args!(
                 "{shown}, which has no name and is not on the sandbox's filesystem"
             )));

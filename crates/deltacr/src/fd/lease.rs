@@ -12,6 +12,7 @@ use super::model::{Descriptors, Kind, Lease, Object};
 use super::plan::Plan;
 use crate::env::Environment;
 use crate::error::{During, Result};
+use crate::ids::InnerPid;
 use crate::remote::{Batch, Remote};
 
 /// Bytes of `struct stat`, and where it has the owner.
@@ -28,6 +29,7 @@ pub(crate) fn settle(
     env: &dyn Environment,
 ) -> Result<Vec<String>> {
     let mut notes = Vec::new();
+    let made = |pid| !current.tables.contains_key(&pid);
     let held = |index: usize| plan.reuse[index].and_then(|now| current.objects[now].lease);
     // All are let go of before any is taken, for they exclude each other.
     for (index, object) in target.objects.iter().enumerate() {
@@ -40,7 +42,7 @@ pub(crate) fn settle(
     }
     for (index, object) in target.objects.iter().enumerate() {
         if let Some(lease) = object.lease.filter(|_| held(index) != object.lease)
-            && let Err(e) = take(procs, env, object, lease)
+            && let Err(e) = take(procs, env, object, lease, &made)
         {
             let (pid, fd) = object.home;
             notes.push(format!(
@@ -65,6 +67,7 @@ fn take(
     env: &dyn Environment,
     object: &Object,
     lease: Lease,
+    made: &dyn Fn(InnerPid) -> bool,
 ) -> io::Result<()> {
     if object.is_in_flight() {
         return Err(io::Error::other("no process has the file open"));
@@ -90,7 +93,7 @@ fn take(
         begin_to_break(env, &object.kind, to_read)?;
     }
     match object.owner {
-        Some(owner) => lock::set_owner(procs, object, owner),
+        Some(owner) => lock::set_owner(procs, object, owner, made),
         None => Ok(()),
     }
 }

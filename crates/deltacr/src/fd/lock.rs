@@ -6,14 +6,15 @@ use std::io;
 use std::os::fd::AsFd;
 
 use super::Procs;
-use super::capture::Holder;
+use super::capture::{Capture, Holder};
 use super::fdinfo::{LockClass, LockLine};
+use super::guise::{Guise, in_guise};
 use super::install::run_all;
 use super::model::{Descriptors, Lock, LockKind, Object, Owner};
 use super::plan::Plan;
 use crate::error::{During, Result};
 use crate::ids::{HostPid, InnerPid};
-use crate::remote::Batch;
+use crate::remote::{Arg, Batch};
 use crate::sys;
 
 /// The class of owners that are process groups.
@@ -35,7 +36,7 @@ pub(crate) fn of(line: &LockLine, pid: InnerPid) -> Lock {
 }
 
 /// Whom the file signals. Asked only where signals are on, for it takes a duplicate.
-pub(crate) fn owner(holder: &Holder<'_>) -> Result<Option<Owner>> {
+pub(crate) fn owner(capture: &Capture<'_>, holder: &Holder<'_>) -> Result<Option<Owner>> {
     if holder.flags() & libc::O_ASYNC == 0 && holder.raw.info.lease.is_none() {
         return Ok(None);
     }
@@ -56,7 +57,20 @@ pub(crate) fn owner(holder: &Holder<'_>) -> Result<Option<Owner>> {
         // One that has ended hears nothing, like nobody.
         None => 0,
     };
-    Ok(Some(Owner { class, id, signal }))
+    // Kernels without checkpoints of their own do not tell.
+    let users = match sys::fd::owner_users(handle.as_fd()) {
+        Ok((real, effective)) => {
+            let owners = capture.owners()?;
+            Some((owners.inside((real, 0)).0, owners.inside((effective, 0)).0))
+        }
+        Err(_) => None,
+    };
+    Ok(Some(Owner {
+        class,
+        id,
+        signal,
+        users,
+    }))
 }
 
 /// The number inside of a process, thread or group leader.
@@ -147,21 +161,37 @@ fn flock(kind: i32, start: u64, end: Option<u64>) -> [u8; 32] {
     raw
 }
 
-/// Makes a file, at its slot in a process, signal its owner again.
-pub(crate) fn set_owner(procs: &mut Procs<'_>, object: &Object, owner: Owner) -> io::Result<()> {
+/// Makes a file, at its slot in a process, signal its owner again. A process that was just made, of which `made` tells, says so as
+/// the user who did.
+pub(crate) fn set_owner(
+    procs: &mut Procs<'_>,
+    object: &Object,
+    owner: Owner,
+    made: impl Fn(InnerPid) -> bool,
+) -> io::Result<()> {
     let (pid, fd) = object.slots[0];
     let remote = procs.get_mut(&pid).ok_or(io::ErrorKind::NotFound)?;
+    let guise = owner
+        .users
+        .filter(|_| made(pid))
+        .map(|(real_user, user)| Guise {
+            real_user,
+            user,
+            group: 0,
+        });
     let mut batch = Batch::new();
-    let mut fcntl = |command: i32, argument: crate::remote::Arg| {
-        batch.must(libc::SYS_fcntl, &[fd.into(), command.into(), argument]);
-    };
-    fcntl(sys::fd::F_SETSIG, owner.signal.into());
-    fcntl(libc::F_SETFL, object.flags.into());
     let raw = [owner.class.to_le_bytes(), owner.id.to_le_bytes()].concat();
     let raw = batch.input(&raw);
-    batch.must(
-        libc::SYS_fcntl,
-        &[fd.into(), sys::fd::F_SETOWN_EX.into(), raw.into()],
-    );
-    run_all(remote, &batch)
+    let fcntl = |batch: &mut Batch, command: i32, argument: Arg| {
+        batch.call(libc::SYS_fcntl, &[fd.into(), command.into(), argument])
+    };
+    let signal = fcntl(&mut batch, sys::fd::F_SETSIG, owner.signal.into());
+    let flags = fcntl(&mut batch, libc::F_SETFL, object.flags.into());
+    let owned = in_guise(&mut batch, guise, |batch| {
+        fcntl(batch, sys::fd::F_SETOWN_EX, raw.into())
+    });
+    let outcome = remote.run(&batch)?;
+    [signal, flags, owned]
+        .into_iter()
+        .try_for_each(|call| outcome.result(call).map(drop))
 }

@@ -1,8 +1,10 @@
 //! Making the objects that are not there, but for connections.
 
+use std::collections::btree_map::Entry;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 
+use super::guise::StandIn;
 use super::model::{Kind, Object};
 use super::restore::{Restore, named, owner_of};
 use super::{Procs, epoll, event, install, path, pipe, process, tty, watch};
@@ -19,6 +21,7 @@ impl Restore<'_, '_> {
         let last = |kind: &Kind| matches!(kind, Kind::ControllingTerminal);
         self.make_those(|kind| !matches!(kind, Kind::Master { .. }) && !last(kind))?;
         self.fresh.clear();
+        self.hung_up.clear();
         std::mem::take(&mut self.departed).bury(self.procs)?;
         terminals(self.procs)?;
         self.make_those(last)
@@ -42,15 +45,13 @@ impl Restore<'_, '_> {
         let made = match &object.kind {
             Kind::File { ino } => self.open_file(*ino, object.flags),
             Kind::Memory { key } => self.shared.open_descriptor(*key, flags),
-            Kind::Path { path } => path::open(self.env, path, object.flags),
+            Kind::Path { path } => self.open_path(path, object),
+            Kind::Namespace { name } => path::open_namespace(self.env, name),
             Kind::ControllingTerminal => return self.open_inside(object, b"/dev/tty\0"),
             Kind::Pipe { pipe } => return self.make_pipe_end(*pipe, object),
             Kind::External(id) => self.env.open_external(*id, object.writes()),
-            Kind::Terminal { number } => tty::open_slave(self.env, *number, object.flags),
-            Kind::Master { number } => {
-                let (user, _) = owner_of(self.remote(pid)?.host());
-                tty::make_master(self.env, *number, object.flags, user)
-            }
+            Kind::Terminal { number, hung_up } => self.open_slave(*number, *hung_up, object.flags),
+            Kind::Master { number } => tty::make_master(self.env, *number, object.flags),
             Kind::Event { count, semaphore } => event::make_event(*count, *semaphore),
             Kind::Timer(timer) => event::make_timer(timer),
             Kind::Signals { mask } => sys::fd::new_signalfd(*mask),
@@ -63,6 +64,30 @@ impl Restore<'_, '_> {
             Kind::Refused { what } => Err(io::Error::new(io::ErrorKind::Unsupported, what.clone())),
         };
         made.during(pid, "opening it again")
+    }
+
+    /// The slave side of a terminal; of one that is to be hung up, by a master that is closed when all its slave sides are
+    /// there.
+    fn open_slave(&mut self, number: u32, hung_up: bool, flags: i32) -> io::Result<OwnedFd> {
+        if hung_up && let Entry::Vacant(new) = self.hung_up.entry(number) {
+            new.insert(tty::make_master(self.env, number, libc::O_RDWR)?);
+        }
+        tty::open_slave(self.env, number, flags)
+    }
+
+    /// A file by its path. What `/proc` had of a process that has ended is opened with one of the same number there for a moment.
+    fn open_path(&mut self, path: &[u8], object: &Object) -> io::Result<OwnedFd> {
+        let opened = path::open(self.env, path, object.flags);
+        let ended = path::process_of(path).filter(|pid| !self.target.tables.contains_key(pid));
+        match (opened, ended) {
+            (Err(e), Some(pid)) if e.raw_os_error() == Some(libc::ENOENT) => {
+                let stand_in = StandIn::make(self.procs, self.env, object.home.0, pid)?;
+                let opened = path::open(self.env, path, object.flags);
+                stand_in.end(self.procs)?;
+                opened
+            }
+            (opened, _) => opened,
+        }
     }
 
     fn open_file(&self, ino: u64, flags: i32) -> io::Result<OwnedFd> {

@@ -9,6 +9,8 @@ mod capture;
 mod epoll;
 mod event;
 mod fdinfo;
+mod guise;
+mod inside;
 mod install;
 mod lease;
 mod lock;
@@ -23,6 +25,7 @@ mod settle;
 mod socket;
 mod table;
 mod tty;
+mod unread;
 mod watch;
 
 use std::collections::BTreeMap;
@@ -31,10 +34,10 @@ use crate::ids::InnerPid;
 use crate::remote::Remote;
 
 pub use capture::{capture, survey};
+pub use inside::look_inside;
 pub use model::Descriptors;
 pub(crate) use path::removed_directory;
 pub use restore::{check, restore};
-pub use socket::look_inside;
 
 /// The stopped processes of a tree.
 pub type Procs<'a> = BTreeMap<InnerPid, &'a mut Remote>;

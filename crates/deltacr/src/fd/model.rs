@@ -5,6 +5,7 @@ use std::collections::btree_map::Entry;
 
 use serde::{Deserialize, Serialize};
 
+use super::path;
 use super::socket::Socket;
 use crate::env::ExternalId;
 use crate::error::{Error, Result};
@@ -80,14 +81,16 @@ pub(crate) enum Kind {
     Memory { key: ShmKey },
     /// Opened by path: device nodes, files of `/proc` and `/sys`, directories outside the versioned filesystem.
     Path { path: Vec<u8> },
+    /// One of the sandbox's own namespaces, by its name in `/proc/PID/ns`.
+    Namespace { name: String },
     /// `/dev/tty`, whatever terminal that is for the process which opened it.
     ControllingTerminal,
     /// One end of a pipe or fifo (which one is in the flags), by index into [`Descriptors::pipes`].
     Pipe { pipe: usize },
     /// The inside end of a pipe that the service holds the other end of.
     External(ExternalId),
-    /// The slave side of a pseudo-terminal.
-    Terminal { number: u32 },
+    /// The slave side of a pseudo-terminal. It is hung up when the master is closed.
+    Terminal { number: u32, hung_up: bool },
     /// The master side of one.
     Master { number: u32 },
     /// An eventfd.
@@ -119,9 +122,10 @@ impl Kind {
             Self::File { ino } => format!("file with inode {ino}"),
             Self::Memory { .. } => "memfd".to_owned(),
             Self::Path { path } => String::from_utf8_lossy(path).into_owned(),
+            Self::Namespace { name } => format!("{name} namespace"),
             Self::ControllingTerminal => "controlling terminal".to_owned(),
             Self::Pipe { .. } | Self::External(_) => "pipe".to_owned(),
-            Self::Terminal { number } => format!("pseudo-terminal {number}"),
+            Self::Terminal { number, .. } => format!("pseudo-terminal {number}"),
             Self::Master { number } => format!("master of pseudo-terminal {number}"),
             Self::Event { .. } => "eventfd".to_owned(),
             Self::Timer(_) => "timerfd".to_owned(),
@@ -175,6 +179,8 @@ pub(crate) struct Owner {
     pub(crate) id: i32,
     /// Zero for `SIGIO` without details.
     pub(crate) signal: i32,
+    /// The real and the effective user who has said so, on whom it depends whom the file may signal; where the kernel tells.
+    pub(crate) users: Option<(u32, u32)>,
 }
 
 /// A lease on the file, held through an object.
@@ -224,13 +230,39 @@ pub(crate) struct Pipe {
     pub(crate) content: Vec<Vec<u8>>,
 }
 
-/// Settings of a terminal.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+/// Settings of a terminal, and what waits in it.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Terminal {
     /// The kernel's `struct termios2`.
     pub(crate) termios: Vec<u8>,
     /// Rows, columns, and both in pixels.
     pub(crate) size: [u16; 4],
+    /// User and group of the slave side, as the sandbox counts, and its mode.
+    pub(crate) owner: (u32, u32),
+    pub(crate) mode: u32,
+    /// What only a slave side tells, and has: that nobody else may open it, and input. `None` if there is none, or its input is
+    /// too much to be read and put back.
+    pub(crate) exclusive: bool,
+    pub(crate) input: Option<Input>,
+    /// What only a master tells, and has; the same.
+    pub(crate) locked: bool,
+    pub(crate) packets: bool,
+    pub(crate) output: Option<Vec<u8>>,
+}
+
+/// Input that waits to be read.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Input {
+    /// Lines that have ended, by a character that ends one, or else by the end of the file.
+    pub(crate) lines: Vec<Vec<u8>>,
+    /// The line that has not ended; or all of it, where it is not read by lines.
+    pub(crate) rest: Vec<u8>,
+}
+
+impl Input {
+    pub(crate) fn is_empty(&self) -> bool {
+        self.lines.is_empty() && self.rest.is_empty()
+    }
 }
 
 impl Descriptors {
@@ -343,6 +375,17 @@ impl Descriptors {
         Ok(())
     }
 
+    /// Where a terminal of the tree is open, by its slave and by its master side.
+    pub(crate) fn sides(&self, terminal: u32) -> [Option<usize>; 2] {
+        let find = |wanted: &dyn Fn(&Kind) -> bool| {
+            let found = |object: &Object| !object.is_in_flight() && wanted(&object.kind);
+            self.objects.iter().position(found)
+        };
+        let slave = |kind: &Kind| matches!(kind, Kind::Terminal { number, hung_up: false } if *number == terminal);
+        let master = |kind: &Kind| matches!(kind, Kind::Master { number } if *number == terminal);
+        [find(&slave), find(&master)]
+    }
+
     fn points_right(&self, kind: &Kind) -> bool {
         let is_socket = |&index: &usize| {
             let object = self.objects.get(index);
@@ -354,6 +397,7 @@ impl Descriptors {
                 .iter()
                 .all(|interest| interest.object < self.objects.len()),
             Kind::Process { pid } => self.tables.contains_key(pid),
+            Kind::Namespace { name } => path::NAMESPACES.contains(&name.as_str()),
             Kind::Socket(socket) => {
                 let mut rights = socket.in_flight();
                 rights.all(|right| right < self.objects.len())

@@ -2,10 +2,12 @@
 
 use std::io;
 use std::os::fd::OwnedFd;
+use std::os::unix::ffi::OsStrExt;
 
 use rustix::fs::{AtFlags, Mode, OFlags, ResolveFlags};
 
 use crate::env::Environment;
+use crate::ids::InnerPid;
 
 /// Flags that make a difference when a file is opened again; what was a one-time wish at the first
 /// open (create, truncate) must not be wished again.
@@ -43,6 +45,35 @@ pub(crate) fn open(env: &dyn Environment, path: &[u8], flags: i32) -> io::Result
         Mode::empty(),
         ResolveFlags::IN_ROOT,
     )?)
+}
+
+/// The names of namespaces in `/proc/PID/ns`.
+pub(crate) const NAMESPACES: [&str; 8] =
+    ["cgroup", "ipc", "mnt", "net", "pid", "time", "user", "uts"];
+
+/// The name of the sandbox's own namespace that a link like `net:[4026532338]` leads to.
+pub(crate) fn own_namespace(env: &dyn Environment, link: &[u8]) -> Option<String> {
+    let name = link.split(|byte| *byte == b':').next()?;
+    let name = NAMESPACES.iter().find(|known| known.as_bytes() == name)?;
+    let own = std::fs::read_link(namespace_path(env, name)).ok()?;
+    (own.as_os_str().as_bytes() == link).then(|| (*name).to_owned())
+}
+
+/// Opens one of the sandbox's own namespaces.
+pub(crate) fn open_namespace(env: &dyn Environment, name: &str) -> io::Result<OwnedFd> {
+    Ok(std::fs::File::open(namespace_path(env, name))?.into())
+}
+
+fn namespace_path(env: &dyn Environment, name: &str) -> String {
+    format!("/proc/{}/ns/{name}", env.init_pid())
+}
+
+/// The process that a path below `/proc` is about.
+pub(crate) fn process_of(path: &[u8]) -> Option<InnerPid> {
+    let rest = path.strip_prefix(b"/proc/")?;
+    let number = rest.split(|byte| matches!(byte, b'/' | b' ')).next()?;
+    let number = std::str::from_utf8(number).ok()?.parse().ok()?;
+    (number > 0).then_some(InnerPid(number))
 }
 
 /// A directory that has been removed, in place of one that had been when the checkpoint was taken: the kernel revives none, and

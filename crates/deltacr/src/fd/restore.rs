@@ -68,6 +68,7 @@ pub fn restore(
         handles: BTreeMap::new(),
         feeders: Vec::new(),
         departed: Departed::default(),
+        hung_up: BTreeMap::new(),
         fresh: BTreeMap::new(),
         notes: Vec::new(),
     };
@@ -108,6 +109,8 @@ pub(super) struct Restore<'a, 'p> {
     /// The other ends of connections that nobody has the other end of: closed when the queues are filled.
     pub(super) feeders: Vec<(usize, OwnedFd)>,
     pub(super) departed: Departed,
+    /// Masters of terminals that are to be hung up.
+    pub(super) hung_up: BTreeMap<u32, OwnedFd>,
     /// Ends of new pipes, while others may want them.
     pub(super) fresh: BTreeMap<usize, pipe::Fresh>,
     pub(super) notes: Vec<String>,

@@ -30,7 +30,8 @@ impl Restore<'_, '_> {
             if let Some(owner) = object.owner
                 && now.is_none_or(|now| (now.owner, now.flags) != (object.owner, object.flags))
             {
-                lock::set_owner(self.procs, object, owner)
+                let made = |pid| !self.current.tables.contains_key(&pid);
+                lock::set_owner(self.procs, object, owner, made)
                     .during(object.home.0, "setting its owner")
                     .map_err(named(object))?;
             }
@@ -71,18 +72,15 @@ impl Restore<'_, '_> {
 
     fn settle_terminals(&mut self) -> Result<()> {
         for (number, wanted) in &self.target.terminals {
-            let holds = |object: &Object| match object.kind {
-                Kind::Terminal { number: held } | Kind::Master { number: held } => held == *number,
-                _ => false,
-            };
-            if self.current.terminals.get(number) == Some(wanted) {
+            let sides = self.target.sides(*number);
+            let Some(index) = sides[0].or(sides[1]) else {
                 continue;
-            }
-            if let Some(index) = self.target.objects.iter().position(holds) {
-                let handle = self.duplicate(index)?;
-                tty::set(handle.as_fd(), wanted)
-                    .during(self.target.objects[index].home.0, "setting the terminal up")?;
-            }
+            };
+            let handle = |side: Option<usize>| side.map(|index| self.duplicate(index)).transpose();
+            let [slave, master] = [handle(sides[0])?, handle(sides[1])?];
+            let sides = [&slave, &master].map(|side| side.as_ref().map(AsFd::as_fd));
+            tty::set(sides, self.env, *number, wanted)
+                .during(self.target.objects[index].home.0, "setting the terminal up")?;
         }
         Ok(())
     }

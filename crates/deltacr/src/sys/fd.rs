@@ -105,6 +105,47 @@ pub(crate) fn lock_pty(master: BorrowedFd<'_>, locked: bool) -> io::Result<()> {
     Ok(())
 }
 
+/// Whether the slave side of a pseudo-terminal is locked, from its master (`TIOCGPTLCK`).
+pub(crate) fn pty_is_locked(master: BorrowedFd<'_>) -> io::Result<bool> {
+    int_ioctl(master, libc::TIOCGPTLCK).map(|locked| locked != 0)
+}
+
+/// Whether reads of a master tell what else has happened (`TIOCGPKT`).
+pub(crate) fn in_packet_mode(master: BorrowedFd<'_>) -> io::Result<bool> {
+    int_ioctl(master, libc::TIOCGPKT).map(|packets| packets != 0)
+}
+
+/// Makes reads of a master tell what else has happened, or not (`TIOCPKT`).
+pub(crate) fn set_packet_mode(master: BorrowedFd<'_>, packets: bool) -> io::Result<()> {
+    let value = libc::c_int::from(packets);
+    // SAFETY: TIOCPKT reads one int, which `value` is.
+    check(unsafe { libc::ioctl(master.as_raw_fd(), libc::TIOCPKT, &raw const value) }.into())?;
+    Ok(())
+}
+
+/// Whether a terminal may not be opened any more (`TIOCGEXCL`).
+pub(crate) fn is_exclusive(tty: BorrowedFd<'_>) -> io::Result<bool> {
+    int_ioctl(tty, libc::TIOCGEXCL).map(|exclusive| exclusive != 0)
+}
+
+/// Forbids or allows that a terminal is opened (`TIOCEXCL`, `TIOCNXCL`).
+pub(crate) fn set_exclusive(tty: BorrowedFd<'_>, exclusive: bool) -> io::Result<()> {
+    let request = match exclusive {
+        true => libc::TIOCEXCL,
+        false => libc::TIOCNXCL,
+    };
+    // SAFETY: neither request takes an argument.
+    check(unsafe { libc::ioctl(tty.as_raw_fd(), request) }.into())?;
+    Ok(())
+}
+
+/// Has a terminal take a byte as if it had come from the other side (`TIOCSTI`).
+pub(crate) fn pretend_input(tty: BorrowedFd<'_>, byte: u8) -> io::Result<()> {
+    // SAFETY: TIOCSTI reads one byte, which `byte` is.
+    check(unsafe { libc::ioctl(tty.as_raw_fd(), libc::TIOCSTI, &raw const byte) }.into())?;
+    Ok(())
+}
+
 /// Sets the ticks that a timerfd has to tell of (`TFD_IOC_SET_TICKS`); not zero.
 pub(crate) fn set_timer_ticks(timer: BorrowedFd<'_>, ticks: u64) -> io::Result<()> {
     const TFD_IOC_SET_TICKS: libc::Ioctl = 0x4008_5400;
@@ -166,6 +207,15 @@ pub(crate) fn owner(fd: BorrowedFd<'_>) -> io::Result<(i32, i32)> {
     let mut raw = [0_i32; 2];
     // SAFETY: F_GETOWN_EX writes one f_owner_ex, two 32-bit numbers, which `raw` is.
     check(unsafe { libc::fcntl(fd.as_raw_fd(), F_GETOWN_EX, raw.as_mut_ptr()) }.into())?;
+    Ok((raw[0], raw[1]))
+}
+
+/// The real and the effective user who named the owner, outside (`F_GETOWNER_UIDS`).
+pub(crate) fn owner_users(fd: BorrowedFd<'_>) -> io::Result<(u32, u32)> {
+    const F_GETOWNER_UIDS: i32 = 17;
+    let mut raw = [0_u32; 2];
+    // SAFETY: F_GETOWNER_UIDS writes two 32-bit numbers, which `raw` is.
+    check(unsafe { libc::fcntl(fd.as_raw_fd(), F_GETOWNER_UIDS, raw.as_mut_ptr()) }.into())?;
     Ok((raw[0], raw[1]))
 }
 

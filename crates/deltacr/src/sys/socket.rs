@@ -5,6 +5,10 @@ use std::mem::MaybeUninit;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::path::Path;
 
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+
+use crate::ids::HostPid;
+
 /// Room for any socket address (`struct sockaddr_storage`).
 const ADDRESS: usize = 128;
 /// Room for the control data of a message: the most descriptors there can be, and some.
@@ -59,6 +63,21 @@ pub(crate) fn int_option(fd: BorrowedFd<'_>, level: i32, name: i32) -> io::Resul
     let value = option(fd, level, name)?;
     let value = value.as_slice().try_into().map(i32::from_ne_bytes);
     value.map_err(|_| io::ErrorKind::InvalidData.into())
+}
+
+/// Whom a unix socket takes its peer for, as the caller counts (`SO_PEERCRED`): process, user and group. The process is 0 where
+/// there is no peer.
+pub(crate) fn peer_credentials(fd: BorrowedFd<'_>) -> io::Result<(HostPid, u32, u32)> {
+    let told = option(fd, libc::SOL_SOCKET, libc::SO_PEERCRED)?;
+    let mut words = told
+        .chunks_exact(4)
+        .map(|word| i32::from_ne_bytes(word.try_into().expect("four bytes")));
+    let mut next = || words.next().ok_or(io::ErrorKind::InvalidData);
+    Ok((
+        HostPid(next()?),
+        next()?.cast_unsigned(),
+        next()?.cast_unsigned(),
+    ))
 }
 
 /// Sets an option.
@@ -163,6 +182,13 @@ pub(crate) fn shutdown(fd: BorrowedFd<'_>, directions: u8) -> io::Result<()> {
     };
     // SAFETY: shutdown takes integers only.
     check(unsafe { libc::shutdown(fd.as_raw_fd(), how) }).map(drop)
+}
+
+/// Whether reading finds the end of the stream when it has read what waits.
+pub(crate) fn reads_end(fd: BorrowedFd<'_>) -> io::Result<bool> {
+    let mut fds = [PollFd::from_borrowed_fd(fd, PollFlags::RDHUP)];
+    poll(&mut fds, Some(&Timespec::default()))?;
+    Ok(fds[0].revents().contains(PollFlags::RDHUP))
 }
 
 /// A handle of the file that a unix socket is bound to (`SIOCUNIXFILE`).

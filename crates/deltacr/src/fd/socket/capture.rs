@@ -5,13 +5,15 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use super::diag::{self, UnixLine};
-use super::model::{Message, Pending, Socket, State};
+use super::model::{Maker, Message, Pending, Socket, State};
 use super::plan::socket;
-use super::{address, options, queue, tcp};
+use super::{address, options, queue, tcp, unix};
 use crate::env::{Environment, Namespace};
 use crate::error::{During, Result};
+use crate::fd::Procs;
 use crate::fd::capture::{Capture, Holder};
 use crate::fd::model::{Descriptors, Kind};
+use crate::ids::HostPid;
 use crate::sys::socket as sys;
 
 /// Reads a socket by itself. [`relate`] does the rest.
@@ -53,6 +55,7 @@ pub(crate) fn capture(capture: &mut Capture<'_>, holder: &Holder<'_>) -> Result<
         remote: Vec::new(),
         file: None,
         state: State::Idle,
+        maker: None,
         moved: 0,
         shutdown: 0,
         queue: Vec::new(),
@@ -63,12 +66,41 @@ pub(crate) fn capture(capture: &mut Capture<'_>, holder: &Holder<'_>) -> Result<
             "a socket on which a connection waits that has sent descriptors; accept it first",
         ));
     }
+    if domain == libc::AF_UNIX {
+        let told = holder.during(sys::peer_credentials(handle.as_fd()), "asking for the peer")?;
+        image.maker = maker(capture, told)?;
+    }
     if domain == libc::AF_PACKET {
         let heard = packet_protocol(capture.env, image.inode);
         image.protocol = holder.during(heard, "asking what the socket listens for")?;
     }
     capture.sockets.push((capture.image.objects.len(), handle));
     Ok(Kind::Socket(Box::new(image)))
+}
+
+/// Who made a socket, as the kernel tells the service.
+fn maker(capture: &Capture<'_>, (pid, user, group): (HostPid, u32, u32)) -> Result<Option<Maker>> {
+    if pid.0 == 0 {
+        return Ok(None);
+    }
+    let (user, group) = capture.owners()?.inside((user, group));
+    let pid = capture.member(pid).unwrap_or_default();
+    Ok(Some(Maker { pid, user, group }))
+}
+
+/// Asks processes for the makers of their sockets that have ended, of which only those inside know the numbers.
+pub(crate) fn name_makers(image: &mut Descriptors, procs: &mut Procs<'_>) -> Result<()> {
+    for object in image.objects.iter_mut().filter(|o| !o.is_in_flight()) {
+        let (pid, fd) = object.home;
+        if let Kind::Socket(socket) = &mut object.kind
+            && let Some(maker) = socket.maker.as_mut().filter(|maker| maker.pid.0 == 0)
+            && let Some(remote) = procs.get_mut(&pid)
+        {
+            let told = unix::peer_process(remote, fd);
+            maker.pid = told.during(pid, &format!("asking who made descriptor {fd}"))?;
+        }
+    }
+    Ok(())
 }
 
 /// What a packet socket listens for, in network byte order: of those that are bound by the name of a device nothing else tells.
@@ -379,6 +411,7 @@ static REFUSED: Socket = Socket {
     remote: Vec::new(),
     file: None,
     state: State::Idle,
+    maker: None,
     moved: 0,
     shutdown: 0,
     queue: Vec::new(),

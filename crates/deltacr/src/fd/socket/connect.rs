@@ -96,9 +96,10 @@ impl Restore<'_, '_> {
         let (a, b) = match accepted {
             Some(pair) => pair,
             None => {
-                let (pid, _) = self.target.objects[index].home;
-                let remote = self.procs.get_mut(&pid).ok_or(io::ErrorKind::NotFound)?;
-                unix::pair(remote, image.kind)?
+                let (home, _) = self.target.objects[index].home;
+                self.as_maker(image.maker, home, |remote, guise| {
+                    unix::pair(remote, guise, image.kind)
+                })?
             }
         };
         options::set(a.as_fd(), image)?;
@@ -137,10 +138,7 @@ impl Restore<'_, '_> {
         let Some(at) = socket(self.target, listener) else {
             return Ok(None);
         };
-        let target = self.target_of(listener, at)?;
-        let (pid, _) = self.target.objects[connecting].home;
-        let remote = self.procs.get_mut(&pid).ok_or(io::ErrorKind::NotFound)?;
-        let Ok(end) = unix::connected(remote, accepted.kind, &target) else {
+        let Ok(end) = self.dial(Some(connecting), (listener, at), accepted.maker) else {
             return Ok(None);
         };
         let listener_end = self.handle(listener)?;
@@ -175,9 +173,10 @@ impl Restore<'_, '_> {
     /// One end of a connection whose other end is closed.
     fn make_orphan(&mut self, index: usize, image: &Socket) -> io::Result<OwnedFd> {
         let (end, other) = if image.domain == libc::AF_UNIX {
-            let (pid, _) = self.target.objects[index].home;
-            let remote = self.procs.get_mut(&pid).ok_or(io::ErrorKind::NotFound)?;
-            let pair = unix::pair(remote, image.kind)?;
+            let (home, _) = self.target.objects[index].home;
+            let pair = self.as_maker(image.maker, home, |remote, guise| {
+                unix::pair(remote, guise, image.kind)
+            })?;
             options::set(pair.0.as_fd(), image)?;
             pair
         } else {

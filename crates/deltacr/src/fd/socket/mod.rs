@@ -19,7 +19,7 @@ mod tcp;
 mod unix;
 mod waiting;
 
-pub(crate) use capture::{capture, open_queues, relate};
-pub(crate) use model::Socket;
+pub(crate) use capture::{capture, name_makers, open_queues, relate};
+pub(crate) use model::{Maker, Socket};
 pub(crate) use plan::{alike, verify};
-pub use waiting::look_inside;
+pub(crate) use waiting::read_waiting;

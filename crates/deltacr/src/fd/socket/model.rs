@@ -2,6 +2,8 @@
 
 use serde::{Deserialize, Serialize};
 
+use crate::ids::InnerPid;
+
 /// A socket of the unix, an internet, the packet or the netlink family.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub(crate) struct Socket {
@@ -22,6 +24,8 @@ pub(crate) struct Socket {
     /// Inode number of the file that a unix socket is bound to (its lower 32 bits).
     pub(crate) file: Option<u64>,
     pub(crate) state: State,
+    /// Whom a unix socket takes its peer for (`SO_PEERCRED`).
+    pub(crate) maker: Option<Maker>,
     /// Bytes that a connection to the outside has carried, both ways.
     pub(crate) moved: u64,
     /// Directions shut down on this side: 1 for receiving, 2 for sending.
@@ -70,6 +74,17 @@ pub(crate) struct Pending {
     pub(crate) known: bool,
     /// Whether its other end has cut it rather than closed it.
     pub(crate) cut: bool,
+    /// Who has connected, by a unix socket.
+    pub(crate) maker: Option<Maker>,
+}
+
+/// Who made a socket pair, connected to a unix socket, or made one listen; as the sandbox counts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Maker {
+    /// The process; 0 where it has ended and its number is not known.
+    pub(crate) pid: InnerPid,
+    pub(crate) user: u32,
+    pub(crate) group: u32,
 }
 
 impl Pending {

@@ -1,15 +1,19 @@
 //! Making sockets that are missing, but for connections.
 
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
-use super::model::{Socket, State};
+use super::model::{Maker, Socket, State};
 use super::plan::{socket, waits_alike};
 use super::{address, inet, options, queue, repair, unix};
 use crate::env::Namespace;
 use crate::error::{During, Result};
+use crate::fd::guise::{Guise, StandIn};
+use crate::fd::install;
 use crate::fd::model::Kind;
 use crate::fd::restore::Restore;
+use crate::ids::InnerPid;
+use crate::remote::Remote;
 use crate::sys::socket as sys;
 
 impl Restore<'_, '_> {
@@ -115,7 +119,7 @@ impl Restore<'_, '_> {
                 Some(State::Listening { backlog, pending }) => (Some(*backlog), pending.as_slice()),
                 _ => (None, &[][..]),
             };
-            let (pid, fd) = object.home;
+            let (pid, _) = object.home;
             let kept = waits_alike(now_pending, pending, &self.plan.reuse);
             if !kept && !now_pending.is_empty() {
                 let listener = self.duplicate(index)?;
@@ -124,16 +128,81 @@ impl Restore<'_, '_> {
                     .during(pid, "setting the flags of a socket")?;
             }
             if now_backlog != Some(*backlog) {
-                let listening = match object.is_in_flight() {
-                    true => self.handle(index).and_then(|handle| {
-                        rustix::net::listen(&handle, *backlog).map_err(io::Error::from)
-                    }),
-                    false => unix::listen(self.remote(pid)?, fd, *backlog),
-                };
+                let listening = self.listen_as_maker(index, wanted, *backlog);
                 listening.during(pid, "making a socket listen")?;
             }
         }
         Ok(())
+    }
+
+    /// Makes a socket listen; a unix socket by the process that did it once if that is there, whether it has it open or not.
+    fn listen_as_maker(&mut self, index: usize, wanted: &Socket, backlog: i32) -> io::Result<()> {
+        let end = self.handle(index)?;
+        if !wanted.is_unix() {
+            return Ok(rustix::net::listen(&end, backlog)?);
+        }
+        let maker = wanted.maker.map(|maker| maker.pid);
+        let there = maker.filter(|pid| self.procs.contains_key(pid));
+        let by = there.unwrap_or(self.target.objects[index].home.0);
+        let guise = self.guise(wanted.maker, by);
+        let remote = self.procs.get_mut(&by).ok_or(io::ErrorKind::NotFound)?;
+        let lent = remote.give_fds(&[end.as_fd()])?;
+        let done = unix::listen(remote, guise, lent[0], backlog);
+        install::close(remote, &lent)?;
+        done
+    }
+
+    /// As whom a process is to act. Only one that was just made may: others have credentials of their own.
+    fn guise(&self, maker: Option<Maker>, pid: InnerPid) -> Option<Guise> {
+        let made = !self.current.tables.contains_key(&pid);
+        maker.filter(|_| made).map(Guise::of)
+    }
+
+    /// Has the process that made a socket make it again: the same, or one that stands in for it if it has ended. Where neither can
+    /// be, `home` does.
+    pub(super) fn as_maker<T>(
+        &mut self,
+        maker: Option<Maker>,
+        home: InnerPid,
+        act: impl FnOnce(&mut Remote, Option<Guise>) -> io::Result<T>,
+    ) -> io::Result<T> {
+        let pid = maker.map_or(home, |maker| maker.pid);
+        if !self.procs.contains_key(&pid)
+            && pid.0 > 0
+            && let Ok(mut stand_in) = StandIn::make(self.procs, self.env, home, pid)
+        {
+            let done = act(&mut stand_in.remote, maker.map(Guise::of));
+            stand_in.end(self.procs)?;
+            return done;
+        }
+        let by = if self.procs.contains_key(&pid) {
+            pid
+        } else {
+            home
+        };
+        let guise = self.guise(maker, by);
+        act(
+            self.procs.get_mut(&by).ok_or(io::ErrorKind::NotFound)?,
+            guise,
+        )
+    }
+
+    /// Connects a fresh unix socket to one that listens, as who did so once. It becomes the object `client`, if it is to be one.
+    pub(super) fn dial(
+        &mut self,
+        client: Option<usize>,
+        (at, listening): (usize, &Socket),
+        maker: Option<Maker>,
+    ) -> io::Result<OwnedFd> {
+        let target = self.target_of(at, listening)?;
+        let (home, _) = self.target.objects[client.unwrap_or(at)].home;
+        let host = self.host_of(client.unwrap_or(at))?;
+        let image = client.and_then(|client| socket(self.target, client));
+        let named = image.filter(|image| !image.local.is_empty());
+        let name = |end: BorrowedFd<'_>| named.map_or(Ok(()), |image| unix::bind(host, end, image));
+        self.as_maker(maker, home, |remote, guise| {
+            unix::connected(remote, guise, listening.kind, &target, name)
+        })
     }
 
     /// Where a unix socket that has a name is reached.

@@ -93,10 +93,12 @@ pub(super) fn relate(
         state::CLOSING,
         state::LAST_ACK,
     ];
-    socket.shutdown = if sent_end.contains(&info.state()) {
-        2
-    } else {
-        0
+    let sends = !sent_end.contains(&info.state());
+    // The other side's end looks the same.
+    let reads = is_left(info.state()) || !sys::reads_end(handle)?;
+    socket.shutdown = match state {
+        State::Idle | State::Ended | State::Listening { .. } => 0,
+        _ => u8::from(!reads) | u8::from(!sends) << 1,
     };
     if state == State::Ended {
         // Nobody is told the peer of what is not connected, but the kernel remembers.

@@ -9,7 +9,8 @@ use std::path::{Path, PathBuf};
 use rustix::fs::{AtFlags, CWD, Gid, Mode, Uid};
 
 use super::model::Socket;
-use crate::ids::HostPid;
+use crate::fd::guise::{Guise, in_guise};
+use crate::ids::{HostPid, InnerPid};
 use crate::remote::{Batch, Remote};
 use crate::sys::socket as sys;
 
@@ -119,19 +120,21 @@ fn by_descriptor(fd: i32) -> Vec<u8> {
     address
 }
 
-/// A pair made by the process itself, whose credentials the ends then tell (`SO_PEERCRED`).
-pub(super) fn pair(remote: &mut Remote, kind: i32) -> io::Result<(OwnedFd, OwnedFd)> {
+/// A pair made by the process itself, which the ends then take for their peer (`SO_PEERCRED`).
+pub(super) fn pair(
+    remote: &mut Remote,
+    guise: Option<Guise>,
+    kind: i32,
+) -> io::Result<(OwnedFd, OwnedFd)> {
     let mut batch = Batch::new();
     let ends = batch.output(8);
-    let made = batch.call(
-        libc::SYS_socketpair,
-        &[
-            libc::AF_UNIX.into(),
-            (kind | libc::SOCK_CLOEXEC).into(),
-            0.into(),
-            ends.into(),
-        ],
-    );
+    let args = [
+        libc::AF_UNIX.into(),
+        (kind | libc::SOCK_CLOEXEC).into(),
+        0.into(),
+        ends.into(),
+    ];
+    let made = in_guise(&mut batch, guise, |b| b.call(libc::SYS_socketpair, &args));
     let outcome = remote.run(&batch)?;
     outcome.result(made)?;
     let numbers = [outcome.int(ends.at(0, 4)), outcome.int(ends.at(4, 4))];
@@ -142,9 +145,16 @@ pub(super) fn pair(remote: &mut Remote, kind: i32) -> io::Result<(OwnedFd, Owned
     taken
 }
 
-/// A connection made by the process itself to a listening socket. Gives the connected end.
-pub(super) fn connected(remote: &mut Remote, kind: i32, target: &Target) -> io::Result<OwnedFd> {
-    let (lent, name) = match target {
+/// A connection made by the process itself to a listening socket. `name` gives the connecting end its address before. Gives
+/// that end.
+pub(super) fn connected(
+    remote: &mut Remote,
+    guise: Option<Guise>,
+    kind: i32,
+    target: &Target,
+    name: impl FnOnce(BorrowedFd<'_>) -> io::Result<()>,
+) -> io::Result<OwnedFd> {
+    let (mut lent, address) = match target {
         Target::File(file) => {
             let lent = remote.give_fds(&[file.as_fd()])?;
             let name = by_descriptor(lent[0]);
@@ -154,30 +164,70 @@ pub(super) fn connected(remote: &mut Remote, kind: i32, target: &Target) -> io::
     };
     let mut batch = Batch::new();
     let flags = kind | libc::SOCK_CLOEXEC | libc::SOCK_NONBLOCK;
-    let made = batch.must(
-        libc::SYS_socket,
-        &[libc::AF_UNIX.into(), flags.into(), 0.into()],
-    );
-    let address = batch.input(&name);
-    let connect = batch.call(
-        libc::SYS_connect,
-        &[made.into(), address.into(), name.len().into()],
-    );
-    let outcome = remote.run(&batch)?;
-    let number = outcome.result(made)? as i32;
-    let taken = outcome.result(connect).and_then(|_| remote.take_fd(number));
-    close(remote, &[vec![number], lent].concat())?;
+    let args = [libc::AF_UNIX.into(), flags.into(), 0.into()];
+    let made = batch.call(libc::SYS_socket, &args);
+    let number = remote.run(&batch)?.result(made)? as i32;
+    lent.push(number);
+    let taken = remote.take_fd(number).and_then(|end| {
+        name(end.as_fd())?;
+        connect(remote, guise, number, &address)?;
+        Ok(end)
+    });
+    close(remote, &lent)?;
     taken
+}
+
+fn connect(
+    remote: &mut Remote,
+    guise: Option<Guise>,
+    number: i32,
+    address: &[u8],
+) -> io::Result<()> {
+    let mut batch = Batch::new();
+    let bytes = batch.input(address);
+    let args = [number.into(), bytes.into(), address.len().into()];
+    let call = in_guise(&mut batch, guise, |b| b.call(libc::SYS_connect, &args));
+    match remote.run(&batch)?.result(call) {
+        // Who may connect to it may have changed since.
+        Err(e) if e.kind() == io::ErrorKind::PermissionDenied && guise.is_some() => {
+            connect(remote, None, number, address)
+        }
+        done => done.map(drop),
+    }
+}
+
+/// The number of the process that a socket takes its peer for, as the process that has it counts; 0 if it is not known there.
+pub(super) fn peer_process(remote: &mut Remote, fd: i32) -> io::Result<InnerPid> {
+    let mut batch = Batch::new();
+    let told = batch.output(12);
+    let len = batch.input(&12_u32.to_ne_bytes());
+    let args = [
+        fd.into(),
+        libc::SOL_SOCKET.into(),
+        libc::SO_PEERCRED.into(),
+        told.into(),
+        len.into(),
+    ];
+    let call = batch.call(libc::SYS_getsockopt, &args);
+    let outcome = remote.run(&batch)?;
+    outcome.result(call)?;
+    Ok(InnerPid(outcome.int(told.at(0, 4))))
 }
 
 fn close(remote: &mut Remote, numbers: &[i32]) -> io::Result<()> {
     crate::fd::install::close(remote, numbers)
 }
 
-/// Makes a socket listen, in the process that has it: peers are told its credentials.
-pub(super) fn listen(remote: &mut Remote, fd: i32, backlog: i32) -> io::Result<()> {
+/// Makes a socket listen, in a process that has it: those who connect take that for their peer.
+pub(super) fn listen(
+    remote: &mut Remote,
+    guise: Option<Guise>,
+    fd: i32,
+    backlog: i32,
+) -> io::Result<()> {
     let mut batch = Batch::new();
-    let call = batch.call(libc::SYS_listen, &[fd.into(), backlog.into()]);
+    let args = [fd.into(), backlog.into()];
+    let call = in_guise(&mut batch, guise, |b| b.call(libc::SYS_listen, &args));
     remote.run(&batch)?.result(call).map(drop)
 }
 

@@ -7,7 +7,7 @@ use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 
 use super::address::ends_of;
-use super::model::{Message, Pending, Socket, State};
+use super::model::{Maker, Message, Pending, Socket, State};
 use super::plan::socket;
 use super::repair::{self, until};
 use super::tcp::{self, Info};
@@ -18,14 +18,14 @@ use crate::fd::Procs;
 use crate::fd::model::{Descriptors, Kind};
 use crate::fd::restore::{Restore, named, restore};
 use crate::mem::SharedObjects;
+use crate::owners::Owners;
 use crate::sys::socket as sys;
 
-/// Completes what [`capture`](crate::fd::capture) has read by what can only be read by taking it: what was sent through
-/// connections that wait to be accepted. These are made anew, and wait again.
+/// Reads what was sent through connections that wait to be accepted. They are made anew, and wait again.
 ///
 /// # Errors
 /// Something cannot be read or not be put back; a connection of which that is true is cut.
-pub fn look_inside(
+pub(crate) fn read_waiting(
     mut image: Descriptors,
     procs: &mut Procs<'_>,
     env: &dyn Environment,
@@ -36,10 +36,11 @@ pub fn look_inside(
     if listeners.is_empty() {
         return Ok(image);
     }
+    let owners = Owners::of(env).during_tree("reading the maps of users and groups")?;
     let mut failed = None;
     for &at in &listeners {
         let mut accepted = Vec::new();
-        let done = accept_all(&image, at, procs, &mut accepted);
+        let done = accept_all(&image, at, procs, &owners, &mut accepted);
         failed = failed.or(done
             .during(image.objects[at].home.0, "reading what waits")
             .err());
@@ -84,6 +85,7 @@ fn accept_all(
     image: &Descriptors,
     at: usize,
     procs: &Procs<'_>,
+    owners: &Owners,
     accepted: &mut Vec<Pending>,
 ) -> io::Result<()> {
     let Some(listening) = socket(image, at) else {
@@ -102,7 +104,8 @@ fn accept_all(
             Err(e) => break Err(e),
         };
         let one = match listening.is_unix() {
-            true => read_unix(&end, listening, order.next().flatten()),
+            true => read_unix(&end, listening, order.next().flatten())
+                .and_then(|one| with_maker(one, &end, procs, owners)),
             false => read_tcp(&end, image, take),
         };
         match one {
@@ -127,6 +130,24 @@ fn read_unix(end: &OwnedFd, listening: &Socket, client: Option<usize>) -> io::Re
         known: true,
         ..Pending::default()
     })
+}
+
+/// Notes who has connected.
+fn with_maker(
+    one: Pending,
+    end: &OwnedFd,
+    procs: &Procs<'_>,
+    owners: &Owners,
+) -> io::Result<Pending> {
+    let (host, user, group) = sys::peer_credentials(end.as_fd())?;
+    let (user, group) = owners.inside((user, group));
+    let process = procs.values().find(|remote| remote.host() == host);
+    let maker = process.map(|remote| Maker {
+        pid: remote.pid(),
+        user,
+        group,
+    });
+    Ok(Pending { maker, ..one })
 }
 
 fn read_tcp(
@@ -163,6 +184,7 @@ fn read_tcp(
             .collect(),
         known: true,
         cut,
+        maker: None,
     })
 }
 
@@ -209,11 +231,7 @@ impl Restore<'_, '_> {
         (at, listening): (usize, &Socket),
         one: &Pending,
     ) -> io::Result<OwnedFd> {
-        let by = one.client.unwrap_or(at);
-        let target = self.target_of(at, listening)?;
-        let (pid, _) = self.target.objects[by].home;
-        let remote = self.procs.get_mut(&pid).ok_or(io::ErrorKind::NotFound)?;
-        let end = unix::connected(remote, listening.kind, &target)?;
+        let end = self.dial(one.client, (at, listening), one.maker)?;
         if let Some(image) = one.client.and_then(|client| socket(self.target, client)) {
             options::set(end.as_fd(), image)?;
         }
