@@ -37,6 +37,7 @@ mod sysv;
 mod threads;
 mod timers;
 mod tracer;
+mod twins;
 mod waits;
 
 pub use disk::{ImageInfo, verify_image};

@@ -71,6 +71,22 @@ fn a_netlink_socket_of_a_rare_family_is_named() {
     );
 }
 
+#[test]
+fn processes_that_share_what_is_for_threads_are_named() {
+    let mend = "os.kill(pid, signal.SIGKILL)\nos.waitpid(pid, 0x40000000)";
+    let memory = "libc = ctypes.CDLL(None)\nstack = ctypes.create_string_buffer(65536)\n\
+                  top = ctypes.c_void_p(ctypes.addressof(stack) + 60000 & ~15)\n\
+                  pid = libc.clone(libc.pause, top, 0x100 | signal.SIGCHLD, None)\nassert pid > 0";
+    refused_and_unharmed(&script(memory, mend), &["address space together with"]);
+    let descriptors = "libc = ctypes.CDLL(None)\n\
+                       pid = libc.syscall(56, 0x400 | signal.SIGCHLD, 0, 0, 0, 0)\n\
+                       if pid == 0:\n  signal.pause()";
+    refused_and_unharmed(
+        &script(descriptors, mend),
+        &["descriptor table together with"],
+    );
+}
+
 /// A child waits in a call that the kernel ends with `EINTR` when it stops the thread, and hears of that if it happens: it
 /// calls the C library itself, for Python would call again.
 #[test]

@@ -14,6 +14,7 @@ use crate::image::{ProcessImage, TreeImage};
 use crate::mem::Work;
 use crate::stopwatch::Stopwatch;
 use crate::sysv::{self, Attached, SystemV};
+use crate::twins;
 
 /// What was captured of a tree that stands still, and what is left to be done when it runs again.
 pub(super) struct Captured {
@@ -31,6 +32,10 @@ impl Engine {
     ) -> Result<Captured> {
         self.forget_the_dead(held);
         self.end_lazy(held)?;
+        // Two of them could not be asked at once, either.
+        twins::refuse(held, |host| {
+            self.trackers.get(&host).is_none_or(Option::is_none)
+        })?;
         // While the processes answer, their descriptors are looked at.
         let interviews = interview_all(held, |_| true)?;
         let descriptors = fd::capture(&remotes(held), env, &self.means.shared)?;

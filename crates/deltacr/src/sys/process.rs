@@ -1,5 +1,6 @@
 //! Calls on other processes that are not `ptrace`.
 
+use std::cmp::Ordering;
 use std::io::{self, IoSlice, IoSliceMut};
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 
@@ -23,6 +24,28 @@ pub(crate) fn pidfd_open(pid: HostPid) -> io::Result<OwnedFd> {
 pub(crate) fn pidfd_getfd(pidfd: BorrowedFd<'_>, fd: i32) -> io::Result<OwnedFd> {
     // SAFETY: takes three integers.
     owned(unsafe { libc::syscall(libc::SYS_pidfd_getfd, pidfd.as_raw_fd(), fd, 0) })
+}
+
+/// What `clone(2)` lets processes have together.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Share {
+    /// `CLONE_VM`.
+    Memory = 1,
+    /// `CLONE_FILES`.
+    Descriptors = 2,
+}
+
+/// The order of what two processes have by `kcmp(2)`: equal if they share it, else arbitrary but the same for as long as both live.
+pub(crate) fn compare(share: Share, a: HostPid, b: HostPid) -> io::Result<Ordering> {
+    // SAFETY: kcmp with KCMP_VM or KCMP_FILES, which have these numbers, takes integers only and changes nothing.
+    let order = unsafe { libc::syscall(libc::SYS_kcmp, a.0, b.0, share as libc::c_int, 0, 0) };
+    match order {
+        0 => Ok(Ordering::Equal),
+        1 => Ok(Ordering::Less),
+        2 => Ok(Ordering::Greater),
+        3 => Err(io::ErrorKind::Unsupported.into()),
+        _ => Err(io::Error::last_os_error()),
+    }
 }
 
 /// Sends a signal by handle.
