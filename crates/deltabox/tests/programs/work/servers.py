@@ -99,7 +99,7 @@ class nginx:
 
 
 def transfer():
-    """Moves money between accounts, so that their sum stays."""
+    """Moves money between accounts, so that their sum stays. Of the log only the end is kept, lest it take longer and longer to check."""
     import random
 
     data = sqlite3.connect("/tmp/bank.db", timeout=60, isolation_level=None)
@@ -108,7 +108,8 @@ def transfer():
         data.execute("begin immediate")
         data.execute("update account set money = money - 7 where id = ?", [a])
         data.execute("update account set money = money + 7 where id = ?", [b])
-        data.execute("insert into log(who) values (?)", [os.getpid()])
+        last = data.execute("insert into log(who) values (?)", [os.getpid()]).lastrowid
+        data.execute("delete from log where id <= ?", [last - 1000])
         data.execute("commit")
 
 
@@ -138,7 +139,7 @@ class sqlite:
         return self.data.execute("select n from token").fetchone()[0]
 
     def transfers(self):
-        return self.data.execute("select count(*) from log").fetchone()[0]
+        return self.data.execute("select max(id) from log").fetchone()[0] or 0
 
     def go(self):
         before = self.transfers()
