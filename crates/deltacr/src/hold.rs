@@ -10,7 +10,6 @@ use crate::error::{During, Error, Result};
 use crate::freeze::Freezer;
 use crate::ids::{HostPid, InnerPid};
 use crate::mem::Layout;
-use crate::owners::Owners;
 use crate::procfs::{OpenFiles, Procfs, Stat};
 use crate::remote::Remote;
 use crate::stop::{Stopped, StoppedThread};
@@ -50,7 +49,6 @@ pub(crate) type Acquaintances = HashMap<HostPid, Acquaintance>;
 pub(crate) struct Grounds {
     pub(crate) procfs: Procfs,
     pub(crate) freezer: Freezer,
-    pub(crate) owners: Owners,
 }
 
 impl Grounds {
@@ -58,7 +56,6 @@ impl Grounds {
         Ok(Self {
             procfs: Procfs::open(env).during_tree("opening /proc of the sandbox")?,
             freezer: Freezer::open(env.cgroup()).during_tree("opening the freezer")?,
-            owners: Owners::of(env).during_tree("reading the maps of users and groups")?,
         })
     }
 }

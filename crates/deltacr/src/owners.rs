@@ -6,6 +6,7 @@ use std::io;
 use crate::env::Environment;
 
 /// The maps of a sandbox.
+#[derive(Debug)]
 pub(crate) struct Owners {
     users: Vec<Range>,
     groups: Vec<Range>,

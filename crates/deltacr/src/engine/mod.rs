@@ -184,7 +184,7 @@ impl Engine {
                 tries += 1;
                 match captured {
                     Ok(mut captured) => {
-                        let owners = &open_once(&mut self.grounds, env)?.owners;
+                        let owners = self.means.shared.owners(env)?;
                         captured.image.shared = Arc::new(shared.inside(owners));
                         break (held, captured, watch);
                     }

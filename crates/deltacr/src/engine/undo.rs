@@ -291,7 +291,7 @@ impl Engine {
             let now = before.get(&pid);
             now.is_some_and(|now| now.same_program)
         });
-        let owners = &open_once(&mut self.grounds, env)?.owners;
+        let owners = self.means.shared.owners(env)?;
         self.means
             .shared
             .restore(&target.shared.outside(owners))

@@ -1,6 +1,5 @@
 //! Capture: what a stopped tree has open.
 
-use std::cell::OnceCell;
 use std::cmp::Ordering;
 use std::collections::{BTreeMap, HashMap};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -175,7 +174,6 @@ fn read(
         likely: HashMap::new(),
         firsts: Vec::new(),
         inodes: Vec::new(),
-        owners: OnceCell::new(),
     };
     for remote in procs.values() {
         capture.process(remote)?;
@@ -209,7 +207,6 @@ pub(crate) struct Capture<'a> {
     pub(crate) firsts: Vec<(HostPid, i32)>,
     /// For each object the number of its inode.
     pub(crate) inodes: Vec<u64>,
-    owners: OnceCell<Owners>,
 }
 
 impl Capture<'_> {
@@ -354,11 +351,7 @@ impl Capture<'_> {
 
     /// How users and groups show outside.
     pub(crate) fn owners(&self) -> Result<&Owners> {
-        if let Some(owners) = self.owners.get() {
-            return Ok(owners);
-        }
-        let read = Owners::of(self.env).during_tree("reading the maps of users and groups")?;
-        Ok(self.owners.get_or_init(|| read))
+        self.shared.owners(self.env)
     }
 
     /// The process of the tree that has this number outside.

@@ -79,7 +79,8 @@ impl Restore<'_, '_> {
             let handle = |side: Option<usize>| side.map(|index| self.duplicate(index)).transpose();
             let [slave, master] = [handle(sides[0])?, handle(sides[1])?];
             let sides = [&slave, &master].map(|side| side.as_ref().map(AsFd::as_fd));
-            tty::set(sides, self.env, *number, wanted)
+            let now = self.current.terminals.get(number);
+            tty::set(sides, self.env, *number, now, wanted)
                 .during(self.target.objects[index].home.0, "setting the terminal up")?;
         }
         Ok(())

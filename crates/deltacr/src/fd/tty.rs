@@ -73,7 +73,11 @@ fn read_settings(
     number: u32,
 ) -> io::Result<Terminal> {
     let size = rustix::termios::tcgetwinsize(tty)?;
-    let node = rustix::fs::fstat(slave_node(env, number)?)?;
+    let side = rustix::fs::fstat(tty)?;
+    let node = match SLAVE_MAJORS.contains(&rustix::fs::major(side.st_rdev)) {
+        true => side,
+        false => rustix::fs::fstat(slave_node(env, number)?)?,
+    };
     Ok(Terminal {
         termios: sys::fd::termios(tty)?.to_vec(),
         size: [size.ws_row, size.ws_col, size.ws_xpixel, size.ws_ypixel],
@@ -130,17 +134,21 @@ fn read_master(master: BorrowedFd<'_>, terminal: &mut Terminal) -> io::Result<()
     unread::put_output(master, terminal.output.as_deref().unwrap_or_default())
 }
 
-/// Makes a terminal be as `wanted`, by those of its sides that are open. What waits there that should not is dropped.
+/// Makes a terminal that is as `now`, if that is known, be as `wanted`, by those of its sides that are open. What waits there that
+/// should not is dropped.
 pub(crate) fn set(
     [slave, master]: [Option<BorrowedFd<'_>>; 2],
     env: &dyn Environment,
     number: u32,
+    now: Option<&Terminal>,
     wanted: &Terminal,
 ) -> io::Result<()> {
     let Some(tty) = slave.or(master) else {
         return Ok(());
     };
-    set_owner(env, number, wanted)?;
+    if now.is_none_or(|now| (now.owner, now.mode) != (wanted.owner, wanted.mode)) {
+        set_owner(env, number, wanted)?;
+    }
     let settings = wanted.termios.as_slice().try_into();
     let settings = settings.map_err(|_| io::Error::other("not the size of a termios2"))?;
     if let Some(slave) = slave {

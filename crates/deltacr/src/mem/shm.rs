@@ -15,7 +15,7 @@ use std::fs::{self, File};
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
-use std::sync::{Arc, Weak};
+use std::sync::{Arc, OnceLock, Weak};
 
 use parking_lot::Mutex;
 use rustix::fs::{
@@ -24,6 +24,8 @@ use rustix::fs::{
 };
 use serde::{Deserialize, Serialize};
 
+use crate::env::Environment;
+use crate::error::{During, Result};
 use crate::owners::Owners;
 use crate::store::{PageMap, PageStore};
 use crate::sys::pagemap::Mapping;
@@ -112,10 +114,11 @@ impl SharedMemory {
     }
 }
 
-/// The shared memory objects of one sandbox.
+/// The shared memory objects of one sandbox, and whose they can be.
 #[derive(Debug)]
 pub struct SharedObjects {
     store: Arc<PageStore>,
+    owners: OnceLock<Owners>,
     device: u64,
     state: Mutex<State>,
 }
@@ -164,9 +167,19 @@ impl SharedObjects {
         let probe = memfd_create(c"probe", MemfdFlags::CLOEXEC)?;
         Ok(Self {
             store,
+            owners: OnceLock::new(),
             device: fstat(&probe)?.st_dev,
             state: Mutex::default(),
         })
+    }
+
+    /// How the sandbox counts users and groups, which it does as long as it lives.
+    pub(crate) fn owners(&self, env: &dyn Environment) -> Result<&Owners> {
+        if let Some(owners) = self.owners.get() {
+            return Ok(owners);
+        }
+        let read = Owners::of(env).during_tree("reading the maps of users and groups")?;
+        Ok(self.owners.get_or_init(|| read))
     }
 
     /// `st_dev` of all shared memory objects.
