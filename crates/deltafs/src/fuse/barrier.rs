@@ -26,6 +26,8 @@ pub(crate) struct Barrier {
 
 #[derive(Debug, Default)]
 struct State {
+    /// Whether it is to be lowered, though nothing may be behind it any more.
+    raised: bool,
     behind: HashSet<Ino>,
     waiting: Vec<Waiting>,
     /// Whether it is time to do what lowers the barrier.
@@ -46,7 +48,9 @@ impl Barrier {
     /// Holds back requests about these directories too from now on. The kernel must have been told to drop their
     /// attributes before anybody can come to them.
     pub(crate) fn raise(&self, behind: &HashSet<Ino>) {
-        self.state.lock().behind.extend(behind);
+        let mut state = self.state.lock();
+        state.raised = true;
+        state.behind.extend(behind);
         self.up.store(true, Ordering::Release);
     }
 
@@ -78,7 +82,7 @@ impl Barrier {
     /// Has whoever lowers the barrier, if it is up, begin with what is to be done before.
     pub(crate) fn begin(&self) {
         let mut state = self.state.lock();
-        if !state.behind.is_empty() {
+        if state.raised {
             state.wanted = true;
             self.called.notify_one();
         }
@@ -95,8 +99,7 @@ impl Barrier {
     /// Waits until it is down.
     pub(super) fn await_lowered(&self) {
         let mut state = self.state.lock();
-        let is_up = |state: &mut State| !state.behind.is_empty();
-        self.lowered.wait_while(&mut state, is_up);
+        self.lowered.wait_while(&mut state, |state| state.raised);
     }
 
     /// Nobody will raise it any more.
@@ -124,7 +127,7 @@ impl Barrier {
         let mut state = self.state.lock();
         self.up.store(false, Ordering::Release);
         state.behind = HashSet::new();
-        state.wanted = false;
+        (state.raised, state.wanted) = (false, false);
         self.lowered.notify_all();
         std::mem::take(&mut state.waiting)
     }
@@ -154,7 +157,28 @@ mod tests {
         assert_eq!(requests(&barrier.lower()), [b"later"]);
         barrier.await_lowered();
         assert!(!barrier.take(9, b"after", &channel) && !barrier.covers(9));
+        barrier.begin();
         barrier.end();
         assert!(!barrier.await_begin());
+    }
+
+    #[test]
+    fn with_nothing_behind_it_the_barrier_is_up_until_it_is_lowered() {
+        let barrier = Arc::new(Barrier::default());
+        barrier.raise(&HashSet::from([7]));
+        assert!(barrier.narrow(&HashSet::new()).is_empty());
+        barrier.begin();
+        assert!(barrier.await_begin());
+        let lowered = Arc::new(AtomicBool::new(false));
+        let waiter = std::thread::spawn({
+            let (barrier, lowered) = (Arc::clone(&barrier), Arc::clone(&lowered));
+            move || {
+                barrier.await_lowered();
+                lowered.load(Ordering::Acquire)
+            }
+        });
+        lowered.store(true, Ordering::Release);
+        barrier.lower();
+        assert!(waiter.join().unwrap());
     }
 }
