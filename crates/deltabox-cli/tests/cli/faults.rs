@@ -98,7 +98,8 @@ fn a_service_that_is_killed_while_it_copies_memory_leaves_nothing() {
     let service = home.service();
     kill_process(service, Signal::KILL).unwrap();
     wait_for("the service is gone", || gone(service));
-    assert_eq!(home.run(&["ls", "--json"]).stdout, "[]\n");
+    let ran = home.run(&["ls", "--json"]);
+    assert_eq!(ran.stdout, "[]\n", "{ran:?}");
     wait_for("the process in the sandbox is gone", || gone(inside));
     assert_eq!(mounts_of(&home), Vec::<String>::new());
     home.ok(&["create", "--name", "box"]);

@@ -87,6 +87,8 @@ impl Host {
         sandbox.warn(changed_base(&changed));
         let sandbox = Arc::new(sandbox);
         place.keep(Arc::clone(&sandbox));
+        // It was in the middle of a merge, perhaps; and is found by its name only from here on.
+        self.ground.common.compactor.wake(name);
         self.dormant.lock().remove(name);
         Ok(sandbox)
     }

@@ -146,7 +146,6 @@ impl Sandbox {
             }
         }
         shared.table.lock().last = reader.last();
-        self.common.compactor.wake(&dormant.name);
         if let Some(origin) = dormant.origin() {
             self.created = origin.created;
         }

@@ -83,6 +83,12 @@ async fn answers(client: &Client) -> Result<bool> {
                 return Ok(false);
             }
             Err(broken @ Error::Broken(_)) => broken,
+            // It ended before it took the connection up.
+            Err(Error::Connect { path, source })
+                if source.kind() == io::ErrorKind::ConnectionReset =>
+            {
+                Error::Connect { path, source }
+            }
             Err(stopping) if stopping.code() == "stopping" => stopping,
             Err(other) => return Err(other),
         };
