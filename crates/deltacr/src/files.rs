@@ -27,10 +27,8 @@ impl Place {
         pid: InnerPid,
         link: &str,
     ) -> io::Result<Self> {
-        let file = procfs.file(pid, link)?;
-        let inode = (file.device == env.fs_device()).then_some(file.inode);
         Ok(Self {
-            inode,
+            inode: inode(env, procfs, pid, link)?,
             path: procfs.link(pid, link)?,
         })
     }
@@ -89,14 +87,23 @@ impl Place {
         pid: InnerPid,
         link: &str,
     ) -> io::Result<bool> {
-        let file = procfs.file(pid, link)?;
-        let inode = (file.device == env.fs_device()).then_some(file.inode);
-        Ok(match (self.inode, inode) {
+        Ok(match (self.inode, inode(env, procfs, pid, link)?) {
             (Some(a), Some(b)) => a == b,
             (None, None) => self.path == procfs.link(pid, link)?,
             _ => false,
         })
     }
+}
+
+/// The inode number of what a process' `exe`, `cwd` or `root` points to, if that is on the versioned filesystem.
+fn inode(
+    env: &dyn Environment,
+    procfs: &Procfs,
+    pid: InnerPid,
+    link: &str,
+) -> io::Result<Option<u64>> {
+    let file = procfs.file(pid, link)?;
+    Ok((file.device == env.fs_device()).then_some(file.inode))
 }
 
 /// Opens a file again. One of the versioned filesystem, which has an inode number here, is opened by its path if that

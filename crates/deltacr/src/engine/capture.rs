@@ -40,11 +40,9 @@ impl Engine {
         let interviews = interview_all(held, |_| true)?;
         let descriptors = fd::capture(&remotes(held), env, &self.means.shared)?;
         watch.lap("descriptors");
-        let mut mapped = self.mappings(env, held, |_| true)?;
         let mut answering = Vec::new();
         for (pid, interview) in interviews {
-            let vmas = mapped.remove(&pid).unwrap_or_default();
-            answering.push((pid, interview, self.scan(env, held, pid, vmas)?));
+            answering.push((pid, interview, self.scan(env, held, pid)?));
         }
         watch.lap("mappings");
         let mut described = BTreeMap::new();

@@ -17,7 +17,7 @@ use crate::hold::{Acquaintances, Deaths, Grounds, Held, HeldProcess};
 use crate::ids::{HostPid, InnerPid};
 use crate::image::TreeImage;
 use crate::interview::Interview;
-use crate::mem::{Gears, Memory, Scan, SharedObjects, Tracker, Vma};
+use crate::mem::{Gears, Memory, Scan, SharedObjects, Tracker};
 use crate::orphan::Orphans;
 use crate::stopwatch::{Phases, Stopwatch};
 use crate::store::PageStore;
@@ -217,38 +217,13 @@ impl Engine {
         })
     }
 
-    /// What the processes have mapped.
-    fn mappings(
-        &self,
-        env: &dyn Environment,
-        held: &Held,
-        wanted: impl Fn(&InnerPid) -> bool,
-    ) -> Result<BTreeMap<InnerPid, Vec<Vma>>> {
-        let memory = self.means.memory(env);
-        let processes = held.processes.iter().filter(|(pid, _)| wanted(pid));
-        processes
-            .map(|(pid, process)| {
-                let remote = &process.stopped.remote;
-                let tracker = self.trackers.get(&remote.host());
-                let tracker = tracker.and_then(Option::as_ref);
-                Ok((*pid, memory.mappings(remote, tracker)?))
-            })
-            .collect()
-    }
-
-    /// What of a process' memory was written, which can be seen while it answers questions. Its program break is not known yet.
-    fn scan(
-        &mut self,
-        env: &dyn Environment,
-        held: &Held,
-        pid: InnerPid,
-        vmas: Vec<Vma>,
-    ) -> Result<Scan> {
+    /// What a process has mapped and what of it was written, which can be seen while it answers questions. Its program break is not known yet.
+    fn scan(&mut self, env: &dyn Environment, held: &Held, pid: InnerPid) -> Result<Scan> {
         let process = &held.processes[&pid];
         let remote = &process.stopped.remote;
         let tracker = self.trackers.entry(remote.host()).or_default();
         let memory = self.means.memory(env);
-        memory.scan_mapped(remote, tracker.as_ref(), vmas, process.bounds)
+        memory.scan(remote, tracker.as_ref(), process.bounds)
     }
 
     fn forget_the_dead(&mut self, held: &Held) {

@@ -134,11 +134,9 @@ impl Engine {
         let keep = reconcile::keepers(held, target, &stuck);
         let interviews = interview_all(held, |pid| keep.contains(pid))?;
         let descriptors = fd::survey(&remotes(held), env, &self.means.shared)?;
-        let mut mapped = self.mappings(env, held, |pid| keep.contains(pid))?;
         let mut answering = Vec::new();
         for (pid, interview) in interviews {
-            let vmas = mapped.remove(&pid).unwrap_or_default();
-            let look = self.look(env, held, pid, vmas, target);
+            let look = self.look(env, held, pid, target);
             answering.push((pid, interview, look));
         }
         let mut processes = BTreeMap::new();
@@ -187,10 +185,9 @@ impl Engine {
         env: &dyn Environment,
         held: &Held,
         pid: InnerPid,
-        vmas: Vec<Vma>,
         target: &TreeImage,
     ) -> Result<Look> {
-        let scan = self.scan(env, held, pid, vmas)?;
+        let scan = self.scan(env, held, pid)?;
         let (procfs, image) = (&held.procfs, &target.processes[&pid]);
         let exe = image.exe.is_of(env, procfs, pid, "exe");
         let cwd = image.cwd.is_of(env, procfs, pid, "cwd");

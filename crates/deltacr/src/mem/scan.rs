@@ -69,34 +69,15 @@ impl Scan {
 }
 
 impl Memory<'_> {
-    /// What a stopped process has mapped. Those that its tracker knows are not looked into again.
-    ///
-    /// # Errors
-    /// It has something mapped that cannot be carried, or `/proc` could not be read.
-    pub(crate) fn mappings(&self, remote: &Remote, tracker: Option<&Tracker>) -> Result<Vec<Vma>> {
-        let known = tracker.map_or(&[][..], |t| &t.base().vmas);
-        vmas::read(self, remote, known)
-    }
-
     /// Finds out how a stopped process' memory differs from the state that its tracker knows.
-    /// `layout` are the bounds of its address space. Changes nothing.
+    /// `layout` are the bounds of its address space. Mappings that the tracker knows are not looked into again. Changes nothing.
     ///
     /// # Errors
     /// It has something mapped that cannot be carried, or `/proc` could not be read.
     pub fn scan(&self, remote: &Remote, tracker: Option<&Tracker>, layout: Layout) -> Result<Scan> {
-        let vmas = self.mappings(remote, tracker)?;
-        self.scan_mapped(remote, tracker, vmas, layout)
-    }
-
-    /// The same if it is known what is mapped.
-    pub(crate) fn scan_mapped(
-        &self,
-        remote: &Remote,
-        tracker: Option<&Tracker>,
-        vmas: Vec<Vma>,
-        layout: Layout,
-    ) -> Result<Scan> {
         let pid = remote.pid();
+        let known = tracker.map_or(&[][..], |t| &t.base().vmas);
+        let vmas = vmas::read(self, remote, known)?;
         let base = tracker.map(|t| Arc::clone(t.base()));
         let known = match &base {
             Some(base) => base.pages.get()?.clone(),
