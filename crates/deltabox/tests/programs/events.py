@@ -263,6 +263,38 @@ def memfd_shared_with_a_child():
 
 
 @case
+def memfd_sealed_since():
+    import mmap
+
+    descriptor = os.memfd_create("sealed", os.MFD_ALLOW_SEALING)
+    os.ftruncate(descriptor, 8192)
+    area = mmap.mmap(descriptor, 8192)
+    area[5000:5005] = b"hello"
+    put("area", area)
+    child = Child()
+    os.lseek(descriptor, 77, os.SEEK_SET)
+    again = os.dup(descriptor)
+
+    def mutate():
+        area[5000:5005] = b"WRONG"
+        fcntl.fcntl(descriptor, 1033, 1 | 2 | 4 | 16)  # F_ADD_SEALS: all but F_SEAL_WRITE, which mappings forbid
+
+    def check():
+        equal(fcntl.fcntl(descriptor, 1034), 0, "seals")
+        equal(area[5000:5005], b"hello", "mapped")
+        equal(child.ask("area[5000:5005]"), b"hello", "in the child")
+        equal(os.lseek(again, 0, os.SEEK_CUR), 77, "offset")
+        os.pwrite(again, b"third", 6000)
+        equal(area[6000:6005], b"third", "written by descriptor")
+        equal(child.ask("area[6000:6005]"), b"third", "in the child")
+        os.ftruncate(descriptor, 4096)
+        equal(os.fstat(again).st_size, 4096, "size")
+        os.ftruncate(descriptor, 8192)
+
+    return mutate, check
+
+
+@case
 def pty_with_both_ends_inside():
     master, slave = pty.openpty()
     tty.setraw(slave)

@@ -273,6 +273,7 @@ theme! { events:
     signalfd_with_a_pending_signal
     inotify_watches
     memfd_shared_with_a_child
+    memfd_sealed_since
     pty_with_both_ends_inside
     pty_with_a_session_on_it
     device_nodes

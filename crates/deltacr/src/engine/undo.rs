@@ -130,6 +130,8 @@ impl Engine {
         self.forget_the_dead(held);
         self.end_lazy(held)?;
         fd::check(&target.descriptors)?;
+        let parted = self.means.shared.part_with_sealed(&target.shared);
+        parted.during_tree("reading the seals of the shared memory")?;
         let mut stuck = BTreeSet::new();
         let keep = reconcile::keepers(held, target, &stuck);
         let interviews = interview_all(held, |pid| keep.contains(pid))?;

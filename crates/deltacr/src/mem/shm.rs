@@ -135,6 +135,15 @@ struct State {
 }
 
 impl State {
+    /// Knows an object from now on by a name that none has had.
+    fn insert_new(&mut self, live: Live) -> ShmKey {
+        self.last_key += 1;
+        let key = ShmKey(self.last_key);
+        self.by_inode.insert(live.inode, key);
+        self.live.insert(key, live);
+        key
+    }
+
     /// The memory of a segment would not go with the segment as long as its file is open.
     fn let_go_of_segments(&mut self) {
         let shown = self.live.split_off(&ShmKey(SEGMENT)).into_iter();
@@ -237,19 +246,14 @@ impl SharedObjects {
         if let Some(key) = state.by_inode.get(&inode) {
             return Ok(*key);
         }
-        state.last_key += 1;
-        let key = ShmKey(state.last_key);
-        let live = Live {
+        Ok(state.insert_new(Live {
             file,
             original: None,
             inode,
             name: Arc::from(name),
             pages: PageMap::new(),
             images: Weak::new(),
-        };
-        state.by_inode.insert(inode, key);
-        state.live.insert(key, live);
-        Ok(key)
+        }))
     }
 
     /// Shows the memory of a segment of System V, open for reading, which is to be captured or restored then.
@@ -315,18 +319,45 @@ impl SharedObjects {
         SharedMemory { objects }
     }
 
-    /// Gives all objects the contents that they have in `target`, in place where the object exists. To
-    /// be called while the tree stands still, before any memory that maps them is restored.
+    /// Takes the objects that were sealed since `target` for others from now on, because a seal cannot be broken: those
+    /// of `target` are made anew then, and what holds the sealed ones is found to hold something else. To be called
+    /// before anybody looks at what a tree holds that is to be restored.
     ///
     /// # Errors
-    /// An object was sealed since, so that it can only be given back with the processes that hold it
-    /// made anew; the next call will make a new object. Or there is no memory.
+    /// The seals cannot be read.
+    pub(crate) fn part_with_sealed(&self, target: &SharedMemory) -> io::Result<()> {
+        let state = &mut *self.state.lock();
+        for (key, image) in &target.objects {
+            let Some(live) = state.live.get(key) else {
+                continue;
+            };
+            if !live.can_become(image)?
+                && let Some(live) = state.live.remove(key)
+            {
+                state.insert_new(Live {
+                    images: Weak::new(),
+                    ..live
+                });
+            }
+        }
+        Ok(())
+    }
+
+    /// Gives all objects the contents that they have in `target`, in place where the object exists and was not sealed
+    /// since. To be called while the tree stands still, before any memory that maps them is restored.
+    ///
+    /// # Errors
+    /// There is no memory, or a segment of System V is missing.
     pub fn restore(&self, target: &SharedMemory) -> io::Result<()> {
         let state = &mut *self.state.lock();
         state.captured.clear();
         for (key, image) in &target.objects {
             let live = match state.live.remove(key) {
-                Some(live) => live,
+                Some(live) if key.segment().is_some() || live.can_become(image)? => live,
+                Some(sealed) => {
+                    state.by_inode.remove(&sealed.inode);
+                    Live::create(image)?
+                }
                 None if key.segment().is_some() => return Err(io::ErrorKind::NotFound.into()),
                 None => Live::create(image)?,
             };
@@ -423,15 +454,15 @@ impl Live {
         })
     }
 
+    /// Whether it can be given an image's seals, which can be added but not taken away.
+    fn can_become(&self, image: &ShmImage) -> io::Result<bool> {
+        let wanted = SealFlags::from_bits_retain(image.seals);
+        Ok(wanted.contains(fcntl_get_seals(&self.file)?))
+    }
+
     fn restore(mut self, store: &PageStore, image: &ShmImage) -> io::Result<Self> {
         let seals = fcntl_get_seals(&self.file)?;
         let wanted = SealFlags::from_bits_retain(image.seals);
-        if !wanted.contains(seals) {
-            return Err(io::Error::new(
-                io::ErrorKind::PermissionDenied,
-                "a memfd was sealed since",
-            ));
-        }
         let size = self.file.metadata()?.len();
         let now = read(&self.file, size, &self.pages, store)?;
         let path = format!("/proc/self/fd/{}", self.file.as_raw_fd());
