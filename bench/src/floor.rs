@@ -2,6 +2,8 @@
 //! that were written, copy them out or back, let go. No descriptors, no registers, no files, no bookkeeping.
 
 use std::fs::{self, File};
+use std::io::ErrorKind;
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
@@ -36,14 +38,10 @@ pub(crate) struct Times {
 impl Floor {
     /// Measures once. The record of written pages is emptied, so that the sandbox cannot be checkpointed any more.
     pub(crate) fn measure(&mut self, programs: &Programs) -> Result<Times> {
-        let pagemaps = programs.pids.iter().map(|pid| {
-            let path = format!("/proc/{pid}/pagemap");
-            File::open(&path).with_context(|| format!("opening {path}"))
-        });
-        let pagemaps = pagemaps.collect::<Result<Vec<_>>>()?;
+        let (pids, pagemaps): (Vec<i32>, Vec<File>) = pagemaps(programs)?.into_iter().unzip();
 
         let begun = Instant::now();
-        let stopped = Stopped::stop(programs)?;
+        let stopped = Stopped::stop(&programs.cgroup, &pids)?;
         let stop = begun.elapsed();
 
         let begun = Instant::now();
@@ -53,13 +51,13 @@ impl Floor {
 
         let mut copies: Vec<_> = written.iter().map(|w| vec![0; w.bytes()]).collect();
         let begun = Instant::now();
-        for ((pid, pages), copy) in programs.pids.iter().zip(&written).zip(&mut copies) {
+        for ((pid, pages), copy) in pids.iter().zip(&written).zip(&mut copies) {
             sys::read_pages(*pid, pages, copy)?;
         }
         let copy_out = begun.elapsed();
 
         let begun = Instant::now();
-        for ((pid, pages), copy) in programs.pids.iter().zip(&written).zip(&copies) {
+        for ((pid, pages), copy) in pids.iter().zip(&written).zip(&copies) {
             sys::write_pages(*pid, pages, copy)?;
         }
         let copy_back = begun.elapsed();
@@ -88,15 +86,29 @@ impl Floor {
     }
 }
 
+/// The page maps of the processes, but for those that have ended since they were found.
+fn pagemaps(programs: &Programs) -> Result<Vec<(i32, File)>> {
+    let mut all = Vec::with_capacity(programs.pids.len());
+    for &pid in &programs.pids {
+        let path = format!("/proc/{pid}/pagemap");
+        match File::open(&path) {
+            Ok(file) => all.push((pid, file)),
+            Err(e) if e.raw_os_error() == Some(libc::ESRCH) || e.kind() == ErrorKind::NotFound => {}
+            Err(e) => return Err(e).with_context(|| format!("opening {path}")),
+        }
+    }
+    Ok(all)
+}
+
 /// Threads that we trace and that stand still. Should this process end, the kernel lets them go.
 struct Stopped(Vec<i32>);
 
 impl Stopped {
     /// Freezes the group so that no thread is born meanwhile, seizes all threads, thaws.
-    fn stop(programs: &Programs) -> Result<Self> {
-        let freeze = programs.cgroup.join("cgroup.freeze");
+    fn stop(cgroup: &Path, pids: &[i32]) -> Result<Self> {
+        let freeze = cgroup.join("cgroup.freeze");
         fs::write(&freeze, "1").with_context(|| format!("writing to {freeze:?}"))?;
-        let seized = await_frozen(programs).and_then(|()| seize(programs));
+        let seized = await_frozen(cgroup).and_then(|()| seize(pids));
         fs::write(&freeze, "0").with_context(|| format!("writing to {freeze:?}"))?;
         let stopped = Self(seized?);
         for tid in &stopped.0 {
@@ -113,8 +125,8 @@ impl Stopped {
     }
 }
 
-fn await_frozen(programs: &Programs) -> Result<()> {
-    let events = programs.cgroup.join("cgroup.events");
+fn await_frozen(cgroup: &Path) -> Result<()> {
+    let events = cgroup.join("cgroup.events");
     let until = Instant::now() + PATIENCE;
     while !fs::read_to_string(&events)?.contains("frozen 1") {
         if Instant::now() > until {
@@ -125,9 +137,9 @@ fn await_frozen(programs: &Programs) -> Result<()> {
     Ok(())
 }
 
-fn seize(programs: &Programs) -> Result<Vec<i32>> {
+fn seize(pids: &[i32]) -> Result<Vec<i32>> {
     let mut seized = Vec::new();
-    for pid in &programs.pids {
+    for pid in pids {
         for tid in Programs::threads(*pid)? {
             sys::seize(tid).with_context(|| format!("seizing thread {tid}"))?;
             seized.push(tid);

@@ -7,10 +7,7 @@ use crate::sys::pagemap::category;
 
 #[test]
 fn a_checkpoint_in_second_gear_holds_what_was_when_it_was_taken() {
-    let bench = Bench {
-        gears: LOW,
-        ..Bench::new()
-    };
+    let bench = Bench::low();
     let process = Process::sleeper();
     let mut stopped = process.seize();
     let remote = &mut stopped.remote;
@@ -63,10 +60,7 @@ fn a_checkpoint_in_second_gear_holds_what_was_when_it_was_taken() {
 
 #[test]
 fn what_a_snapshot_spares_is_forked_to_children_as_before() {
-    let bench = Bench {
-        gears: LOW,
-        ..Bench::new()
-    };
+    let bench = Bench::low();
     let process = Process::sleeper();
     let mut stopped = process.seize();
     let remote = &mut stopped.remote;
@@ -156,6 +150,15 @@ impl Ground {
     }
 }
 
+/// A stopped process with a ground that has the first content.
+fn with_a_ground() -> (Process, Stopped, Ground) {
+    let process = Process::sleeper();
+    let mut stopped = process.seize();
+    let ground = Ground::new(&mut stopped.remote);
+    ground.fill(&stopped.remote, 1);
+    (process, stopped, ground)
+}
+
 /// The first numbers of a page. Read by a system call on the process, which waits for pages as any of its own would.
 fn page_of(host: HostPid, at: u64) -> [u64; 2] {
     let mut bytes = [0; 16];
@@ -165,16 +168,10 @@ fn page_of(host: HostPid, at: u64) -> [u64; 2] {
 
 #[test]
 fn memory_that_is_given_back_later_is_right_whatever_touches_it_first() {
-    let bench = Bench {
-        gears: LOW,
-        ..Bench::new()
-    };
-    let process = Process::sleeper();
+    let bench = Bench::low();
+    let (process, mut stopped, ground) = with_a_ground();
     let host = process.host();
-    let mut stopped = process.seize();
     let remote = &mut stopped.remote;
-    let ground = Ground::new(remote);
-    ground.fill(remote, 1);
     let mut tracker = None;
     let first = bench.capture(remote, &mut tracker);
     let maps = || fs::read_to_string(format!("/proc/{host}/maps")).unwrap();
@@ -216,16 +213,10 @@ fn memory_that_is_given_back_later_is_right_whatever_touches_it_first() {
 
 #[test]
 fn what_is_touched_after_a_rollback_is_noted_for_the_next_one() {
-    let bench = Bench {
-        gears: LOW,
-        ..Bench::new()
-    };
-    let process = Process::sleeper();
+    let bench = Bench::low();
+    let (process, mut stopped, ground) = with_a_ground();
     let host = process.host();
-    let mut stopped = process.seize();
     let remote = &mut stopped.remote;
-    let ground = Ground::new(remote);
-    ground.fill(remote, 1);
     let mut tracker = None;
     let first = bench.capture(remote, &mut tracker);
     assert!(first.pages.touched().order().is_empty());
@@ -246,10 +237,7 @@ fn what_is_touched_after_a_rollback_is_noted_for_the_next_one() {
 
 #[test]
 fn a_process_that_is_made_anew_gets_its_memory_while_it_runs() {
-    let bench = Bench {
-        gears: LOW,
-        ..Bench::new()
-    };
+    let bench = Bench::low();
     let (old, new) = (Process::sleeper(), Process::sleeper());
     bench.host.learn(old.host());
     let mut stopped = old.seize();
@@ -283,17 +271,11 @@ fn a_process_that_is_made_anew_gets_its_memory_while_it_runs() {
 
 #[test]
 fn a_process_may_move_drop_and_unmap_memory_that_is_still_to_come_back() {
-    let bench = Bench {
-        gears: LOW,
-        ..Bench::new()
-    };
-    let process = Process::sleeper();
+    let bench = Bench::low();
+    let (process, mut stopped, ground) = with_a_ground();
     let host = process.host();
-    let mut stopped = process.seize();
     let remote = &mut stopped.remote;
     forget_rseq(remote);
-    let ground = Ground::new(remote);
-    ground.fill(remote, 1);
     let mut tracker = None;
     let first = bench.capture(remote, &mut tracker);
     let before = dump(remote);
@@ -354,15 +336,9 @@ fn a_process_may_move_drop_and_unmap_memory_that_is_still_to_come_back() {
 
 #[test]
 fn a_process_that_ends_or_runs_another_program_needs_no_memory_back() {
-    let bench = Bench {
-        gears: LOW,
-        ..Bench::new()
-    };
-    let process = Process::sleeper();
-    let mut stopped = process.seize();
+    let bench = Bench::low();
+    let (process, mut stopped, ground) = with_a_ground();
     let remote = &mut stopped.remote;
-    let ground = Ground::new(remote);
-    ground.fill(remote, 1);
     let mut tracker = None;
     let first = bench.capture(remote, &mut tracker);
     ground.fill(remote, 2);
@@ -378,11 +354,8 @@ fn a_process_that_ends_or_runs_another_program_needs_no_memory_back() {
     assert_eq!(before, after);
     drop((stopped, process));
 
-    let process = Process::sleeper();
-    let mut stopped = process.seize();
+    let (process, mut stopped, ground) = with_a_ground();
     let remote = &mut stopped.remote;
-    let ground = Ground::new(remote);
-    ground.fill(remote, 1);
     let mut tracker = None;
     let first = bench.capture(remote, &mut tracker);
     ground.fill(remote, 2);
@@ -409,15 +382,9 @@ fn kept_from_children(smaps: &str) -> Vec<Range<u64>> {
 
 #[test]
 fn no_process_is_left_of_a_snapshot_that_is_being_read() {
-    let bench = Bench {
-        gears: LOW,
-        ..Bench::new()
-    };
-    let process = Process::sleeper();
-    let mut stopped = process.seize();
+    let bench = Bench::low();
+    let (process, mut stopped, ground) = with_a_ground();
     let remote = &mut stopped.remote;
-    let ground = Ground::new(remote);
-    ground.fill(remote, 1);
     let layout = Layout::of(remote).unwrap();
     let scan = bench.memory().scan(remote, None, layout).unwrap();
     let mut tracker = None;
