@@ -259,8 +259,12 @@ class Sandbox:
             "names": list(names),
             "seed_rng": seed_rng,
         }
+        here = self._sessions.now() if at is None else self._sessions.at(str(at))
         infos = [parse(SandboxInfo, s) for s in self._request("POST", "/fork", body)]
-        return [Sandbox(self.client, info.name, info.epoch) for info in infos]
+        forks = [Sandbox(self.client, info.name, info.epoch) for info in infos]
+        for fork in forks:
+            fork._sessions.begin(here)
+        return forks
 
     def hint(
         self,
@@ -331,6 +335,11 @@ class Sandbox:
     def _follow(self, session: Session) -> None:
         self._sessions.add(session)
 
+    def _read_before(self, session: Session) -> int | None:
+        """How far a session of the source had been read when the state that this fork began with was captured; ``None``
+        if that is not known here."""
+        return self._sessions.before(session)
+
 
 class Attempt:
     """See :meth:`Sandbox.attempt`."""
@@ -372,6 +381,10 @@ class Attempt:
             self.sandbox.delete(self.checkpoint)
 
 
+_Read = list[tuple["weakref.ref[Session]", int]]
+"""Sessions, and how far each was read at some moment."""
+
+
 class _Sessions:
     """Which session objects belong to the present, and which were there at each checkpoint.
 
@@ -381,20 +394,37 @@ class _Sessions:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._present: weakref.WeakSet[Session] = weakref.WeakSet()
-        self._at: dict[str, list[tuple[weakref.ref[Session], int]]] = {}
+        self._at: dict[str, _Read] = {}
+        self._before: _Read = []
 
     def add(self, session: Session) -> None:
         with self._lock:
             self._present.add(session)
 
-    def now(self) -> list[tuple[weakref.ref[Session], int]]:
+    def now(self) -> _Read:
         """The present sessions, and how far each is read."""
         with self._lock:
             return [(weakref.ref(s), s._cursor.consumed) for s in self._present]
 
-    def keep(self, checkpoint: str, here: list[tuple[weakref.ref[Session], int]]) -> None:
+    def keep(self, checkpoint: str, here: _Read) -> None:
         with self._lock:
             self._at[checkpoint] = here
+
+    def at(self, checkpoint: str) -> _Read:
+        """The sessions of a checkpoint, as far as they are known."""
+        with self._lock:
+            return self._at.get(checkpoint, [])
+
+    def begin(self, before: _Read) -> None:
+        """The sandbox is a fork, which begins with these sessions of its source."""
+        with self._lock:
+            self._before = before
+
+    def before(self, session: Session) -> int | None:
+        """How far a session of the source was read then."""
+        with self._lock:
+            read = (consumed for reference, consumed in self._before if reference() is session)
+            return next(read, None)
 
     def drop(self, checkpoint: str) -> None:
         with self._lock:

@@ -182,9 +182,14 @@ class Session:
         self._move(epoch, 0 if from_start else info.output)
 
     def twin(self: S, sandbox: Sandbox) -> S:
-        """The same session in a fork of its sandbox. Reads on where this one has read to, at most where the twin ends."""
+        """The same session in a fork of its sandbox. Reads on where this one had read to when the state that was forked was
+        captured; where that is not known, since another client captured it, where this one has read to by now, at most where
+        the twin ends."""
         epoch, info = sandbox._session(self.id)
-        twin = type(self)(sandbox, info, epoch, min(self._cursor.consumed, info.output))
+        read = sandbox._read_before(self)
+        if read is None:
+            read = min(self._cursor.consumed, info.output)
+        twin = type(self)(sandbox, info, epoch, read)
         sandbox._follow(twin)
         return twin
 

@@ -144,6 +144,22 @@ class States(ServiceTest):
         self.assertEqual([f"7.{child.name}\n" for child in children], values)
         self.assertEqual("8\n", shell.run("echo $v").output)
 
+    def test_a_twin_reads_on_where_its_session_had_read_to_then(self) -> None:
+        sb = self.sandbox()
+        shell = sb.shell()
+        first = sb.checkpoint()
+        shell.run("v=long; seq 1000")
+        second = sb.checkpoint()
+        sb.rollback(first)
+        [fork] = sb.fork(at=second)
+        self.assertEqual("long\n", shell.twin(fork).run("echo $v").output)
+        shell.run("v=longer; seq 2000")
+        [fork, other] = sb.fork(2, at=second)
+        self.assertEqual("long\n", shell.twin(fork).run("echo $v").output)
+        self.assertEqual("long\n", shell.twin(other).run("echo $v").output)
+        [fork] = sb.fork()
+        self.assertEqual("longer\n", shell.twin(fork).run("echo $v").output)
+
     def test_a_failed_attempt_leaves_no_trace(self) -> None:
         sb = self.sandbox()
         with self.assertRaisesRegex(ValueError, "mine"):

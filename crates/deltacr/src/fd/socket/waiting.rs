@@ -36,11 +36,11 @@ pub(crate) fn read_waiting(
     if listeners.is_empty() {
         return Ok(image);
     }
-    let owners = Owners::of(env).during_tree("reading the maps of users and groups")?;
+    let owners = shared.owners(env)?;
     let mut failed = None;
     for &at in &listeners {
         let mut accepted = Vec::new();
-        let done = accept_all(&image, at, procs, &owners, &mut accepted);
+        let done = accept_all(&image, at, procs, owners, &mut accepted);
         failed = failed.or(done
             .during(image.objects[at].home.0, "reading what waits")
             .err());
