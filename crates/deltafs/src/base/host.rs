@@ -63,6 +63,17 @@ pub(super) fn find_hidden(root: &OwnedFd, path: &Path) -> Option<HostId> {
     Some(host_id(&stat(&fd, b"").ok()?))
 }
 
+/// Whether what has this name in a directory may have extended attributes.
+pub(super) fn has_xattrs(dir: &OwnedFd, name: &[u8]) -> bool {
+    let mut path = format!("/proc/self/fd/{}/", dir.as_raw_fd()).into_bytes();
+    path.extend_from_slice(name);
+    let none: &mut [u8] = &mut [];
+    !matches!(
+        rustix::fs::llistxattr(path, none),
+        Ok(0) | Err(Errno::NOTSUP)
+    )
+}
+
 pub(super) fn read_xattrs(fd: &OwnedFd) -> Result<Option<Arc<XattrMap>>, Errno> {
     // The calls that take a descriptor refuse O_PATH ones; the link in /proc leads to the very inode.
     let path = format!("/proc/self/fd/{}", fd.as_raw_fd());

@@ -2,22 +2,22 @@
 
 use std::ffi::OsStr;
 use std::fs::File;
-use std::mem::MaybeUninit;
 use std::os::fd::OwnedFd;
 use std::os::unix::ffi::OsStrExt;
 use std::sync::{Arc, OnceLock, Weak};
 
 use parking_lot::Mutex;
-use rustix::fs::{Mode, OFlags, RawDir, Statx};
+use rustix::fs::{Mode, OFlags, Statx};
 use rustix::io::Errno;
 
 use super::Base;
+use super::ahead::Found;
 use super::descriptors::open;
-use super::host::{HostId, confined, encode_device, host_id, read_xattrs, stat, time};
+use super::host::{HostId, confined, encode_device, has_xattrs, host_id, read_xattrs, stat, time};
+use super::listing::{ListEntry, Listing};
 use crate::file::FileBody;
 use crate::node::{
-    Body, DIRECTORY, DirBody, EntryKey, Ino, Link, Meta, Name, Node, NodeRef, REGULAR, SYMLINK,
-    TYPE_MASK, dirent_type,
+    Body, DIRECTORY, DirBody, Ino, Link, Meta, Name, Node, NodeRef, REGULAR, SYMLINK, TYPE_MASK,
 };
 use crate::xattr::{XattrMap, Xattrs};
 
@@ -32,18 +32,6 @@ pub(crate) struct BaseInode {
     /// Filled when first asked for; the base does not change.
     pub(super) node: Mutex<Option<NodeRef>>,
     xattrs: OnceLock<Option<Arc<XattrMap>>>,
-}
-
-/// The entries of a base directory, by cookie.
-#[derive(Debug)]
-pub(crate) struct Listing(Vec<ListEntry>);
-
-/// An entry of a base directory.
-#[derive(Debug)]
-pub(crate) struct ListEntry {
-    pub(crate) key: EntryKey,
-    host_ino: u64,
-    pub(crate) dirent_type: u8,
 }
 
 impl BaseInode {
@@ -123,13 +111,23 @@ impl BaseInode {
             Err(Errno::NOENT | Errno::NAMETOOLONG) => return Ok(None),
             Err(error) => return Err(error),
         };
-        let host = host_id(&attributes);
+        self.adopt_child(&base, name, &attributes)
+    }
+
+    /// The child of which the host says this; none if it is hidden.
+    fn adopt_child(
+        self: &Arc<Self>,
+        base: &Arc<Base>,
+        name: &Name,
+        attributes: &Statx,
+    ) -> Result<Option<Arc<BaseInode>>, Errno> {
+        let host = host_id(attributes);
         if base.hidden.contains(&host) {
             return Ok(None);
         }
         let is_dir = u32::from(attributes.stx_mode) & TYPE_MASK == DIRECTORY;
         let inode = base.intern(host, self, name, !is_dir && attributes.stx_nlink > 1);
-        inode.show(&attributes)?;
+        inode.show(attributes)?;
         Ok(Some(inode))
     }
 
@@ -158,38 +156,52 @@ impl BaseInode {
         if let Some(listing) = base.listings.lock().get(self.ino) {
             return Ok(listing);
         }
-        let listing = Arc::new(self.read_listing(&base)?);
-        base.listings
-            .lock()
-            .put(self.ino, Arc::clone(&listing), listing.0.len() + 1);
+        let listing = Arc::new(match base.ahead.take(self.ino) {
+            Some(found) => self.adopt(&base, found),
+            None => Listing::read(&base, &*self.dir()?, self.host.0)?,
+        });
+        let below = {
+            let mut listings = base.listings.lock();
+            listings.put(self.ino, Arc::clone(&listing), listing.entries().len() + 1);
+            let parent = self.parent.as_ref();
+            parent.is_some_and(|parent| listings.get(parent.ino).is_some())
+        };
+        base.ahead.listed(self, &listing, below);
         Ok(listing)
     }
 
-    fn read_listing(&self, base: &Base) -> Result<Listing, Errno> {
-        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
-        let dir = self.dir()?;
-        let fd = open(|| rustix::fs::openat2(&*dir, ".", flags, Mode::empty(), confined()))?;
-        let mut buf = [MaybeUninit::uninit(); 32 * 1024];
-        let mut raw = RawDir::new(&fd, &mut buf);
-        let mut entries = Vec::new();
-        while let Some(entry) = raw.next() {
-            let entry = entry?;
-            let name = entry.file_name().to_bytes();
-            if name == b"." || name == b".." || base.hidden.contains(&(self.host.0, entry.ino())) {
-                continue;
+    /// Gives what was read ahead of this directory to its entries.
+    fn adopt(self: &Arc<Self>, base: &Arc<Base>, found: Found) -> Listing {
+        for (entry, look) in found.listing.entries().iter().zip(found.looks) {
+            if let Some(look) = look {
+                // What fails now fails again for whoever asks for the entry.
+                let _ = self.adopt_child(base, &entry.key.name, &look);
             }
-            let mut mode = entry.file_type().as_raw_mode();
-            if mode == 0 {
-                mode = u32::from(stat(&*self.dir()?, name)?.stx_mode);
-            }
-            entries.push(ListEntry {
-                key: base.key(&Arc::from(name)),
-                host_ino: entry.ino(),
-                dirent_type: dirent_type(mode),
-            });
         }
-        entries.sort_unstable_by(|a, b| a.key.cmp(&b.key));
-        Ok(Listing(entries))
+        found.listing
+    }
+
+    /// Reads the directory that a listing of this one names, and how its entries look if they are not more than `most`. None if it was
+    /// listed already. Nobody knows what is in it by that.
+    pub(super) fn read_ahead(
+        self: &Arc<Self>,
+        entry: &ListEntry,
+        most: usize,
+    ) -> Result<Option<(Ino, Found)>, Errno> {
+        let inode = self.listed_child(entry)?;
+        let base = self.base()?;
+        if base.listings.lock().get(inode.ino).is_some() {
+            return Ok(None);
+        }
+        let dir = inode.dir()?;
+        let listing = Listing::read(&base, &dir, inode.host.0)?;
+        let entries = listing.entries();
+        let entries = if entries.len() > most { &[] } else { entries };
+        let looks = entries
+            .iter()
+            .map(|entry| stat(&*dir, &entry.key.name).ok());
+        let looks = looks.collect();
+        Ok(Some((inode.ino, Found { listing, looks })))
     }
 
     /// The file, open for reading.
@@ -248,8 +260,11 @@ impl BaseInode {
         if let Some(xattrs) = self.xattrs.get() {
             return Ok(xattrs.clone());
         }
-        let fd = self.open(&*self.base()?, OFlags::PATH)?;
-        let xattrs = read_xattrs(&fd)?;
+        let xattrs = match &self.parent {
+            // Most have none, and that takes one call.
+            Some(parent) if !has_xattrs(&*parent.dir()?, &self.name) => None,
+            _ => read_xattrs(&self.open(&*self.base()?, OFlags::PATH)?)?,
+        };
         Ok(self.xattrs.get_or_init(|| xattrs).clone())
     }
 
@@ -302,19 +317,5 @@ impl BaseInode {
         let target =
             rustix::fs::readlinkat(&*parent.dir()?, OsStr::from_bytes(&self.name), Vec::new())?;
         Ok(Arc::from(target.as_bytes()))
-    }
-}
-
-impl Listing {
-    /// The entries from a cookie on.
-    pub(crate) fn from(&self, cookie: u64) -> &[ListEntry] {
-        let start = self.0.partition_point(|entry| entry.key.cookie < cookie);
-        &self.0[start..]
-    }
-
-    /// The entry of a name.
-    pub(crate) fn find(&self, key: &EntryKey) -> Option<&ListEntry> {
-        let at = self.0.binary_search_by(|entry| entry.key.cmp(key)).ok()?;
-        self.0.get(at)
     }
 }

@@ -3,10 +3,12 @@
 //! A base inode is opened by its parent's descriptor and its own name, without following symbolic links and
 //! without crossing mounts, so nothing in the base can lead out of it.
 
+mod ahead;
 mod descriptors;
 mod host;
 mod inode;
 mod kept;
+mod listing;
 mod stored;
 
 use std::collections::{HashMap, HashSet};
@@ -20,10 +22,12 @@ use parking_lot::Mutex;
 use rustix::io::Errno;
 use siphasher::sip::SipHasher13;
 
+use ahead::Ahead;
 use host::{HostId, find_hidden, host_id, single_filesystem, stat};
-use inode::Listing;
-pub(crate) use inode::{BaseInode, ListEntry};
+pub(crate) use inode::BaseInode;
 use kept::Kept;
+pub(crate) use listing::ListEntry;
+use listing::Listing;
 pub(crate) use stored::{Free, StoredInode};
 
 use crate::node::{DIRECTORY, EntryKey, Ino, Name, ROOT, TYPE_MASK};
@@ -51,6 +55,7 @@ pub(crate) struct Base {
     listings: Mutex<Kept<Listing>>,
     dirs: Mutex<Kept<OwnedFd>>,
     files: Mutex<Kept<File>>,
+    ahead: Arc<Ahead>,
 }
 
 #[derive(Debug, Default)]
@@ -110,6 +115,7 @@ impl Base {
             listings: Mutex::new(Kept::new(MAX_LISTED)),
             dirs: Mutex::new(Kept::new(MAX_OPEN)),
             files: Mutex::new(Kept::new(MAX_OPEN)),
+            ahead: Arc::default(),
         });
         let inode = BaseInode::new(&base, ROOT, host_id(&attributes), None, Arc::from(&b""[..]));
         inode.show(&attributes)?;
@@ -184,6 +190,7 @@ impl Base {
 
 impl Drop for Base {
     fn drop(&mut self) {
+        self.ahead.end();
         // The versions that base inodes show hold the inodes in turn.
         for inode in self.table.get_mut().inodes.values() {
             inode.let_go();
@@ -209,6 +216,60 @@ mod tests {
         assert_eq!(root.child(&name).unwrap().unwrap().ino(), child.ino());
         let again = child.node().unwrap();
         assert_eq!((again.meta, &again.names), (shown.meta, &shown.names));
+    }
+
+    fn lists_as_on_the_host(dir: &Arc<BaseInode>, place: &std::path::Path) {
+        let mut names = Vec::new();
+        for entry in dir.listing().unwrap().from(0) {
+            let inode = dir.listed_child(entry).unwrap();
+            let name = std::str::from_utf8(&entry.key.name).unwrap();
+            let host = std::fs::symlink_metadata(place.join(name)).unwrap();
+            let node = inode.node().unwrap();
+            assert_eq!(node.size(), if node.is_dir() { 4096 } else { host.len() });
+            assert_eq!(inode.ino(), std::os::unix::fs::MetadataExt::ino(&host));
+            if node.is_dir() {
+                lists_as_on_the_host(&inode, &place.join(name));
+            }
+            names.push(name.to_owned());
+        }
+        names.sort();
+        let there = std::fs::read_dir(place).unwrap();
+        let there = there.map(|entry| entry.unwrap().file_name().into_string().unwrap());
+        let mut there: Vec<String> = there.filter(|name| name != "hidden").collect();
+        there.sort();
+        assert_eq!(names, there);
+    }
+
+    #[test]
+    fn what_was_read_ahead_is_what_is_listed() {
+        let dir = tempfile::tempdir().unwrap();
+        for place in 0..40 {
+            let place = dir.path().join(format!("{}/{place}", place % 4));
+            std::fs::create_dir_all(place.join("hidden")).unwrap();
+            for file in 0..place.as_os_str().len() {
+                std::fs::write(place.join(file.to_string()), vec![1; file]).unwrap();
+            }
+            std::os::unix::fs::symlink("0", place.join("link")).unwrap();
+        }
+        let hidden = (0..40).map(|place| PathBuf::from(format!("/{}/{place}/hidden", place % 4)));
+        let hidden: Vec<PathBuf> = hidden.collect();
+        let base = Base::new(File::open(dir.path()).unwrap().into(), &hidden).unwrap();
+        let root = base.inode(ROOT).unwrap();
+        let first = root.listing().unwrap();
+        for (entry, at) in first.from(0).iter().zip(0..) {
+            let child = root.listed_child(entry).unwrap();
+            child.listing().unwrap();
+            if at > 0 {
+                // The third directory in a row: someone walks.
+                base.ahead.await_found();
+            }
+        }
+        let known = base.known();
+        lists_as_on_the_host(&root, dir.path());
+        assert!(
+            known < base.known(),
+            "what was read ahead got no numbers before"
+        );
     }
 
     #[test]

@@ -6,6 +6,7 @@
 mod absent;
 mod barrier;
 mod control;
+mod crew;
 mod data_ops;
 mod kernel;
 mod name_ops;

@@ -11,6 +11,7 @@ use rustix::io::Errno;
 use rustix::mount::{FsMountFlags, FsOpenFlags, MountAttrFlags};
 
 use super::control::Control;
+use super::crew::Crew;
 use super::server::{MAX_WRITE, Server};
 use super::wire::{IN_HEADER, Reply, Request, opcode};
 use crate::error::{Error, Result};
@@ -34,7 +35,7 @@ pub(crate) struct Session {
 impl Session {
     /// Mounts `server` and serves it with `threads` threads (at least one).
     pub(crate) fn start(server: &Arc<Server>, threads: usize) -> Result<Self> {
-        let device = Arc::new(open_device().map_err(failed("opening /dev/fuse"))?);
+        let device = Arc::new(open_device(OFlags::empty()).map_err(failed("opening /dev/fuse"))?);
         let mount = mount(device.as_fd())?;
         let device_number =
             device_number(&mount).map_err(failed("asking for the mount's device number"))?;
@@ -48,17 +49,27 @@ impl Session {
             control,
             threads: Mutex::default(),
         };
-        for index in 0..threads.max(1) {
-            let channel = if index == 0 {
+        let threads = threads.max(1);
+        let crew = Crew::new(threads - 1);
+        for index in 0..threads {
+            let leads = index == 0;
+            let channel = if leads {
                 Arc::clone(&device)
             } else {
                 let channel = open_channel(device.as_fd());
                 Arc::new(channel.map_err(failed("opening one more channel of /dev/fuse"))?)
             };
-            let server = Arc::clone(server);
+            let (server, crew) = (Arc::clone(server), Arc::clone(&crew));
+            let work = move || {
+                let mut desk = Desk::new(&server, &channel);
+                match leads {
+                    true => crew.lead(&mut desk),
+                    false => crew.help(&mut desk),
+                }
+            };
             let thread = std::thread::Builder::new()
                 .name("deltafs".to_owned())
-                .spawn(move || serve(&server, &channel))
+                .spawn(work)
                 .map_err(failed("starting a thread"))?;
             session.threads.lock().push(thread);
         }
@@ -125,16 +136,14 @@ fn failed<E: Into<io::Error>>(what: &'static str) -> impl FnOnce(E) -> Error {
     }
 }
 
-fn open_device() -> io::Result<OwnedFd> {
-    Ok(rustix::fs::open(
-        "/dev/fuse",
-        OFlags::RDWR | OFlags::CLOEXEC,
-        Mode::empty(),
-    )?)
+fn open_device(more: OFlags) -> io::Result<OwnedFd> {
+    let flags = OFlags::RDWR | OFlags::CLOEXEC | more;
+    Ok(rustix::fs::open("/dev/fuse", flags, Mode::empty())?)
 }
 
+/// One more channel, which does not wait for requests.
 fn open_channel(of: BorrowedFd<'_>) -> io::Result<OwnedFd> {
-    let channel = open_device()?;
+    let channel = open_device(OFlags::NONBLOCK)?;
     sys::clone_fuse_channel(channel.as_fd(), of)?;
     Ok(channel)
 }
@@ -182,22 +191,58 @@ fn read_ahead(device: u64) {
     }
 }
 
-/// Serves requests until the connection ends.
-fn serve(server: &Server, channel: &Arc<OwnedFd>) {
-    let mut buffer = vec![0; MAX_WRITE + ARGS];
-    let mut reply = Reply::new();
-    loop {
-        let len = match rustix::io::read(channel, &mut buffer[..]) {
-            Ok(len) => len,
-            // The request was taken back, or the read was interrupted.
-            Err(Errno::NOENT | Errno::INTR | Errno::AGAIN) => continue,
-            Err(Errno::NODEV | Errno::CONNABORTED) => return,
-            Err(error) => {
-                tracing::error!(%error, "a thread of a DeltaFS mount cannot read requests and ends");
-                return;
-            }
-        };
-        answer(server, channel, &buffer[..len], &mut reply, true);
+/// Where a thread answers requests.
+#[derive(Debug)]
+pub(super) struct Desk<'a> {
+    server: &'a Server,
+    channel: &'a Arc<OwnedFd>,
+    buffer: Vec<u8>,
+    reply: Reply,
+}
+
+/// Why there is nothing to serve.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Left {
+    /// There is no request now, and the channel does not wait for one.
+    Empty,
+    /// There will be none any more.
+    Closed,
+}
+
+impl<'a> Desk<'a> {
+    fn new(server: &'a Server, channel: &'a Arc<OwnedFd>) -> Self {
+        Self {
+            server,
+            channel,
+            buffer: vec![0; MAX_WRITE + ARGS],
+            reply: Reply::new(),
+        }
+    }
+
+    pub(super) fn channel(&self) -> &OwnedFd {
+        self.channel
+    }
+
+    /// Serves requests as long as there are any, and calls `begin` and `done` around each.
+    pub(super) fn serve(&mut self, begin: impl Fn(&OwnedFd), done: impl Fn()) -> Left {
+        loop {
+            let len = match rustix::io::read(self.channel, &mut self.buffer[..]) {
+                Ok(len) => len,
+                Err(Errno::AGAIN) => return Left::Empty,
+                // The request was taken back, or the read was interrupted.
+                Err(Errno::NOENT | Errno::INTR) => continue,
+                Err(error) => {
+                    if !matches!(error, Errno::NODEV | Errno::CONNABORTED) {
+                        tracing::error!(%error, "a thread of a DeltaFS mount cannot read requests and ends");
+                    }
+                    return Left::Closed;
+                }
+            };
+            begin(self.channel);
+            let bytes = &self.buffer[..len];
+            answer(self.server, self.channel, bytes, &mut self.reply, true);
+            done();
+        }
     }
 }
 
