@@ -52,7 +52,7 @@ pub(crate) fn describe(
     let image = ProcessImage {
         stat: process.stat.clone(),
         birth: process.birth,
-        command: procfs.command(pid),
+        command: procfs.command(pid, remote.files()),
         user_stop: process.user_stop,
         exe: Place::of(env, procfs, pid, "exe").during(pid, "reading its program")?,
         cwd,

@@ -20,7 +20,7 @@ const PAUSE: Duration = Duration::from_millis(1);
 /// How often it is looked for who did not stop.
 const LOOKS: u32 = 20;
 
-/// Of so many processes the files that are read at every visit stay open, eight of each.
+/// Of so many processes what is read at every visit stays open, up to 14 files of each.
 const KEEP_OPEN: usize = 16;
 
 /// What the engine remembers of a process from one visit to the next.
@@ -81,8 +81,9 @@ pub(crate) struct HeldProcess {
 pub(crate) struct Held {
     pub(crate) procfs: Procfs,
     pub(crate) processes: BTreeMap<InnerPid, HeldProcess>,
+    /// Those that [`Held::find_dead`] found.
     pub(crate) zombies: BTreeMap<InnerPid, Stat>,
-    /// What is known of init's dead children.
+    /// What it found of init's dead children.
     pub(crate) deaths: Deaths,
     /// When the processes began to stand still.
     pub(crate) since: Instant,
@@ -111,7 +112,7 @@ impl Held {
         let start = Instant::now();
         let mut catcher = Catcher::new(procfs, freezer, known);
         if let Some(processes) = catcher.running() {
-            return Self::caught(procfs, processes, start);
+            return Ok(Self::caught(procfs, processes, start));
         }
         loop {
             let since = Instant::now();
@@ -121,7 +122,7 @@ impl Held {
                 return Err(not_frozen(catcher.freezer, timeout));
             }
             match catcher.frozen()? {
-                Some(processes) => return Self::caught(procfs, processes, since),
+                Some(processes) => return Ok(Self::caught(procfs, processes, since)),
                 None if start.elapsed() > timeout => {
                     return Err(not_frozen(catcher.freezer, timeout));
                 }
@@ -131,16 +132,14 @@ impl Held {
     }
 
     /// A tree that was stopped; from here on it is let go when it is dropped.
-    fn caught(procfs: &Procfs, processes: Caught, since: Instant) -> Result<Self> {
-        let mut held = Self {
+    fn caught(procfs: &Procfs, processes: Caught, since: Instant) -> Self {
+        Self {
             procfs: procfs.clone(),
             processes,
             zombies: BTreeMap::new(),
             deaths: Deaths::Reported,
             since,
-        };
-        held.find_dead()?;
-        Ok(held)
+        }
     }
 
     /// An empty tree, to be filled by births.
@@ -154,7 +153,8 @@ impl Held {
         }
     }
 
-    fn find_dead(&mut self) -> Result<()> {
+    /// Finds the zombies, and whether init has children to bury. Those that are held may be busy meanwhile.
+    pub(crate) fn find_dead(&mut self) -> Result<()> {
         for pid in self
             .procfs
             .processes()

@@ -5,7 +5,7 @@ use std::io;
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::FileExt;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use rustix::fs::{
     AtFlags, Mode, OFlags, RawDir, ResolveFlags, SeekFrom, StatxFlags, openat, openat2, statat,
@@ -14,6 +14,7 @@ use rustix::fs::{
 use serde::{Deserialize, Serialize};
 
 use crate::env::Environment;
+use crate::fd::KnownSlots;
 use crate::ids::InnerPid;
 use crate::mem::Layout;
 
@@ -26,7 +27,13 @@ const FIRST_PROCESS: u64 = 256;
 
 /// The sandbox's `/proc`.
 #[derive(Clone)]
-pub(crate) struct Procfs(Arc<OwnedFd>);
+pub(crate) struct Procfs(Arc<Root>);
+
+struct Root {
+    dir: OwnedFd,
+    /// Positions in it belong to whoever holds it.
+    list: Mutex<OwnedFd>,
+}
 
 /// What `/proc/PID/stat` tells and the engine needs (proc_pid_stat(5)).
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -52,10 +59,16 @@ pub(crate) struct Stat {
     pub(crate) ignores_trap: bool,
 }
 
-/// Files below `/proc/PID` of one process that are read at every visit. They stay open from one to the next: opening one takes
-/// longer than reading it. If the process is gone, reading them fails, whoever has its number.
+/// Files below `/proc/PID` of one process that are read at every visit, and its handle. They stay open from one to the next: opening
+/// one takes longer than reading it. If the process is gone, reading them fails, whoever has its number.
 #[derive(Clone, Debug, Default)]
-pub(crate) struct OpenFiles(Arc<Mutex<Vec<Named>>>);
+pub(crate) struct OpenFiles(Arc<Opened>);
+
+#[derive(Debug, Default)]
+struct Opened {
+    files: Mutex<Vec<Named>>,
+    slots: Mutex<KnownSlots>,
+}
 
 type Named = (&'static str, Arc<File>);
 
@@ -69,7 +82,7 @@ impl OpenFiles {
         name: &'static str,
         open: impl FnOnce() -> io::Result<File>,
     ) -> io::Result<Arc<File>> {
-        let mut files = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut files = lock(&self.0.files);
         if let Some((_, file)) = files.iter().find(|(known, _)| *known == name) {
             return Ok(Arc::clone(file));
         }
@@ -78,11 +91,21 @@ impl OpenFiles {
         Ok(file)
     }
 
+    /// What an earlier visit knew of the descriptors, for as long as this one looks at them.
+    pub(crate) fn slots(&self) -> MutexGuard<'_, KnownSlots> {
+        lock(&self.0.slots)
+    }
+
     /// The process has another address space.
     pub(crate) fn forget_memory(&self) {
-        let mut files = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut files = lock(&self.0.files);
         files.retain(|(name, _)| !OF_MEMORY.contains(name));
     }
+}
+
+/// What these hold is right after a panic, too.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// A file, by device and inode.
@@ -94,29 +117,31 @@ pub(crate) struct FileId {
 
 impl Procfs {
     pub(crate) fn open(env: &dyn Environment) -> io::Result<Self> {
-        let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        let flags = OFlags::DIRECTORY | OFlags::CLOEXEC;
         let resolve = ResolveFlags::IN_ROOT | ResolveFlags::NO_SYMLINKS;
-        let dir = openat2(env.root(), "proc", flags, Mode::empty(), resolve)?;
+        let dir = openat2(
+            env.root(),
+            "proc",
+            flags | OFlags::PATH,
+            Mode::empty(),
+            resolve,
+        )?;
         if rustix::fs::fstatfs(&dir)?.f_type as u32 != PROC_SUPER_MAGIC {
             return Err(io::Error::other(
                 "/proc of the sandbox is not a proc filesystem",
             ));
         }
-        Ok(Self(Arc::new(dir)))
+        let list = Mutex::new(openat(&dir, ".", flags | OFlags::RDONLY, Mode::empty())?);
+        Ok(Self(Arc::new(Root { dir, list })))
     }
 
     /// All processes that have a number, zombies and init among them.
     pub(crate) fn processes(&self) -> io::Result<Vec<InnerPid>> {
-        let dir = openat(
-            &*self.0,
-            ".",
-            OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC,
-            Mode::empty(),
-        )?;
+        let list = lock(&self.0.list);
         // Where the processes begin; what comes before costs the kernel much more.
-        rustix::fs::seek(&dir, SeekFrom::Start(FIRST_PROCESS))?;
+        rustix::fs::seek(&*list, SeekFrom::Start(FIRST_PROCESS))?;
         let mut buffer = [MaybeUninit::uninit(); 8192];
-        let mut entries = RawDir::new(dir, &mut buffer);
+        let mut entries = RawDir::new(&*list, &mut buffer);
         let mut pids = Vec::new();
         while let Some(entry) = entries.next() {
             let entry = entry?;
@@ -126,11 +151,6 @@ impl Procfs {
         Ok(pids)
     }
 
-    /// The content of a small file.
-    pub(crate) fn read(&self, path: &str) -> io::Result<Vec<u8>> {
-        read_file(&*self.0, path)
-    }
-
     pub(crate) fn stat(&self, pid: InnerPid) -> io::Result<Stat> {
         let files = OpenFiles::default();
         self.stat_and_bounds(pid, &files).map(|(stat, _)| stat)
@@ -138,7 +158,7 @@ impl Procfs {
 
     /// Opens a file to read it.
     pub(crate) fn open_file(&self, path: &str) -> io::Result<File> {
-        open_file(&*self.0, path)
+        open_file(&self.0.dir, path)
     }
 
     /// The same with the bounds of the address space, which the same file shows.
@@ -155,13 +175,13 @@ impl Procfs {
 
     /// Whether a process has a thread of this number.
     pub(crate) fn has_thread(&self, pid: InnerPid, tid: InnerPid) -> bool {
-        statat(&*self.0, format!("{pid}/task/{tid}"), AtFlags::empty()).is_ok()
+        statat(&self.0.dir, format!("{pid}/task/{tid}"), AtFlags::empty()).is_ok()
     }
 
     /// The file behind `cwd`, `root` or `exe`; its filesystem is not asked.
     pub(crate) fn file(&self, pid: InnerPid, link: &str) -> io::Result<FileId> {
         let path = format!("{pid}/{link}");
-        let stat = statx(&*self.0, path, AtFlags::STATX_DONT_SYNC, StatxFlags::INO)?;
+        let stat = statx(&self.0.dir, path, AtFlags::STATX_DONT_SYNC, StatxFlags::INO)?;
         Ok(FileId {
             device: rustix::fs::makedev(stat.stx_dev_major, stat.stx_dev_minor),
             inode: stat.stx_ino,
@@ -170,13 +190,14 @@ impl Procfs {
 
     /// Where `cwd`, `root` or `exe` points, as the kernel tells it.
     pub(crate) fn link(&self, pid: InnerPid, link: &str) -> io::Result<Vec<u8>> {
-        let path = rustix::fs::readlinkat(&*self.0, format!("{pid}/{link}"), Vec::new())?;
+        let path = rustix::fs::readlinkat(&self.0.dir, format!("{pid}/{link}"), Vec::new())?;
         Ok(path.into_bytes())
     }
 
     /// The command line with spaces between its words; empty for a zombie.
-    pub(crate) fn command(&self, pid: InnerPid) -> String {
-        let bytes = self.read(&format!("{pid}/cmdline")).unwrap_or_default();
+    pub(crate) fn command(&self, pid: InnerPid, files: &OpenFiles) -> String {
+        let file = files.get("cmdline", || self.open_file(&format!("{pid}/cmdline")));
+        let bytes = file.and_then(|file| read_all(&file)).unwrap_or_default();
         let words: Vec<_> = bytes
             .split(|b| *b == 0)
             .map(String::from_utf8_lossy)

@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use super::{Engine, interview_all, member, remotes};
+use crate::background::Left;
 use crate::describe::describe;
 use crate::env::Environment;
 use crate::error::Result;
@@ -11,7 +12,6 @@ use crate::fd;
 use crate::hold::Held;
 use crate::ids::InnerPid;
 use crate::image::{ProcessImage, TreeImage};
-use crate::mem::Work;
 use crate::stopwatch::Stopwatch;
 use crate::sysv::{self, Attached, SystemV};
 use crate::twins;
@@ -20,7 +20,7 @@ use crate::twins;
 pub(super) struct Captured {
     pub(super) image: TreeImage,
     pub(super) pages: u64,
-    pub(super) work: Vec<Work>,
+    pub(super) left: Left,
 }
 
 impl Engine {
@@ -36,8 +36,9 @@ impl Engine {
         twins::refuse(held, |host| {
             self.trackers.get(&host).is_none_or(Option::is_none)
         })?;
-        // While the processes answer, their descriptors are looked at.
+        // While the processes answer, it is looked what can be seen without them.
         let interviews = interview_all(held, |_| true)?;
+        held.find_dead()?;
         let descriptors = fd::capture(&remotes(held), env, &self.means.shared)?;
         watch.lap("descriptors");
         let mut answering = Vec::new();
@@ -71,7 +72,7 @@ impl Engine {
         watch.lap("processes");
         let memory = self.means.memory(env);
         let mut pages = 0;
-        let mut left = Vec::new();
+        let mut left = Left::new(self.means.gears);
         let mut processes: BTreeMap<InnerPid, Arc<ProcessImage>> = BTreeMap::new();
         for (pid, (mut state, scan)) in described {
             let process = member(&mut held.processes, pid)?;
@@ -85,7 +86,7 @@ impl Engine {
             let like = parent.map(|p| p.memory.clone());
             let (captured, work) = memory.capture(remote, tracker, scan, like.as_deref())?;
             state.memory = captured;
-            left.extend(work);
+            left.push(work);
             processes.insert(pid, Arc::new(state));
         }
         watch.lap("memory");
@@ -96,10 +97,6 @@ impl Engine {
             shared: Arc::default(),
             system_v,
         };
-        Ok(Captured {
-            image,
-            pages,
-            work: left,
-        })
+        Ok(Captured { image, pages, left })
     }
 }

@@ -200,13 +200,13 @@ impl Engine {
                     Err(e) => return Err(e),
                 }
             };
-            let Captured { image, pages, work } = captured;
+            let Captured { image, pages, left } = captured;
             let cut = cut(held.deaths)?;
             watch.lap("files");
             held.release()?;
             watch.lap("resume");
             let stop = held.since.elapsed();
-            self.background.begin(work)?;
+            self.background.begin(left)?;
             Ok(Checkpoint {
                 image,
                 cut,

@@ -135,6 +135,7 @@ impl Engine {
         let mut stuck = BTreeSet::new();
         let keep = reconcile::keepers(held, target, &stuck);
         let interviews = interview_all(held, |pid| keep.contains(pid))?;
+        held.find_dead()?;
         let descriptors = fd::survey(&remotes(held), env, &self.means.shared)?;
         let mut answering = Vec::new();
         for (pid, interview) in interviews {

@@ -212,7 +212,8 @@ pub(crate) struct Capture<'a> {
 impl Capture<'_> {
     fn process(&mut self, remote: &Remote) -> Result<()> {
         let pid = remote.pid();
-        let fds = ProcFds::of(remote).during(pid, "opening the descriptor table")?;
+        let fds = ProcFds::of(remote, self.env.fs_device())
+            .during(pid, "opening the descriptor table")?;
         let raws = fds.slots().during(pid, "reading the descriptor table")?;
         let mut slots = BTreeMap::new();
         for raw in &raws {
@@ -233,7 +234,7 @@ impl Capture<'_> {
     /// The object of which this is a duplicate that was in flight in a socket.
     pub(crate) fn flight(&mut self, duplicate: OwnedFd, socket: (InnerPid, i32)) -> Result<usize> {
         let doing = "looking at a descriptor in flight";
-        let fds = ProcFds::open(HostPid::own()).during(socket.0, doing)?;
+        let fds = ProcFds::own().during(socket.0, doing)?;
         let raw = fds.slot_of(duplicate.as_fd()).during(socket.0, doing)?;
         let source = Source::Flight {
             duplicate: duplicate.as_fd(),

@@ -57,6 +57,8 @@ pub(crate) struct FdInfo {
     pub(crate) pos: u64,
     /// `open(2)` flags, close-on-exec included.
     pub(crate) flags: i32,
+    /// Which mount it was opened in, and its inode number.
+    pub(crate) file: (i64, u64),
     pub(crate) event_count: Option<u64>,
     pub(crate) event_semaphore: bool,
     pub(crate) timer: Option<TimerLine>,
@@ -99,6 +101,8 @@ impl FdInfo {
 
     fn line(&mut self, key: &str, value: &str, line: &str) {
         match key {
+            "mnt_id" => self.file.0 = value.parse().unwrap_or(-1),
+            "ino" => self.file.1 = value.parse().unwrap_or(0),
             "eventfd-count" => self.event_count = hex(value),
             "eventfd-semaphore" => self.event_semaphore = value == "1",
             "sigmask" => self.signal_mask = hex(value),
@@ -222,7 +226,7 @@ mod tests {
         let text = b"pos:\t0\nflags:\t02000002\nmnt_id:\t15\nino:\t1066\n\
             tfd:        5 events:     2019 data:         deadbeef  pos:0 ino:3d sdev:7\n";
         let info = FdInfo::parse(text).unwrap();
-        assert_eq!(info.flags, 0o2000002);
+        assert_eq!((info.flags, info.file), (0o2000002, (15, 1066)));
         let item = EpollItem {
             fd: 5,
             events: 0x2019,

@@ -38,6 +38,7 @@ pub use inside::look_inside;
 pub use model::Descriptors;
 pub(crate) use path::removed_directory;
 pub use restore::{check, restore};
+pub(crate) use table::KnownSlots;
 
 /// The stopped processes of a tree.
 pub type Procs<'a> = BTreeMap<InnerPid, &'a mut Remote>;

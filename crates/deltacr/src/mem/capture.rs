@@ -30,8 +30,8 @@ impl Memory<'_> {
     /// Pages that are as they were share their storage with the last known state, or with `like`:
     /// the state of another process that this one was forked from.
     ///
-    /// What is much to read or to compare is left to the returned work, which can be done while the process runs on; the
-    /// pages of the state are known when it is done. It is to be done before the process is scanned again.
+    /// Sorting the pages, and reading them where they are many, is left to the returned work, which can be done while the process
+    /// runs on; the pages of the state are known when it is done. It is to be done before the process is scanned again.
     ///
     /// # Errors
     /// The memory could not be read, or there is no room to keep it. The tracker then knows what it
@@ -42,7 +42,7 @@ impl Memory<'_> {
         tracker: &mut Option<Tracker>,
         mut scan: Scan,
         like: Option<&AddressSpace>,
-    ) -> Result<(Arc<AddressSpace>, Option<Work>)> {
+    ) -> Result<(Arc<AddressSpace>, Work)> {
         for vma in &scan.vmas {
             if let Backing::Shm(key) = vma.backing {
                 self.shared
@@ -53,12 +53,6 @@ impl Memory<'_> {
         let advised = advised(remote, &mut scan)?;
         let (pages, promise) = Pages::to_come(scan.pid);
         let work = self.read(remote, &scan, like, promise)?;
-        let work = if work.is_quick(&self.gears) {
-            work.run();
-            None
-        } else {
-            Some(work)
-        };
         let state = Arc::new(AddressSpace {
             vmas: scan.vmas,
             guards: scan.guards,

@@ -5,7 +5,7 @@
 pub struct Gears {
     /// Written pages are write-protected again. Fewer stay writable, and count as written at the next visit too.
     pub protect: u64,
-    /// A checkpoint sorts the pages that it copied after the process runs on.
+    /// A checkpoint has returned before the pages that it copied are sorted.
     pub sort_later: u64,
     /// A checkpoint takes a copy-on-write snapshot, and copies after the process runs on.
     pub snapshot: u64,

@@ -12,7 +12,7 @@ use std::sync::Arc;
 
 use parking_lot::Mutex;
 
-use super::{AddressSpace, Gears, Layout, Memory, Scan, SharedObjects, Tracker, Work};
+use super::{AddressSpace, Gears, Layout, Memory, Scan, SharedObjects, Tracker};
 use crate::env::{Environment, ExternalId, Namespace};
 use crate::ids::{HostPid, InnerPid};
 use crate::orphan::Orphans;

@@ -19,7 +19,7 @@ pub(crate) use flights::FlightId;
 
 use std::fs;
 use std::io::{self, IoSlice};
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::fs::FileExt;
 use std::sync::{Arc, OnceLock};
 
@@ -40,7 +40,7 @@ const ALL_BUT_TRAP: u64 = !(1 << (libc::SIGTRAP - 1));
 pub struct Remote {
     pid: InnerPid,
     host: HostPid,
-    pidfd: OwnedFd,
+    pidfd: Arc<fs::File>,
     /// Where the area begins, once it is mapped.
     area: Option<u64>,
     /// What the stub runs with: the registers of the first thread, which is known to be in user
@@ -78,7 +78,7 @@ impl Remote {
         area: Option<u64>,
         files: OpenFiles,
     ) -> io::Result<Self> {
-        let pidfd = process::pidfd_open(host)?;
+        let pidfd = files.get("pidfd", || process::pidfd_open(host).map(fs::File::from))?;
         let base = ptrace::registers(host)?;
         let mut remote = Self {
             pid,

@@ -155,7 +155,7 @@ impl Bench {
     ) -> Arc<AddressSpace> {
         let captured = self.memory().capture(remote, tracker, scan, like);
         let (state, work) = captured.unwrap();
-        work.into_iter().for_each(Work::run);
+        work.run();
         state
     }
 

@@ -33,7 +33,6 @@ fn a_checkpoint_in_second_gear_holds_what_was_when_it_was_taken() {
     let mut tracker = None;
     let captured = bench.memory().capture(remote, &mut tracker, scan, None);
     let (state, work) = captured.unwrap();
-    let work = work.unwrap();
     assert!(work.unread.is_some());
     let inside = |runs: &[Written], at: u64| runs.iter().any(|r| r.pages.contains(&(at / 4096)));
     assert!(inside(&work.read.0, own) && inside(&work.read.0, wiped));
@@ -91,8 +90,7 @@ fn what_a_snapshot_spares_is_forked_to_children_as_before() {
         .scan(remote, tracker.as_ref(), layout)
         .unwrap();
     let captured = bench.memory().capture(remote, &mut tracker, scan, None);
-    let (_, work) = captured.unwrap();
-    let mut work = work.unwrap();
+    let (_, mut work) = captured.unwrap();
     let (_, snapshot) = work.unread.as_mut().unwrap();
     let mut shared = Vec::new();
     let scanned = snapshot
@@ -392,7 +390,6 @@ fn no_process_is_left_of_a_snapshot_that_is_being_read() {
         .memory()
         .capture(remote, &mut tracker, scan, None)
         .unwrap();
-    let work = work.unwrap();
     assert!(work.unread.is_some());
     assert_eq!(process.children(), "");
     assert_eq!(bench.orphans.count(), 0);
