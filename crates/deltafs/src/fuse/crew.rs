@@ -2,29 +2,33 @@
 //!
 //! The kernel gives a request to whoever has waited longest. Threads that all wait take turns then, and each is woken where it ran last,
 //! which is not where the caller runs, who goes on beside the one that answered; so every request goes to another processor, which
-//! slept. One thread that waits and its caller share a processor after a few requests, which takes half the time.
+//! slept. One thread that waits can share a processor with its caller.
 
 use std::os::fd::{AsFd, OwnedFd};
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::time::Duration;
 
 use parking_lot::{Condvar, Mutex};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
+use super::company::Company;
 use super::session::{Desk, Left};
+use super::wire;
 
 /// For how long the first thread may be at one request before another one takes its place meanwhile.
 const PATIENCE: Duration = Duration::from_millis(1);
 /// After so many times this long without a request, nobody watches the first thread until there is one.
 const QUIET: u32 = 4;
+/// For so many requests after one that was not alone, helpers wait for more of them like the first thread.
+const CROWD: u32 = 32;
 
 /// What the threads of one mount know of each other.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub(super) struct Crew {
-    helpers: usize,
     /// Odd while the first thread is at a request; another number each time.
     turn: AtomicU64,
+    /// For how many requests more there may be others beside them.
+    crowd: AtomicU32,
     /// Whether a helper watches the first thread.
     watched: AtomicBool,
     state: Mutex<State>,
@@ -64,51 +68,65 @@ impl Drop for Lead<'_> {
 }
 
 impl Crew {
-    /// Of the first thread and so many helpers.
-    pub(super) fn new(helpers: usize) -> Arc<Self> {
-        Arc::new(Self {
-            helpers,
-            turn: AtomicU64::new(0),
-            watched: AtomicBool::new(false),
-            state: Mutex::default(),
-            called: Condvar::new(),
-        })
-    }
-
-    /// Serves until the connection ends; the channel is one that waits.
+    /// Serves until the connection ends.
     pub(super) fn lead(&self, desk: &mut Desk) {
         let _lead = Lead(self);
-        desk.serve(|channel| self.begin(channel), || self.done());
+        let mut company = Company::default();
+        let begin = |channel: &OwnedFd, request: &[u8]| {
+            // Of many callers there is none to go to.
+            if !self.begin(channel)
+                && let Some(caller) = wire::caller(request)
+            {
+                company.join(caller);
+            }
+        };
+        desk.serve(|_| true, begin, || self.done());
     }
 
-    /// Serves when that is needed until the connection ends; the channel is one that does not wait.
+    /// Serves when that is needed until the connection ends.
     pub(super) fn help(&self, desk: &mut Desk) {
         loop {
             let need = self.await_need();
-            loop {
-                if desk.serve(|_| {}, || {}) == Left::Closed {
-                    return;
-                }
-                if !self.lasts(need) {
-                    break;
-                }
-                let patience = match need {
-                    Need::Alone => None,
-                    _ => Timespec::try_from(PATIENCE).ok(),
-                };
-                // If that fails, the next look at the channel tells why.
-                let _ = await_request(desk.channel(), patience.as_ref());
+            let stays = |channel: &OwnedFd| self.is_needed(need, channel);
+            let begin = |channel: &OwnedFd, _: &[u8]| {
+                self.are_more(channel);
+            };
+            if desk.serve(stays, begin, || {}) == Left::Closed {
+                return;
             }
         }
     }
 
-    /// The first thread has a request.
-    fn begin(&self, channel: &OwnedFd) {
-        self.turn.fetch_add(1, Ordering::SeqCst);
-        if self.helpers == 0 {
-            return;
+    /// Whether a helper is to wait for one more request.
+    fn is_needed(&self, need: Need, channel: &OwnedFd) -> bool {
+        if need == Need::Alone || self.crowd.load(Ordering::Relaxed) > 0 {
+            return true;
         }
+        let mut there = await_request(channel, Some(&Timespec::default()));
+        while !there
+            && let Need::Stuck(turn) = need
+            && turn == self.turn()
+        {
+            there = await_request(channel, Timespec::try_from(PATIENCE).ok().as_ref());
+        }
+        there
+    }
+
+    /// Whether there are more requests than the one that was just taken.
+    fn are_more(&self, channel: &OwnedFd) -> bool {
         let more = await_request(channel, Some(&Timespec::default()));
+        let crowd = match more {
+            true => CROWD,
+            false => self.crowd.load(Ordering::Relaxed).saturating_sub(1),
+        };
+        self.crowd.store(crowd, Ordering::Relaxed);
+        more
+    }
+
+    /// The first thread has a request. Tells whether there are more.
+    fn begin(&self, channel: &OwnedFd) -> bool {
+        self.turn.fetch_add(1, Ordering::SeqCst);
+        let more = self.are_more(channel);
         if more || !self.watched.load(Ordering::SeqCst) {
             let mut state = self.state.lock();
             if state.idle > 0 {
@@ -117,6 +135,7 @@ impl Crew {
                 self.called.notify_one();
             }
         }
+        more
     }
 
     /// The first thread has answered it.
@@ -159,15 +178,6 @@ impl Crew {
         need
     }
 
-    /// Whether there is still need for a helper that finds no request.
-    fn lasts(&self, need: Need) -> bool {
-        match need {
-            Need::More => false,
-            Need::Stuck(turn) => self.turn() == turn,
-            Need::Alone => true,
-        }
-    }
-
     fn turn(&self) -> u64 {
         self.turn.load(Ordering::SeqCst)
     }
@@ -181,6 +191,8 @@ fn await_request(channel: &OwnedFd, patience: Option<&Timespec>) -> bool {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
+
     use super::*;
 
     fn helper(crew: &Arc<Crew>) -> std::thread::JoinHandle<Need> {
@@ -198,33 +210,34 @@ mod tests {
     fn a_helper_comes_for_a_second_request_and_for_a_long_one_and_when_it_is_alone() {
         let (mut kernel, channel) = std::os::unix::net::UnixStream::pair().unwrap();
         let channel = OwnedFd::from(channel);
-        let crew = Crew::new(1);
+        let crew = Arc::new(Crew::default());
         let stuck = helper(&crew);
         await_idle(&crew);
         crew.begin(&channel);
         assert_eq!(stuck.join().unwrap(), Need::Stuck(1));
-        assert!(crew.lasts(Need::Stuck(1)));
         crew.done();
-        assert!(!crew.lasts(Need::Stuck(1)) && !crew.lasts(Need::More));
+        assert!(!crew.is_needed(Need::Stuck(1), &channel));
+        assert!(!crew.is_needed(Need::More, &channel));
 
         std::io::Write::write_all(&mut kernel, b"request").unwrap();
         let more = helper(&crew);
         await_idle(&crew);
         crew.begin(&channel);
         assert_eq!(more.join().unwrap(), Need::More);
+        assert!(crew.is_needed(Need::More, &channel));
         crew.done();
 
         let alone = helper(&crew);
         drop(Lead(&crew));
         assert_eq!(alone.join().unwrap(), Need::Alone);
-        assert!(crew.lasts(Need::Alone));
+        assert!(crew.is_needed(Need::Alone, &channel));
     }
 
     #[test]
     fn nobody_watches_while_there_are_no_requests() {
         let (_kernel, channel) = std::os::unix::net::UnixStream::pair().unwrap();
         let channel = OwnedFd::from(channel);
-        let crew = Crew::new(1);
+        let crew = Arc::new(Crew::default());
         let watching = helper(&crew);
         await_idle(&crew);
         crew.begin(&channel);

@@ -5,6 +5,7 @@
 
 mod absent;
 mod barrier;
+mod company;
 mod control;
 mod crew;
 mod data_ops;

@@ -35,7 +35,7 @@ pub(crate) struct Session {
 impl Session {
     /// Mounts `server` and serves it with `threads` threads (at least one).
     pub(crate) fn start(server: &Arc<Server>, threads: usize) -> Result<Self> {
-        let device = Arc::new(open_device(OFlags::empty()).map_err(failed("opening /dev/fuse"))?);
+        let device = Arc::new(open_device().map_err(failed("opening /dev/fuse"))?);
         let mount = mount(device.as_fd())?;
         let device_number =
             device_number(&mount).map_err(failed("asking for the mount's device number"))?;
@@ -49,9 +49,8 @@ impl Session {
             control,
             threads: Mutex::default(),
         };
-        let threads = threads.max(1);
-        let crew = Crew::new(threads - 1);
-        for index in 0..threads {
+        let crew = Arc::<Crew>::default();
+        for index in 0..threads.max(1) {
             let leads = index == 0;
             let channel = if leads {
                 Arc::clone(&device)
@@ -136,14 +135,13 @@ fn failed<E: Into<io::Error>>(what: &'static str) -> impl FnOnce(E) -> Error {
     }
 }
 
-fn open_device(more: OFlags) -> io::Result<OwnedFd> {
-    let flags = OFlags::RDWR | OFlags::CLOEXEC | more;
+fn open_device() -> io::Result<OwnedFd> {
+    let flags = OFlags::RDWR | OFlags::CLOEXEC;
     Ok(rustix::fs::open("/dev/fuse", flags, Mode::empty())?)
 }
 
-/// One more channel, which does not wait for requests.
 fn open_channel(of: BorrowedFd<'_>) -> io::Result<OwnedFd> {
-    let channel = open_device(OFlags::NONBLOCK)?;
+    let channel = open_device()?;
     sys::clone_fuse_channel(channel.as_fd(), of)?;
     Ok(channel)
 }
@@ -200,12 +198,12 @@ pub(super) struct Desk<'a> {
     reply: Reply,
 }
 
-/// Why there is nothing to serve.
+/// Why a thread does not serve any more.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Left {
-    /// There is no request now, and the channel does not wait for one.
-    Empty,
-    /// There will be none any more.
+    /// It is not needed.
+    Free,
+    /// There will be no request any more.
     Closed,
 }
 
@@ -219,18 +217,18 @@ impl<'a> Desk<'a> {
         }
     }
 
-    pub(super) fn channel(&self) -> &OwnedFd {
-        self.channel
-    }
-
-    /// Serves requests as long as there are any, and calls `begin` and `done` around each.
-    pub(super) fn serve(&mut self, begin: impl Fn(&OwnedFd), done: impl Fn()) -> Left {
-        loop {
+    /// Serves requests as long as `stays` says so before each, and calls `begin` and `done` around each.
+    pub(super) fn serve(
+        &mut self,
+        stays: impl Fn(&OwnedFd) -> bool,
+        mut begin: impl FnMut(&OwnedFd, &[u8]),
+        done: impl Fn(),
+    ) -> Left {
+        while stays(self.channel) {
             let len = match rustix::io::read(self.channel, &mut self.buffer[..]) {
                 Ok(len) => len,
-                Err(Errno::AGAIN) => return Left::Empty,
                 // The request was taken back, or the read was interrupted.
-                Err(Errno::NOENT | Errno::INTR) => continue,
+                Err(Errno::NOENT | Errno::INTR | Errno::AGAIN) => continue,
                 Err(error) => {
                     if !matches!(error, Errno::NODEV | Errno::CONNABORTED) {
                         tracing::error!(%error, "a thread of a DeltaFS mount cannot read requests and ends");
@@ -238,11 +236,12 @@ impl<'a> Desk<'a> {
                     return Left::Closed;
                 }
             };
-            begin(self.channel);
             let bytes = &self.buffer[..len];
+            begin(self.channel, bytes);
             answer(self.server, self.channel, bytes, &mut self.reply, true);
             done();
         }
+        Left::Free
     }
 }
 

@@ -88,6 +88,13 @@ impl<'a> Request<'a> {
     }
 }
 
+/// The thread that makes a request, as this process numbers it; none where nobody waits for the answer.
+pub(crate) fn caller(request: &[u8]) -> Option<u32> {
+    const PLACE: usize = 32;
+    let (number, _) = request.get(PLACE..)?.split_first_chunk()?;
+    Some(u32::from_ne_bytes(*number)).filter(|number| *number != 0)
+}
+
 /// The arguments of a request, taken from front to back.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Args<'a> {
