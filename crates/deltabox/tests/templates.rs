@@ -2,11 +2,12 @@
 
 mod common;
 
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use common::driver::{FILL, SUM, ask, change, python, sums};
 use common::{Fixture, output};
-use deltabox::{Host, HostConfig, SandboxSpec};
+use deltabox::{Host, HostConfig, Sandbox, SandboxSpec};
 
 /// Bytes of memory that a process has in common with others.
 fn shared_bytes(pid: i32) -> u64 {
@@ -337,6 +338,35 @@ fn a_pinned_template_is_there_before_a_fork_and_stays_for_others() {
     );
     source.delete(ids[0]).unwrap();
     assert_eq!(host.templates().number, 1);
+}
+
+#[test]
+fn a_template_of_which_forks_are_expected_stays_while_one_that_was_used_oftener_goes() {
+    let dir = tempfile::tempdir().unwrap();
+    let host = Host::open(HostConfig {
+        state_dir: dir.path().join("state"),
+        templates: 2,
+        warm: 0,
+        ..HostConfig::default()
+    });
+    let host = host.unwrap();
+    // Strangers, so that none is a copy of another.
+    let [rare, common, last] = [(); 3].map(|()| {
+        let source = host.create(SandboxSpec::default()).unwrap();
+        let id = python(&source).info().id;
+        ask(&source, id, FILL);
+        let checkpoint = source.checkpoint(None).unwrap().id;
+        (source, checkpoint)
+    });
+    let fork = |(source, at): &(Arc<Sandbox>, _), n| {
+        host.fork(source.name(), Some(*at), n, &[]).unwrap();
+    };
+    fork(&rare, 2);
+    fork(&common, 8);
+    host.expect_forks(rare.0.name(), rare.1, 10_000).unwrap();
+    fork(&last, 2);
+    let there = [&rare, &common, &last].map(|(_, at)| host.has_template(*at));
+    assert_eq!(there, [true, false, true]);
 }
 
 #[test]
