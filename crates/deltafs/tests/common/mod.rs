@@ -5,7 +5,8 @@
 
 pub(crate) mod mapper;
 
-use std::fs::{self, File};
+use std::fs::{self, File, OpenOptions};
+use std::io::{Read, Seek, SeekFrom};
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
@@ -89,6 +90,20 @@ pub(crate) fn names(dir: impl AsRef<Path>) -> Vec<String> {
         .collect();
     names.sort();
     names
+}
+
+/// Opens a file for reading and writing.
+pub(crate) fn open_rw(path: impl AsRef<Path>) -> File {
+    let mut options = OpenOptions::new();
+    options.read(true).write(true).open(path).unwrap()
+}
+
+/// The whole content of an open file.
+pub(crate) fn content(mut file: &File) -> String {
+    let mut text = String::new();
+    file.seek(SeekFrom::Start(0)).unwrap();
+    file.read_to_string(&mut text).unwrap();
+    text
 }
 
 /// Random numbers that are the same in every run.
