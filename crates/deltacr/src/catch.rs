@@ -16,11 +16,13 @@ use crate::mem::Layout;
 use crate::procfs::{self, OpenFiles, Procfs, Stat};
 use crate::stop::{Stopped, let_run, task_ids};
 use crate::sys::ptrace::{self, Stop};
+use crate::waits::Waits;
 
 /// How long a thread that cannot stop (it waits for its `vfork` child, say) holds up all others
 /// before they are let go for another try.
 const PATIENCE: Duration = Duration::from_millis(20);
-/// For so long, other threads of a process whose first thread has ended may be on their way out as well: it was killed.
+/// For so long, another thread of a process whose first thread has ended may be about to take its place (`execve`), or on its way
+/// out as well.
 const DYING: Duration = Duration::from_millis(50);
 /// How often it is looked for new threads before the cgroup is frozen.
 const ROUNDS: usize = 3;
@@ -35,6 +37,8 @@ pub(crate) struct Catcher<'a> {
     known: &'a Acquaintances,
     /// Threads that were seized and did not stop in time: they are this thread's until they do.
     late: HashSet<HostPid>,
+    /// What those who are let go have waited for is put down here: the next stop does not tell.
+    waits: &'a mut Waits,
     begun: Instant,
 }
 
@@ -55,12 +59,14 @@ impl<'a> Catcher<'a> {
         procfs: &'a Procfs,
         freezer: &'a mut Freezer,
         known: &'a Acquaintances,
+        waits: &'a mut Waits,
     ) -> Self {
         Self {
             procfs,
             freezer,
             known,
             late: HashSet::new(),
+            waits,
             begun: Instant::now(),
         }
     }
@@ -71,7 +77,7 @@ impl<'a> Catcher<'a> {
         let mut seized = Vec::new();
         let caught = self.stop_all(&mut seized);
         if caught.is_none() {
-            self.late = let_go(&seized);
+            self.let_go(&seized);
         }
         caught
     }
@@ -114,7 +120,7 @@ impl<'a> Catcher<'a> {
                 Ok(()) => Ok(found),
                 Err(e) => {
                     let _ = self.freezer.thaw();
-                    self.late = let_go(&seized);
+                    self.let_go(&seized);
                     none_if_killed(found.iter().flatten(), e)
                 }
             }
@@ -126,13 +132,13 @@ impl<'a> Catcher<'a> {
         let threads = found.iter().flat_map(|process| &process.threads);
         let threads: Vec<HostPid> = threads.map(|(host, _)| *host).collect();
         let Some(stops) = await_all(&threads) else {
-            self.late = let_go(&threads);
+            self.let_go(&threads);
             return Ok(None);
         };
         match hold_all(&found, &stops) {
             Ok(caught) => Ok(Some(caught)),
             Err(e) => {
-                self.late = let_go(&threads);
+                self.let_go(&threads);
                 none_if_killed(found.iter(), e)
             }
         }
@@ -148,6 +154,27 @@ impl<'a> Catcher<'a> {
             ptrace::interrupt(*host).during(process.pid, "stopping a thread")?;
         }
         Ok(())
+    }
+
+    /// Lets threads run on that were seized and interrupted. Those that have not stopped yet are let go by the kernel when
+    /// this thread ends.
+    fn let_go(&mut self, threads: &[HostPid]) {
+        let end = Instant::now() + PATIENCE;
+        self.late = threads.iter().copied().collect();
+        while !self.late.is_empty() && Instant::now() < end {
+            self.late.retain(|host| {
+                // It stopped in an earlier wait already; or it stops, or is found dead, now.
+                if let_run(*host, self.waits).is_ok() {
+                    return false;
+                }
+                match ptrace::wait(*host, false) {
+                    Ok(None) => true,
+                    Ok(Some(Stop::Gone(_))) | Err(_) => false,
+                    Ok(Some(_)) => let_run(*host, self.waits).is_err(),
+                }
+            });
+            std::thread::yield_now();
+        }
     }
 
     /// The processes that there are. `None` if one was killed meanwhile.
@@ -171,7 +198,7 @@ impl<'a> Catcher<'a> {
                 process.area = areas.get(&process.stat.parent).copied().flatten();
             }
             if process.stat.state == b'Z' {
-                if self.begun.elapsed() < DYING {
+                if self.begun.elapsed() < DYING || is_being_killed(process.host) {
                     return Ok(None);
                 }
                 let what = "its first thread has ended, and others go on".to_owned();
@@ -302,28 +329,6 @@ fn await_all(threads: &[HostPid]) -> Option<HashMap<HostPid, Stop>> {
     }
 }
 
-/// Lets threads run on that were seized and interrupted. Returns those that have not stopped yet, which are let go by the
-/// kernel when this thread ends.
-fn let_go(threads: &[HostPid]) -> HashSet<HostPid> {
-    let end = Instant::now() + PATIENCE;
-    let mut left: HashSet<HostPid> = threads.iter().copied().collect();
-    while !left.is_empty() && Instant::now() < end {
-        left.retain(|host| {
-            // It stopped in an earlier wait already; or it stops, or is found dead, now.
-            if let_run(*host).is_ok() {
-                return false;
-            }
-            match ptrace::wait(*host, false) {
-                Ok(None) => true,
-                Ok(Some(Stop::Gone(_))) | Err(_) => false,
-                Ok(Some(_)) => let_run(*host).is_err(),
-            }
-        });
-        std::thread::yield_now();
-    }
-    left
-}
-
 fn meet(procfs: &Procfs, host: HostPid, known: &Acquaintances) -> io::Result<Found> {
     let acquaintance = known.get(&host);
     let files = OpenFiles::default();
@@ -373,6 +378,19 @@ fn threads(
         threads.push((tid, inner));
     }
     Ok(threads)
+}
+
+/// Whether a thread of a process still has to hear that it was killed.
+fn is_being_killed(host: HostPid) -> bool {
+    const KILL: u64 = 1 << (libc::SIGKILL - 1);
+    let pending = |tid: HostPid| {
+        let status = fs::read_to_string(format!("/proc/{host}/task/{tid}/status")).ok()?;
+        let mut lines = status.lines();
+        let set = lines.find_map(|line| line.strip_prefix("SigPnd:"))?;
+        u64::from_str_radix(set.trim(), 16).ok()
+    };
+    let threads = task_ids(host).unwrap_or_default().into_iter();
+    threads.filter_map(pending).any(|set| set & KILL != 0)
 }
 
 /// Whether a process is gone or a zombie.

@@ -1,13 +1,11 @@
 //! Taking down everything of a stopped process but its memory and descriptors.
 
-use std::collections::HashMap;
 use std::sync::Arc;
 
 use crate::env::Environment;
 use crate::error::{During, Result};
 use crate::files::Place;
 use crate::hold::HeldProcess;
-use crate::ids::HostPid;
 use crate::image::ProcessImage;
 use crate::interview::Answers;
 use crate::mem::Layout;
@@ -15,7 +13,7 @@ use crate::procfs::Procfs;
 use crate::signals::{Queue, Scope};
 use crate::threads;
 use crate::timers;
-use crate::waits::Wait;
+use crate::waits::Waits;
 
 /// Everything of a process, which gave these answers, but its memory; and the bounds of that.
 pub(crate) fn describe(
@@ -23,7 +21,7 @@ pub(crate) fn describe(
     procfs: &Procfs,
     process: &mut HeldProcess,
     answers: Answers,
-    waits: &mut HashMap<HostPid, Option<Wait>>,
+    waits: &mut Waits,
 ) -> Result<(ProcessImage, Layout)> {
     let remote = &mut process.stopped.remote;
     let pid = remote.pid();

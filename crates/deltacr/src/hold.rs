@@ -13,12 +13,16 @@ use crate::mem::Layout;
 use crate::procfs::{OpenFiles, Procfs, Stat};
 use crate::remote::Remote;
 use crate::stop::{Stopped, StoppedThread};
+use crate::waits::Waits;
 
 /// Between two tries.
 const PAUSE: Duration = Duration::from_millis(1);
 
 /// How often it is looked for who did not stop.
 const LOOKS: u32 = 20;
+
+/// The code segment of 64-bit user mode.
+const CS_64: u64 = 0x33;
 
 /// Of so many processes what is read at every visit stays open, up to 14 files of each.
 const KEEP_OPEN: usize = 16;
@@ -104,13 +108,14 @@ impl Held {
     pub(crate) fn tree(
         grounds: &mut Grounds,
         known: &Acquaintances,
+        waits: &mut Waits,
         timeout: Duration,
     ) -> Result<Self> {
         let Grounds {
             procfs, freezer, ..
         } = grounds;
         let start = Instant::now();
-        let mut catcher = Catcher::new(procfs, freezer, known);
+        let mut catcher = Catcher::new(procfs, freezer, known, waits);
         if let Some(processes) = catcher.running() {
             return Ok(Self::caught(procfs, processes, start));
         }
@@ -185,6 +190,22 @@ impl Held {
         match self.processes.get(&pid) {
             Some(process) if !born.contains(&pid) => Ok(process.stat.clone()),
             _ => self.procfs.stat(pid).during(pid, "reading what it is"),
+        }
+    }
+
+    /// Refuses processes that could not even be asked what they are.
+    pub(crate) fn refuse_32_bit(&self) -> Result<()> {
+        let speaks = |process: &HeldProcess| {
+            let mut threads = process.stopped.threads.iter();
+            threads.all(|thread| thread.regs.cs == CS_64)
+        };
+        match self.processes.iter().find(|(_, process)| !speaks(process)) {
+            None => Ok(()),
+            Some((pid, process)) => Err(Error::Unsupported {
+                pid: *pid,
+                name: String::from_utf8_lossy(&process.stat.name).into_owned(),
+                what: "it is a 32-bit program; run its 64-bit build".to_owned(),
+            }),
         }
     }
 

@@ -13,7 +13,7 @@ use crate::birth::spawn;
 use crate::credentials::Credentials;
 use crate::env::Environment;
 use crate::error::{During, Result};
-use crate::fd;
+use crate::fd::Removed;
 use crate::files::Place;
 use crate::hold::{Held, HeldProcess};
 use crate::ids::{HostPid, InnerPid};
@@ -188,7 +188,7 @@ impl Reconcile<'_> {
     }
 
     /// The root and working directory, by which descriptors are then made that are named relative to it.
-    pub(crate) fn directory(&mut self, now: Option<&Now>) -> Result<()> {
+    pub(crate) fn directory(&mut self, now: Option<&Now>, removed: &mut Removed) -> Result<()> {
         let pid = self.process.stopped.remote.pid();
         let (same_root, same_directory) = match now {
             Some(now) => (now.same_root, now.same_directory),
@@ -203,11 +203,11 @@ impl Reconcile<'_> {
             }
         };
         if !same_root {
-            self.change_root()?;
+            self.change_root(removed)?;
         } else if same_directory {
             return Ok(());
         }
-        self.change_directory()
+        self.change_directory(removed)
     }
 
     /// Everything else but credentials; the descriptors are in place. Returns the attributes that the process had.
@@ -244,28 +244,29 @@ impl Reconcile<'_> {
         Ok(attributes)
     }
 
-    fn change_root(&mut self) -> Result<()> {
+    fn change_root(&mut self, removed: &mut Removed) -> Result<()> {
         let doing = "changing its root directory";
         let root = match &self.image.root {
-            Some(root) => self.open_directory(root)?,
+            Some(root) => self.open_directory(root, removed)?,
             None => self.env.root().try_clone_to_owned().during_tree(doing)?,
         };
         self.enter(root.as_fd(), true, doing)
     }
 
-    fn change_directory(&mut self) -> Result<()> {
-        let cwd = self.open_directory(&self.image.cwd)?;
+    fn change_directory(&mut self, removed: &mut Removed) -> Result<()> {
+        let cwd = self.open_directory(&self.image.cwd, removed)?;
         self.enter(cwd.as_fd(), false, "changing its directory")
     }
 
-    fn open_directory(&self, place: &Place) -> Result<OwnedFd> {
+    fn open_directory(&self, place: &Place, removed: &mut Removed) -> Result<OwnedFd> {
         let pid = self.process.stopped.remote.pid();
         let flags = OFlags::PATH | OFlags::DIRECTORY;
-        match (place.open(self.env, flags), place.removed()) {
-            (Err(_), Some(path)) => {
+        let gone = place.removed().zip(place.inode());
+        match (place.open(self.env, flags), gone) {
+            (Err(_), Some((path, ino))) => {
                 let flags = libc::O_PATH | libc::O_DIRECTORY;
-                fd::removed_directory(self.env, Some(path), flags)
-                    .during(pid, "making its removed directory")
+                let made = removed.open(self.env, ino, Some(path), flags);
+                made.during(pid, "making its removed directory")
             }
             (opened, _) => opened.during(pid, "opening its directory"),
         }

@@ -8,6 +8,7 @@ use crate::remote::{Remote, await_stop, block_signals};
 use crate::resume;
 use crate::signals::{Queue, Scope};
 use crate::sys::ptrace::{self, Registers, Stop};
+use crate::waits::{self, Waits};
 
 /// A thread that stands still, with what it is to go on with.
 pub(crate) struct StoppedThread {
@@ -122,8 +123,9 @@ pub(crate) fn task_ids(host: HostPid) -> io::Result<Vec<HostPid>> {
 }
 
 /// Lets a thread go that stands still and was not taken up.
-pub(crate) fn let_run(host: HostPid) -> io::Result<()> {
+pub(crate) fn let_run(host: HostPid, waits: &mut Waits) -> io::Result<()> {
     let regs = ptrace::registers(host)?;
+    waits::note(host, &regs, waits);
     let calm = undisturbed(host, &regs, ptrace::signal_mask(host)?)?;
     if calm.rip != regs.rip {
         ptrace::set_registers(host, &calm)?;

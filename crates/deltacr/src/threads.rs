@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 use crate::credentials::{self, Credentials, Gist, GistQuestions};
 use crate::disk::stored;
 use crate::env::Environment;
-use crate::error::{During, Error, Result};
+use crate::error::{During, Result};
 use crate::ids::{HostPid, InnerPid};
 use crate::remote::{Batch, CallId, DataRef, Outcome, Remote};
 use crate::signals::{Queue, Scope};
@@ -19,8 +19,6 @@ use crate::sys::process;
 use crate::sys::ptrace::{self, Registers, RseqConfig};
 use crate::waits::{self, Wait};
 
-/// The code segment of 64-bit user code.
-const CS_64: u64 = 0x33;
 const PR_GET_TID_ADDRESS: i32 = 40;
 const SCHED_ATTR: usize = 56;
 const AFFINITY: usize = 128;
@@ -203,14 +201,6 @@ pub(crate) fn capture(
     wait: &mut Option<Wait>,
 ) -> Result<(ThreadImage, Option<Credentials>)> {
     let pid = remote.pid();
-    if thread.regs.cs != CS_64 {
-        let what = "it is a 32-bit program; run its 64-bit build".to_owned();
-        return Err(Error::Unsupported {
-            pid,
-            name: String::new(),
-            what,
-        });
-    }
     let credentials = match first.are(&answers.gist) {
         true => None,
         false => {

@@ -10,13 +10,14 @@
 //! Of a wait that is found for the first time it is not known when it began, but where the kernel has written it down for
 //! the program (`nanosleep`): then it counts from the stop on.
 
+use std::collections::HashMap;
 use std::io;
 use std::time::{Duration, Instant};
 
 use crate::ids::HostPid;
 use crate::remote::{Remote, longs};
 use crate::resume::{self, Begun};
-use crate::sys::process::SYSCALL;
+use crate::sys::process::{SYSCALL, read_memory};
 use crate::sys::ptrace::Registers;
 
 /// What a thread has in the upper half of the register with the call's number when it is sent back. The kernel looks at the
@@ -48,8 +49,12 @@ pub(crate) struct Wait {
     nr: u64,
     /// Where in the program it is.
     at: (u64, u64),
+    /// Of no meaning where the limit is a time of the clock.
     deadline: Instant,
 }
+
+/// The wait that each thread was in when it was last stopped.
+pub(crate) type Waits = HashMap<HostPid, Option<Wait>>;
 
 impl Wait {
     /// One that was just given back with so much time.
@@ -103,18 +108,18 @@ impl Limit {
             .then_some(Self::Milliseconds(timeout))
     }
 
-    fn read(self, remote: &Remote) -> Option<Duration> {
+    fn read(self, host: HostPid) -> Option<Duration> {
         match self {
             Self::Milliseconds(ms) => Some(Duration::from_millis(ms)),
-            Self::At(address) => timespec(remote, address),
+            Self::At(address) => timespec(host, address),
         }
     }
 }
 
 /// A `struct timespec` of the program's.
-fn timespec(remote: &Remote, address: u64) -> Option<Duration> {
+fn timespec(host: HostPid, address: u64) -> Option<Duration> {
     let mut bytes = [0; 16];
-    remote.read(address, &mut bytes).ok()?;
+    read_memory(host, address, &mut bytes).ok()?;
     let field = |at: usize| i64::from_le_bytes(bytes[at..at + 8].try_into().expect("eight bytes"));
     let (seconds, nanoseconds) = (field(0), field(8));
     let whole = seconds >= 0 && (0..NANOSECONDS).contains(&nanoseconds);
@@ -148,9 +153,10 @@ pub(crate) fn settle(
     signalled: bool,
     wait: &mut Option<Wait>,
 ) -> (Registers, Option<Duration>) {
+    let host = remote.host();
     let before = wait.take();
-    if let Some(mut image) = with_note(remote, regs) {
-        let left = noted(remote, &mut image, before, wait);
+    if let Some(mut image) = with_note(host, regs) {
+        let left = noted(host, &mut image, before, wait);
         return (image, left);
     }
     if !resume::is_interrupted(regs, signalled) {
@@ -165,7 +171,7 @@ pub(crate) fn settle(
     let nr = regs.orig_rax;
     resume::restart(regs);
     let limit = Limit::of(nr, regs);
-    let full = limit.and_then(|limit| limit.read(remote));
+    let full = limit.and_then(|limit| limit.read(host));
     if let Some((limit, full)) = limit.zip(full) {
         let found = recognize(nr, regs, full, known, now);
         *wait = lower(regs, &stopped_at, limit, found, now);
@@ -178,19 +184,28 @@ pub(crate) fn settle(
 }
 
 /// The registers of a thread whose call goes on by a note, as they are when it has just come out of the call.
-fn with_note(remote: &Remote, regs: &Registers) -> Option<Registers> {
+fn with_note(host: HostPid, regs: &Registers) -> Option<Registers> {
     if resume::has_note(regs) {
         return Some(*regs);
     }
     let mut code = [0; 2];
     let goes_back =
-        regs.rax == RESTART && remote.read(regs.rip, &mut code).is_ok() && code == SYSCALL;
+        regs.rax == RESTART && read_memory(host, regs.rip, &mut code).is_ok() && code == SYSCALL;
     goes_back.then(|| resume::as_with_note(regs, RESTART))
+}
+
+/// Takes down the wait of a thread that was stopped and goes on by a note, if nobody else has: the registers tell which call
+/// it is in the first time only.
+pub(crate) fn note(host: HostPid, regs: &Registers, waits: &mut Waits) {
+    if resume::has_note(regs) && regs.orig_rax != RESTART {
+        let mut image = *regs;
+        noted(host, &mut image, None, waits.entry(host).or_default());
+    }
 }
 
 /// A wait that goes on by a note.
 fn noted(
-    remote: &Remote,
+    host: HostPid,
     image: &mut Registers,
     before: Option<Wait>,
     wait: &mut Option<Wait>,
@@ -199,9 +214,7 @@ fn noted(
     let same = before.filter(|w| image.orig_rax == RESTART && w.at == at);
     let nr = match image.orig_rax {
         // Which call it was the registers tell only the first time.
-        RESTART => same
-            .map(|w| w.nr)
-            .or_else(|| call_in_code(remote, image.rip)),
+        RESTART => same.map(|w| w.nr).or_else(|| call_in_code(host, image.rip)),
         nr => Some(nr),
     };
     let Some(nr) = nr else {
@@ -210,22 +223,24 @@ fn noted(
     };
     image.orig_rax = nr;
     let now = Instant::now();
-    let full = Limit::of(nr, image).and_then(|limit| limit.read(remote));
-    let rest = written_rest(nr, image).and_then(|address| timespec(remote, address));
-    let Some(left) = rest.or(same.map(|w| w.left(now))).or(full) else {
+    let left = Limit::of(nr, image).and_then(|limit| {
+        let rest = written_rest(nr, image).and_then(|address| timespec(host, address));
+        rest.or(same.map(|w| w.left(now)))
+            .or_else(|| limit.read(host))
+    });
+    *wait = Some(Wait::given_back(nr, image, left.unwrap_or_default()));
+    if left.is_none() {
         // Its limit is a time of the clock.
         resume::restart(image);
-        return None;
-    };
-    *wait = Some(Wait::given_back(nr, image, left));
-    Some(left)
+    }
+    left
 }
 
 /// The number that a program loads right before its `syscall` instruction, if it is of a call that goes on by a note.
-fn call_in_code(remote: &Remote, rip: u64) -> Option<u64> {
+fn call_in_code(host: HostPid, rip: u64) -> Option<u64> {
     const LOAD_EAX: u8 = 0xb8;
     let mut code = [0; 7];
-    remote.read(rip.wrapping_sub(7), &mut code).ok()?;
+    read_memory(host, rip.wrapping_sub(7), &mut code).ok()?;
     let nr = u64::from(u32::from_le_bytes(
         code[1..5].try_into().expect("four bytes"),
     ));

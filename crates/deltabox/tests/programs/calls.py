@@ -175,6 +175,21 @@ def futex_wait_whose_time_runs_out():
 
 
 @case
+def futex_wait_until_a_time():
+    """Called by its number, so that the code does not tell which call it is."""
+    word = ctypes.c_int(7)
+    until = time.monotonic() + 1.5
+    when = struct.pack("=qq", int(until), int(until % 1 * 1e9))
+    blocked = Blocked(libc.syscall, 202, ctypes.byref(word), 9 | 128, 7, when, None, ctypes.c_uint(0xFFFFFFFF))
+
+    def check():
+        blocked.thread.join(30)
+        equal(blocked.result, (-1, "ETIMEDOUT"), "result and errno")
+
+    return lambda: None, check
+
+
+@case
 def sigtimedwait_whose_time_runs_out():
     block(signal.SIGUSR1)()
     mask = struct.pack("=Q", 1 << (signal.SIGUSR1 - 1)) + bytes(120)

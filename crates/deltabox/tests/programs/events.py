@@ -295,6 +295,29 @@ def memfd_sealed_since():
 
 
 @case
+def memfd_that_is_executed():
+    """The kernel executes no file that somebody could write to, but for one that was never opened by a name."""
+    descriptor = os.memfd_create("program", 0)
+    os.write(descriptor, b"#!/bin/true")
+
+    def execute():
+        pid = os.fork()
+        if pid == 0:
+            try:
+                os.execve(descriptor, ["program"], {})
+            except OSError as error:
+                os._exit(error.errno)
+        equal(os.waitpid(pid, 0)[1] >> 8, 0, "how it ends")
+
+    execute()
+
+    def mutate():
+        os.ftruncate(descriptor, 0)
+
+    return mutate, execute
+
+
+@case
 def pty_with_both_ends_inside():
     master, slave = pty.openpty()
     tty.setraw(slave)

@@ -152,6 +152,28 @@ def directory_that_was_removed_and_stays_open():
 
 
 @case
+def directory_that_was_removed_open_and_worked_in():
+    """By two processes, all of whom have the same one."""
+    os.mkdir("/playground/removed")
+    os.chdir("/playground/removed")
+    fd = os.open(".", os.O_RDONLY | os.O_DIRECTORY)
+    os.rmdir("/playground/removed")
+    child = Child()
+
+    def mutate():
+        os.chdir("/")
+        child.ask("os.chdir('/')")
+        os.close(fd)
+
+    def check():
+        equal(os.stat(".").st_ino, os.fstat(fd).st_ino, "worked in and open")
+        equal(child.ask("os.stat('.').st_ino"), os.fstat(fd).st_ino, "the child's")
+        equal(os.readlink("/proc/self/cwd"), "/playground/removed (deleted)", "its name")
+
+    return mutate, check
+
+
+@case
 def file_renamed_since():
     os.mkdir("/playground/from")
     kept = os.open("/playground/from/file", os.O_RDWR | os.O_CREAT)

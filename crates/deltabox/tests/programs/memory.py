@@ -570,7 +570,7 @@ def segments_of_system_v():
 
 libc.mlock.argtypes = libc.munlock.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
 libc.mlock2.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
-GROWSDOWN, ADVICE = 0x100, {"lo", "lf", "dc", "wf", "dd", "hg", "nh", "mg", "gd"}
+GROWSDOWN, ADVICE = 0x100, {"lo", "lf", "dc", "wf", "dd", "hg", "nh", "mg", "gd", "dp"}
 
 
 def asked():
@@ -636,5 +636,60 @@ def advice_and_locks():
                 holds(at, at, 4 * PAGE, f"memory with {wanted}")
         ctypes.memset(grows - 40 * PAGE, 7, 1)
         equal(ctypes.string_at(grows, 4 * PAGE), pattern("grows", 4 * PAGE), "what has grown")
+
+    return mutate, check
+
+
+@case
+def mappings_that_grow_beside_others():
+    """One that does not grow between two that do: to the eye, one mapping."""
+    room = mapping(700 * PAGE, NONE)
+    base = room + 600 * PAGE
+    call(libc.munmap, room + 550 * PAGE, 70 * PAGE)
+
+    def place(page, flags):
+        at = mapping(PAGE, flags=PRIVATE | ANONYMOUS | FIXED | flags, at=base + page * PAGE)
+        fill(at, page, PAGE)
+        return at
+
+    upper = place(5, GROWSDOWN)
+    ctypes.memset(upper - 1, 7, 1)
+    between = place(3, 0)
+    lower = place(2, GROWSDOWN)
+
+    def mutate():
+        call(libc.munmap, lower, 4 * PAGE)
+
+    def check():
+        now = asked()
+        equal([now.get(at) for at in (lower, between, upper - PAGE)], [{"gd"}, set(), {"gd"}], "what grows")
+        for page in (2, 3, 5):
+            holds(base + page * PAGE, page, PAGE, f"page {page}")
+        equal(ctypes.string_at(upper - 1, 1), b"\7", "what had grown")
+        ctypes.memset(lower - 40 * PAGE, 7, 1)
+
+    return mutate, check
+
+
+@case
+def memory_that_may_be_dropped():
+    """Nobody finds there anything but what was there, or nothing; and a child never finds anything."""
+    size = 2 * PAGE
+    try:
+        at = mapping(size, flags=0x8 | ANONYMOUS)  # MAP_DROPPABLE
+    except OSError:  # a kernel before 6.11
+        return (lambda: None,) * 2
+    fill(at, "state", size)
+
+    def mutate():
+        call(libc.munmap, at, size)
+
+    def check():
+        equal("dp" in asked()[at], True, "it may be dropped")
+        equal(ctypes.string_at(at, size) in (pattern("state", size), bytes(size)), True, "what is there")
+        fill(at, "other", size)
+        put("at", at)
+        equal(Child().ask(f"ctypes.string_at(at, {size})"), bytes(size), "what a child has")
+        holds(at, "other", size, "what was written")
 
     return mutate, check

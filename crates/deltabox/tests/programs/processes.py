@@ -345,6 +345,58 @@ def session_whose_leader_is_gone():
 
 
 @case
+def orphans_that_another_than_init_took():
+    """One in a session whose leader lives, and two in one whose leader is dead."""
+    call(libc.prctl, 36, 1)
+    talks = [os.pipe() + os.pipe() for _ in range(3)]
+
+    def orphan(number):
+        asks, _, _, told = talks[number]
+        if os.fork() == 0:
+            while os.read(asks, 1):
+                os.write(told, f"{os.getpid()} {os.getppid()} {os.getsid(0)}\n".encode())
+            os._exit(0)
+
+    def ask(number):
+        _, asked, answers, _ = talks[number]
+        os.write(asked, b"?")
+        return [int(word) for word in read_line(answers).split()]
+
+    def lead():
+        os.setsid()
+        middle = os.fork()
+        if middle == 0:
+            orphan(0)
+            os._exit(0)
+        os.waitpid(middle, 0)
+
+    leader = Child(lead)
+    equal(leader.ask("os.getsid(0)"), leader.pid, "it leads")
+    dead = os.fork()
+    if dead == 0:
+        os.setsid()
+        orphan(1)
+        orphan(2)
+        os._exit(0)
+    os.waitpid(dead, 0)
+    before = [ask(number) for number in range(3)]
+    equal([ids[1:] for ids in before], [[os.getpid(), s] for s in (leader.pid, dead, dead)], "parents and sessions")
+
+    def mutate():
+        for pid, _, _ in before:
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+
+    def check():
+        equal([ask(number) for number in range(3)], before, "numbers, parents and sessions")
+        with open(f"/proc/self/task/{os.getpid()}/children") as children:
+            numbers = sorted(int(word) for word in children.read().split())
+        equal(numbers, sorted([leader.pid] + [pid for pid, _, _ in before]), "children")
+
+    return mutate, check
+
+
+@case
 def child_killed_since():
     secret = put("secret", ["shared with the child"] * 100)
     child = Child()

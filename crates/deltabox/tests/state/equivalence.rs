@@ -197,6 +197,7 @@ theme! { files:
     file_among_very_many_that_change
     file_whose_name_was_taken_by_another
     directory_that_was_removed_and_stays_open
+    directory_that_was_removed_open_and_worked_in
     file_renamed_since
     directory_position
     pipe_contents
@@ -274,6 +275,7 @@ theme! { events:
     inotify_watches
     memfd_shared_with_a_child
     memfd_sealed_since
+    memfd_that_is_executed
     pty_with_both_ends_inside
     pty_with_a_session_on_it
     device_nodes
@@ -306,6 +308,8 @@ theme! { memory:
     stack_grown_since
     segments_of_system_v
     advice_and_locks
+    mappings_that_grow_beside_others
+    memory_that_may_be_dropped
 }
 
 /// Cases once more, with everything done in the second gear.
@@ -388,6 +392,7 @@ theme! { calls:
     nanosleep
     nanosleep_that_tells_what_is_left
     futex_wait_whose_time_runs_out
+    futex_wait_until_a_time
     sigtimedwait_whose_time_runs_out
     clock_nanosleep_until_a_time
     nanosleep_that_goes_on
@@ -440,6 +445,7 @@ theme! { processes:
     sessions_and_groups
     member_of_a_group_whose_leader_is_gone
     session_whose_leader_is_gone
+    orphans_that_another_than_init_took
     child_killed_since
     child_left_a_zombie_since
     children_born_since

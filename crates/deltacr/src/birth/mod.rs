@@ -2,9 +2,10 @@
 //! parent, with its number, session and process group.
 //!
 //! A process is in the session of its parent, unless it made one of its own; but its parent may have made
-//! a session since, or be gone (then it is init's child, in a session it did not get from init). So the order of births matters, and where the
+//! a session since, or be gone (then it was [adopted]). So the order of births matters, and where the
 //! member that a session or group is named after is dead, a stand-in lives for as long as it takes.
 
+mod adopted;
 pub(crate) mod spawn;
 pub(crate) mod terminal;
 
@@ -78,27 +79,22 @@ impl<'a> Delivery<'a> {
             self.family(pid)?;
         }
         for child in self.unborn_children(INIT) {
-            if !self.is_orphan(child) {
+            if !self.is_adopted(child) {
                 self.child_of_init(child)?;
                 self.family(child)?;
             }
         }
-        // An orphan's session may be led by another orphan's descendant.
+        // The session of one that was adopted may be led by a descendant of another.
         loop {
-            let orphans = self.unborn_children(INIT);
-            if orphans.is_empty() {
+            let left = self.left_over();
+            let Some(first) = left.first() else {
                 return Ok(());
-            }
-            let ready = |d: &Self, orphan: InnerPid| {
-                let session = d.image(orphan).stat.session;
-                d.held.processes.contains_key(&session)
-                    || !d.target.processes.contains_key(&session)
             };
-            let Some(orphan) = orphans.iter().copied().find(|o| ready(self, *o)) else {
-                return Err(self.lost(orphans[0], "its session's leader cannot be made before it"));
+            let Some(pid) = left.iter().copied().find(|pid| self.is_ready(*pid)) else {
+                return Err(self.lost(*first, "its session's leader cannot be made before it"));
             };
-            self.orphan(orphan)?;
-            self.family(orphan)?;
+            self.adopted(pid)?;
+            self.family(pid)?;
         }
     }
 
@@ -122,7 +118,14 @@ impl<'a> Delivery<'a> {
         self.target.processes.iter().filter_map(unborn).collect()
     }
 
-    /// Makes the descendants of a process that is there, and its session if it is to lead one.
+    /// Those that are not there yet, but to whom somebody there is to be the parent.
+    fn left_over(&self) -> Vec<InnerPid> {
+        let parents = self.held.processes.keys().chain([&INIT]);
+        parents.flat_map(|p| self.unborn_children(*p)).collect()
+    }
+
+    /// Makes the descendants of a process that is there, and its session if it is to lead one; but not those that it has
+    /// adopted, nor theirs.
     fn family(&mut self, pid: InnerPid) -> Result<()> {
         let Some(image) = self.target.processes.get(&pid) else {
             return Ok(());
@@ -138,10 +141,9 @@ impl<'a> Delivery<'a> {
         }
         for child in self.unborn_children(pid) {
             let session = self.image(child).stat.session;
-            if session != child && session != self.sessions[&pid] {
-                return Err(self.lost(child, "its parent has made a session of its own since"));
+            if session == child || session == self.sessions[&pid] {
+                self.child(pid, child)?;
             }
-            self.child(pid, child)?;
         }
         let children: Vec<InnerPid> = self.born.all.iter().copied().collect();
         for child in children {
@@ -267,53 +269,6 @@ impl<'a> Delivery<'a> {
         let remote =
             spawn::adopt(pid, host, Some(exe.as_fd())).during(pid, "making the process again")?;
         self.admit(pid, remote, INIT)
-    }
-
-    /// A process of init's that is in a session which it neither leads nor got from init.
-    fn is_orphan(&self, pid: InnerPid) -> bool {
-        let session = self.image(pid).stat.session;
-        session != pid && session.0 > 1
-    }
-
-    fn orphan(&mut self, pid: InnerPid) -> Result<()> {
-        let leader = self.image(pid).stat.session;
-        if self.held.processes.contains_key(&leader) {
-            let spare = self.spare();
-            self.env
-                .set_next_pid(spare)
-                .during(pid, "choosing a number")?;
-            let mother = self.held.remote(leader).expect("it was just found");
-            let stand_in =
-                spawn::copy(mother, spare, libc::SIGCHLD).during(pid, "making its parent")?;
-            self.orphan_of(stand_in, leader, pid)?;
-            let mother = self.held.remote(leader).expect("it was just found");
-            spawn::reap(mother, &[spare]).during(leader, "taking a dead child off its hands")
-        } else {
-            let host = self.env.birth(leader).during(pid, "making its session")?;
-            let mut stand_in =
-                spawn::adopt(leader, host, None).during(pid, "making its session")?;
-            call(&mut stand_in, libc::SYS_setsid, &[]).during(pid, "making its session")?;
-            self.orphan_of(stand_in, leader, pid)
-        }
-    }
-
-    /// Makes a child of the stand-in, whose end then makes init its parent.
-    fn orphan_of(&mut self, mut stand_in: Remote, session: InnerPid, pid: InnerPid) -> Result<()> {
-        let image = self.image(pid);
-        let born = image.exe.open(self.env, OFlags::RDONLY).and_then(|exe| {
-            self.env.set_next_pid(pid)?;
-            spawn::child(
-                &mut stand_in,
-                pid,
-                image.stat.exit_signal,
-                exe.as_fd(),
-                None,
-            )
-        });
-        let ended = spawn::kill(&stand_in, &[stand_in.host()]);
-        let remote = born.during(pid, "making the process again")?;
-        ended.during(pid, "ending its stand-in parent")?;
-        self.admit(pid, remote, session)
     }
 
     /// A number that nothing in the image has.

@@ -32,6 +32,7 @@ impl Engine {
     ) -> Result<Captured> {
         self.forget_the_dead(held);
         self.end_lazy(held)?;
+        held.refuse_32_bit()?;
         // Two of them could not be asked at once, either.
         twins::refuse(held, |host| {
             self.trackers.get(&host).is_none_or(Option::is_none)

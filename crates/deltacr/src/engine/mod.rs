@@ -22,7 +22,7 @@ use crate::orphan::Orphans;
 use crate::stopwatch::{Phases, Stopwatch};
 use crate::store::PageStore;
 use crate::tracer::trace;
-use crate::waits::Wait;
+use crate::waits::{self, Waits};
 
 /// How long the processes may take to stand still. A process in an uninterruptible sleep takes
 /// as long as what it waits for.
@@ -86,7 +86,7 @@ pub struct Engine {
     grounds: Option<Grounds>,
     known: Acquaintances,
     trackers: HashMap<HostPid, Option<Tracker>>,
-    waits: HashMap<HostPid, Option<Wait>>,
+    waits: Waits,
     background: Background,
 }
 
@@ -157,7 +157,11 @@ impl Engine {
     /// Stops all processes.
     fn hold(&mut self, env: &dyn Environment) -> Result<Held> {
         let grounds = open_once(&mut self.grounds, env)?;
-        Held::tree(grounds, &self.known, FREEZE_TIMEOUT)
+        let held = Held::tree(grounds, &self.known, &mut self.waits, FREEZE_TIMEOUT)?;
+        for thread in held.threads() {
+            waits::note(thread.host, &thread.regs, &mut self.waits);
+        }
+        Ok(held)
     }
 
     /// Stops all processes, captures them, calls `cut` while they stand still, and lets them run on. `cut` is told whether

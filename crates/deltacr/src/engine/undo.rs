@@ -10,7 +10,7 @@ use crate::birth::{self, terminal::Terminals};
 use crate::end;
 use crate::env::Environment;
 use crate::error::{During, Result};
-use crate::fd::{self, Descriptors};
+use crate::fd::{self, Descriptors, Removed};
 use crate::files::Place;
 use crate::hold::{Deaths, Held};
 use crate::ids::InnerPid;
@@ -292,16 +292,20 @@ impl Engine {
             now.is_some_and(|now| now.same_program)
         });
         let owners = self.means.shared.owners(env)?;
+        if before.is_empty() {
+            self.means.shared.part_with_all();
+        }
         self.means
             .shared
             .restore(&target.shared.outside(owners))
             .during_tree("restoring the shared memory")?;
         let mut pages = 0;
+        let mut removed = Removed::default();
         for (pid, image) in &target.processes {
             let mut work = self.reconcile(env, held, *pid, image)?;
             let template = env.template().filter(|_| born.copies.contains(pid));
             pages += work.memory(before.get_mut(pid), template)?;
-            work.directory(before.get(pid))?;
+            work.directory(before.get(pid), &mut removed)?;
         }
         self.means.shared.let_go_of_segments();
         sysv::finish(env, &target.system_v)?;
@@ -312,7 +316,7 @@ impl Engine {
             &target.descriptors,
             &mut remotes(held),
             env,
-            &self.means.shared,
+            (&self.means.shared, &mut removed),
             &|procs| terminals.restore(env, procs),
         )?;
         watch.lap("descriptors");

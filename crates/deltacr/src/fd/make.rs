@@ -90,12 +90,12 @@ impl Restore<'_, '_> {
         }
     }
 
-    fn open_file(&self, ino: u64, flags: i32) -> io::Result<OwnedFd> {
+    fn open_file(&mut self, ino: u64, flags: i32) -> io::Result<OwnedFd> {
         let opened = self.env.open_inode(ino, path::reopen_flags(flags));
         match opened {
             // Files without a name come back; directories do not.
             Err(e) if e.raw_os_error() == Some(libc::ESTALE) => {
-                path::removed_directory(self.env, None, flags)
+                self.removed.open(self.env, ino, None, flags)
             }
             other => other,
         }

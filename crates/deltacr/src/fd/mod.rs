@@ -36,7 +36,7 @@ use crate::remote::Remote;
 pub use capture::{capture, survey};
 pub use inside::look_inside;
 pub use model::Descriptors;
-pub(crate) use path::removed_directory;
+pub use path::Removed;
 pub use restore::{check, restore};
 pub(crate) use table::KnownSlots;
 

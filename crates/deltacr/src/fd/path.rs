@@ -1,7 +1,9 @@
 //! Opening by path inside the sandbox's root.
 
+use std::collections::HashMap;
+use std::collections::hash_map::Entry;
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 
 use rustix::fs::{AtFlags, Mode, OFlags, ResolveFlags};
@@ -76,17 +78,35 @@ pub(crate) fn process_of(path: &[u8]) -> Option<InnerPid> {
     (number > 0).then_some(InnerPid(number))
 }
 
-/// A directory that has been removed, in place of one that had been when the checkpoint was taken: the kernel revives none, and
-/// one is like the other but for its number. It is called as `path` says, if nothing else is.
-pub(crate) fn removed_directory(
-    env: &dyn Environment,
-    path: Option<&[u8]>,
-    flags: i32,
-) -> io::Result<OwnedFd> {
+/// Directories that have been removed, in place of those that had been when the checkpoint was taken: the kernel revives none,
+/// and one is like the other but for its number. By the numbers that they had.
+#[derive(Debug, Default)]
+pub struct Removed(HashMap<u64, OwnedFd>);
+
+impl Removed {
+    /// Opens the one that had this number. It is called as `path` says, if nothing else is.
+    pub(crate) fn open(
+        &mut self,
+        env: &dyn Environment,
+        ino: u64,
+        path: Option<&[u8]>,
+        flags: i32,
+    ) -> io::Result<OwnedFd> {
+        let made = match self.0.entry(ino) {
+            Entry::Occupied(made) => made.into_mut(),
+            Entry::Vacant(new) => new.insert(make_removed(env, path)?),
+        };
+        let path = format!("/proc/self/fd/{}", made.as_raw_fd());
+        let flags = OFlags::from_bits_retain(reopen_flags(flags) as u32) | OFlags::CLOEXEC;
+        Ok(rustix::fs::open(path, flags, Mode::empty())?)
+    }
+}
+
+fn make_removed(env: &dyn Environment, path: Option<&[u8]>) -> io::Result<OwnedFd> {
     let spares = (0..NAMES).map(|number| format!("/.removed-{number}").into_bytes());
     let mut error = io::ErrorKind::AlreadyExists.into();
     for path in path.map(<[u8]>::to_vec).into_iter().chain(spares) {
-        match make_and_remove(env, &path, flags) {
+        match make_and_remove(env, &path) {
             Err(e) => error = e,
             opened => return opened,
         }
@@ -95,12 +115,13 @@ pub(crate) fn removed_directory(
 }
 
 /// Opens a directory that is there only while this runs. What is there already is the program's own, and an error.
-fn make_and_remove(env: &dyn Environment, path: &[u8], flags: i32) -> io::Result<OwnedFd> {
+fn make_and_remove(env: &dyn Environment, path: &[u8]) -> io::Result<OwnedFd> {
     let slash = path.iter().rposition(|b| *b == b'/');
     let (above, name) = path.split_at(slash.map_or(0, |at| at + 1));
-    let above = open(env, above, libc::O_PATH | libc::O_DIRECTORY)?;
+    let directory = libc::O_PATH | libc::O_DIRECTORY;
+    let above = open(env, above, directory)?;
     rustix::fs::mkdirat(&above, name, Mode::RWXU)?;
-    let opened = open(env, path, flags | libc::O_DIRECTORY);
+    let opened = open(env, path, directory);
     rustix::fs::unlinkat(&above, name, AtFlags::REMOVEDIR)?;
     opened
 }

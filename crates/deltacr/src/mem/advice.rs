@@ -87,6 +87,8 @@ pub(crate) struct Told {
     pub(crate) advised: Advised,
     /// Mappings that grow by themselves.
     pub(crate) grow: Vec<Range<u64>>,
+    /// Mappings whose pages the kernel may drop.
+    pub(crate) droppable: Vec<Range<u64>>,
 }
 
 impl Told {
@@ -101,6 +103,7 @@ impl Told {
         let mut told = Self {
             advised: Advised::default(),
             grow: Vec::new(),
+            droppable: Vec::new(),
         };
         let mut range = 0..0;
         let mut line = Vec::new();
@@ -119,8 +122,10 @@ impl Told {
     fn add(&mut self, range: &Range<u64>, flags: &str) {
         let mut advice = Advice::default();
         for flag in flags.split_ascii_whitespace() {
-            if flag == "gd" {
-                self.grow.push(range.clone());
+            match flag {
+                "gd" => self.grow.push(range.clone()),
+                "dp" => self.droppable.push(range.clone()),
+                _ => {}
             }
             for (bit, kind) in KINDS.iter().enumerate() {
                 advice.0 |= u8::from(kind.name == flag) << bit;
@@ -248,9 +253,11 @@ mod tests {
             Rss:  8 kB\nVmFlags: rd wr mr mw me dc dd ac \n\
             3000-4000 rw-p 00000000 00:00 0\nVmFlags: rd gd lo lf\n\
             5000-6000 r--p 00000000 00:00 0\nVmFlags: rd\n\
-            7000-8000 rw-p 00000000 00:00 0\nVmFlags: gd\n";
+            7000-8000 rw-p 00000000 00:00 0\nVmFlags: gd\n\
+            9000-a000 rw-p 00000000 00:00 0\nVmFlags: rd dp\n";
         let told = Told::parse(&text[..]).unwrap();
         assert_eq!(told.grow, [0x3000..0x4000, 0x7000..0x8000]);
+        assert!(told.droppable.iter().eq(std::iter::once(&(0x9000..0xa000))));
         let parts = [
             (0x1000..0x3000, Advice(0b101)),
             (0x3000..0x4000, Advice(0b1000_0000)),

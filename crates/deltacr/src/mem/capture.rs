@@ -13,6 +13,7 @@ use crate::mem::pages::outside;
 use crate::mem::pages_to_come::Promise;
 use crate::mem::scan::{Change, Scan};
 use crate::mem::spare::{self, Spare};
+use crate::mem::vmas;
 use crate::mem::{
     AddressSpace, Backing, Memory, PAGE, Pages, Tracker, VERSIONED, Vma, addresses_of, merged,
     pages_of, tracker,
@@ -161,18 +162,20 @@ fn left_out(vmas: &[Vma]) -> Vec<Range<u64>> {
 }
 
 /// What was asked for the memory: looked up of a process that is met for the first time, and of those that had asked for something
-/// and have changed their mappings. Marks mappings that grow by themselves.
+/// and have changed their mappings. Marks mappings that grow by themselves or may be dropped.
 fn advised(remote: &Remote, scan: &mut Scan) -> Result<Advised> {
     if let Some(base) = &scan.base
         && (base.advised.is_empty() || base.vmas == scan.vmas)
     {
         return Ok(base.advised.clone());
     }
-    let Told { advised, grow } = Told::by(remote)?;
-    for vma in scan.vmas.iter_mut().filter(|vma| vma.is_anonymous()) {
-        let at = grow.partition_point(|range| range.end <= vma.start);
-        vma.grows_down |= grow.get(at).is_some_and(|range| *range == vma.range());
-    }
+    let Told {
+        advised,
+        grow,
+        droppable,
+    } = Told::by(remote)?;
+    vmas::mark(&mut scan.vmas, &grow, |vma| vma.grows_down = true);
+    vmas::mark(&mut scan.vmas, &droppable, |vma| vma.droppable = true);
     Ok(advised.within(&scan.vmas))
 }
 

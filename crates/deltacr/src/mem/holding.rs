@@ -268,8 +268,8 @@ impl Holding {
 }
 
 /// Whether a mapping is held: it is anonymous, and there are pages of it. A stack that grows by itself is not, for another process
-/// cannot have it where it is held.
+/// cannot have it where it is held; nor is what another process is not to have at all.
 fn is_held(pages: &PageMap, vma: &Vma) -> bool {
-    let kind = vma.is_private() && vma.is_anonymous() && !vma.grows_down;
+    let kind = vma.is_private() && vma.is_anonymous() && !vma.grows_down && !vma.droppable;
     kind && pages.runs(pages_of(&vma.range())).next().is_some()
 }

@@ -103,6 +103,7 @@ fn anonymous(remote: &Remote, target: &AddressSpace) -> io::Result<Vec<Range<u64
         v.is_private()
             && v.backing == Backing::Anonymous
             && !v.grows_down
+            && !v.droppable
             && v.end - v.start >= TABLE
     });
     let plain: Vec<_> = plain.map(|v| v.range()).collect();

@@ -108,6 +108,9 @@ pub struct Vma {
     pub backing: Backing,
     /// A stack that grows by itself (`MAP_GROWSDOWN`).
     pub grows_down: bool,
+    /// The kernel may drop its pages at any time (`MAP_DROPPABLE`).
+    #[serde(default)]
+    pub droppable: bool,
     /// A segment of System V that was attached for reading only, and can never be made writable.
     #[serde(default)]
     pub read_only: bool,
@@ -156,6 +159,7 @@ impl Vma {
     pub(crate) fn agrees_at(&self, other: &Self, address: u64) -> bool {
         self.shared == other.shared
             && self.grows_down == other.grows_down
+            && self.droppable == other.droppable
             && self.read_only == other.read_only
             && self.backing == other.backing
             && self.offset_at(address) == other.offset_at(address)

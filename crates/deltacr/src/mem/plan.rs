@@ -198,6 +198,7 @@ mod tests {
             offset: 0,
             backing: Backing::Anonymous,
             grows_down: false,
+            droppable: false,
             read_only: false,
         }
     }

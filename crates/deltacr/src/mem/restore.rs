@@ -301,10 +301,10 @@ impl<'r> Remap<'r> {
 
 fn map_flags(vma: &Vma) -> i32 {
     let mut flags = libc::MAP_FIXED;
-    flags |= if vma.shared {
-        libc::MAP_SHARED
-    } else {
-        libc::MAP_PRIVATE
+    flags |= match (vma.shared, vma.droppable) {
+        (true, _) => libc::MAP_SHARED,
+        (false, true) => libc::MAP_DROPPABLE,
+        (false, false) => libc::MAP_PRIVATE,
     };
     if vma.is_anonymous() {
         flags |= libc::MAP_ANONYMOUS;
@@ -352,7 +352,8 @@ fn private_ranges(vmas: &[Vma]) -> Vec<Range<u64>> {
 
 /// The runs of pages whose contents must be put back, ascending: in mappings that were kept, those
 /// which changed since the base or differ between the base and the target; in fresh mappings, those
-/// that the target holds.
+/// that the target holds, but for what the kernel may drop: what a program keeps there (the state of a random
+/// number generator) it does not want to be there twice.
 fn runs_to_put_back(
     scan: &Scan,
     target: &AddressSpace,
@@ -366,8 +367,10 @@ fn runs_to_put_back(
         });
     let kept = outside(&private_ranges(&target.vmas), fresh);
     let mut runs = common(&merged(differing, 0), &kept);
-    for range in fresh {
-        let held = pages.runs(pages_of(range));
+    let dropped = target.vmas.iter().filter(|vma| vma.droppable);
+    let dropped: Vec<_> = dropped.map(Vma::range).collect();
+    for range in outside(fresh, &dropped) {
+        let held = pages.runs(pages_of(&range));
         runs.extend(held.map(|pages| addresses_of(&pages)));
     }
     let runs = runs.iter().map(pages_of).collect();

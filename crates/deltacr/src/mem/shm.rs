@@ -319,6 +319,14 @@ impl SharedObjects {
         SharedMemory { objects }
     }
 
+    /// Parts with all objects, which no process has any more: those that are wanted are made anew, with a file for their
+    /// holder that can be executed like the one it had.
+    pub(crate) fn part_with_all(&self) {
+        let state = &mut *self.state.lock();
+        state.live.retain(|key, _| key.segment().is_some());
+        state.by_inode.clear();
+    }
+
     /// Takes the objects that were sealed since `target` for others from now on, because a seal cannot be broken: those
     /// of `target` are made anew then, and what holds the sealed ones is found to hold something else. To be called
     /// before anybody looks at what a tree holds that is to be restored.

@@ -73,10 +73,34 @@ fn push(vmas: &mut Vec<Vma>, vma: Vma) {
     }
 }
 
+/// Marks parts of anonymous mappings, which are mappings of their own from then on.
+pub(super) fn mark(vmas: &mut Vec<Vma>, parts: &[Range<u64>], mark: impl Fn(&mut Vma)) {
+    let mut marked = Vec::with_capacity(vmas.len());
+    for vma in vmas.drain(..) {
+        let piece = |range: Range<u64>| Vma {
+            start: range.start,
+            end: range.end,
+            ..vma.clone()
+        };
+        let mut from = vma.start;
+        let of_it = parts.iter().filter_map(|part| overlap(part, &vma.range()));
+        for part in of_it.filter(|_| vma.is_anonymous()) {
+            marked.extend((from < part.start).then(|| piece(from..part.start)));
+            from = part.end;
+            let mut part = piece(part);
+            mark(&mut part);
+            marked.push(part);
+        }
+        marked.extend((from < vma.end).then(|| piece(from..vma.end)));
+    }
+    *vmas = marked;
+}
+
 /// What is not seen of a mapping at first sight.
 struct Kind {
     backing: Backing,
     grows_down: bool,
+    droppable: bool,
     read_only: bool,
 }
 
@@ -85,6 +109,7 @@ impl From<Backing> for Kind {
         Self {
             backing,
             grows_down: false,
+            droppable: false,
             read_only: false,
         }
     }
@@ -103,11 +128,13 @@ impl Reader<'_> {
         let Kind {
             backing,
             grows_down,
+            droppable,
             read_only,
         } = match self.known(found) {
             Some(vma) => Kind {
                 backing: vma.backing.clone(),
                 grows_down: vma.grows_down,
+                droppable: vma.droppable,
                 read_only: vma.read_only,
             },
             None => self.identify(found)?,
@@ -121,6 +148,7 @@ impl Reader<'_> {
             offset: if with_offset { found.offset } else { 0 },
             backing,
             grows_down,
+            droppable,
             read_only,
         })
     }
@@ -210,13 +238,6 @@ impl Reader<'_> {
     }
 
     fn identify_file(&self, name: &str, found: &Mapping) -> Result<FileId> {
-        if name.starts_with("/anon_hugepage") || name.as_bytes().starts_with(SEGMENT) {
-            return Err(self.refuse(
-                found,
-                name,
-                "hugetlb pages are not carried (transparent huge pages are)",
-            ));
-        }
         let file = FileId {
             device: self.device_of(found),
             inode: found.inode,
@@ -225,12 +246,20 @@ impl Reader<'_> {
         if file.device != VERSIONED
             && let Err(e) = reopen(self.memory.env, &file, libc::O_RDONLY)
         {
-            let why = format!(
-                "it is no file of the sandbox's filesystem and cannot be opened again by its path ({e})"
-            );
+            let why = match self.is_hugetlb(found) {
+                true => "hugetlb pages are not carried (transparent huge pages are)".to_owned(),
+                false => format!(
+                    "it is no file of the sandbox's filesystem and cannot be opened again by its path ({e})"
+                ),
+            };
             return Err(self.refuse(found, name, &why));
         }
         Ok(file)
+    }
+
+    fn is_hugetlb(&self, found: &Mapping) -> bool {
+        let told = rustix::fs::statfs(self.file_of(found));
+        told.is_ok_and(|told| told.f_type == libc::HUGETLBFS_MAGIC)
     }
 
     fn refuse(&self, found: &Mapping, name: &str, why: &str) -> Error {

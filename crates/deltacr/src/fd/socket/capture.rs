@@ -294,8 +294,11 @@ impl Sockets {
     }
 
     fn relate_unix(&self, image: &mut Descriptors, index: usize) -> Result<(), Relation> {
+        // Not of the sandbox's network namespace: a connection from there that was accepted here, say.
         let Some(line) = self.unix.get(&inode(image, index)) else {
-            return Ok(());
+            return Err(Relation::Refused(
+                "a unix socket that was made outside the tree".into(),
+            ));
         };
         let connected = sys::remote_address(self.handles[&index].as_fd())?.is_some();
         let waiting = self.waiting_unix(&line.pending)?;

@@ -14,9 +14,9 @@ use super::tcp::{self, Info};
 use super::{inet, options, queue, unix};
 use crate::env::Environment;
 use crate::error::{During, Result};
-use crate::fd::Procs;
 use crate::fd::model::{Descriptors, Kind};
 use crate::fd::restore::{Restore, named, restore};
+use crate::fd::{Procs, Removed};
 use crate::mem::SharedObjects;
 use crate::owners::Owners;
 use crate::sys::socket as sys;
@@ -47,7 +47,8 @@ pub(crate) fn read_waiting(
         set_waiting(&mut image, at, accepted);
     }
     let now = without_waiting(&image, &listeners);
-    restore(&now, &image, procs, env, shared, &|_| Ok(()))?;
+    let means = (shared, &mut Removed::default());
+    restore(&now, &image, procs, env, means, &|_| Ok(()))?;
     failed.map_or(Ok(image), Err)
 }
 

@@ -1,0 +1,136 @@
+//! Processes that came to their parent when their own parent ended: to init, or to one that takes orphans for it
+//! (`PR_SET_CHILD_SUBREAPER`).
+//!
+//! They are in a session that they did not get from whose children they are now. So each is made by somebody of that session, as the
+//! child of a stand-in whose end makes it its parent's. Where nobody of the session is left, the stand-in leads it for that time.
+
+use std::io;
+use std::os::fd::AsFd;
+
+use rustix::fs::OFlags;
+
+use super::{Delivery, call, spawn};
+use crate::error::{During, Result};
+use crate::ids::InnerPid;
+use crate::image::INIT;
+use crate::remote::{Arg, Batch, Remote};
+
+impl Delivery<'_> {
+    /// Whether a process of init's is in a session which it neither leads nor got from init.
+    pub(super) fn is_adopted(&self, pid: InnerPid) -> bool {
+        let session = self.image(pid).stat.session;
+        session != pid && session.0 > 1
+    }
+
+    /// Whether the leader of a process' session is there, or will never be.
+    pub(super) fn is_ready(&self, pid: InnerPid) -> bool {
+        let leader = self.image(pid).stat.session;
+        self.held.processes.contains_key(&leader) || !self.target.processes.contains_key(&leader)
+    }
+
+    /// Makes a process that its parent has adopted.
+    pub(super) fn adopted(&mut self, pid: InnerPid) -> Result<()> {
+        let parent = self.image(pid).stat.parent;
+        if parent == INIT {
+            self.by_stand_in(parent, pid)?;
+        } else {
+            let before = self.takes_orphans(parent, 1)?;
+            let made = self.by_stand_in(parent, pid);
+            self.takes_orphans(parent, before)?;
+            made?;
+        }
+        match self.held.processes[&pid].stat.parent == parent {
+            true => Ok(()),
+            false => Err(self.lost(pid, "another process takes the orphans of its session")),
+        }
+    }
+
+    /// Says whether a process takes orphans; returns whether it did before.
+    fn takes_orphans(&mut self, pid: InnerPid, whether: i32) -> Result<i32> {
+        let mut batch = Batch::new();
+        let before = batch.output(4);
+        let get = [libc::PR_GET_CHILD_SUBREAPER.into(), before.into()];
+        batch.call(libc::SYS_prctl, &get);
+        let set: [Arg; 2] = [libc::PR_SET_CHILD_SUBREAPER.into(), whether.into()];
+        batch.call(libc::SYS_prctl, &set);
+        let outcome = self.mother(pid)?.run(&batch);
+        let outcome = outcome.during(pid, "having it take orphans")?;
+        Ok(outcome.int(before))
+    }
+
+    fn by_stand_in(&mut self, parent: InnerPid, pid: InnerPid) -> Result<()> {
+        let session = self.image(pid).stat.session;
+        match self.relative(parent, session) {
+            Some(relative) => {
+                let number = self.spare();
+                let stand_in = self.copy(relative, number)?;
+                self.orphan_of(stand_in, session, pid)?;
+                self.reap(relative, number)
+            }
+            None if parent == INIT => {
+                let doing = "making its session";
+                let host = self.env.birth(session).during(pid, doing)?;
+                let stand_in = spawn::adopt(session, host, None).during(pid, doing)?;
+                self.orphan_of_leader(stand_in, session, pid)
+            }
+            None => {
+                let stand_in = self.copy(parent, session)?;
+                self.orphan_of_leader(stand_in, session, pid)?;
+                self.reap(parent, session)
+            }
+        }
+    }
+
+    /// Somebody of the session whose children's children go to `parent`; its leader if that is there.
+    fn relative(&self, parent: InnerPid, session: InnerPid) -> Option<InnerPid> {
+        let descends = |pid: InnerPid| {
+            let parent_of = |pid: &InnerPid| Some(self.target.processes.get(pid)?.stat.parent);
+            parent == INIT || std::iter::successors(parent_of(&pid), parent_of).any(|p| p == parent)
+        };
+        let members = self.sessions.iter().filter(|(_, s)| **s == session);
+        let descended = members.map(|(pid, _)| *pid).filter(|pid| descends(*pid));
+        descended.min_by_key(|pid| *pid != session)
+    }
+
+    fn mother(&mut self, pid: InnerPid) -> Result<&mut Remote> {
+        let found = self.held.remote(pid).ok_or(io::ErrorKind::NotFound);
+        found.during(pid, "finding it")
+    }
+
+    fn copy(&mut self, of: InnerPid, number: InnerPid) -> Result<Remote> {
+        let chosen = self.env.set_next_pid(number);
+        chosen.during(number, "choosing a number")?;
+        let stand_in = spawn::copy(self.mother(of)?, number, libc::SIGCHLD);
+        stand_in.during(of, "making a stand-in")
+    }
+
+    fn reap(&mut self, mother: InnerPid, child: InnerPid) -> Result<()> {
+        let reaped = spawn::reap(self.mother(mother)?, &[child]);
+        reaped.during(mother, "taking a dead child off its hands")
+    }
+
+    fn orphan_of_leader(
+        &mut self,
+        mut stand_in: Remote,
+        session: InnerPid,
+        pid: InnerPid,
+    ) -> Result<()> {
+        let led = call(&mut stand_in, libc::SYS_setsid, &[]);
+        led.during(pid, "making its session")?;
+        self.orphan_of(stand_in, session, pid)
+    }
+
+    /// Makes a child of the stand-in, whose end then gives it to its parent.
+    fn orphan_of(&mut self, mut stand_in: Remote, session: InnerPid, pid: InnerPid) -> Result<()> {
+        let image = self.image(pid);
+        let born = image.exe.open(self.env, OFlags::RDONLY).and_then(|exe| {
+            self.env.set_next_pid(pid)?;
+            let signal = image.stat.exit_signal;
+            spawn::child(&mut stand_in, pid, signal, exe.as_fd(), None)
+        });
+        let ended = spawn::kill(&stand_in, &[stand_in.host()]);
+        let remote = born.during(pid, "making the process again")?;
+        ended.during(pid, "ending its stand-in parent")?;
+        self.admit(pid, remote, session)
+    }
+}
