@@ -191,11 +191,21 @@ fn system_calls_that_cannot_be_carried_are_refused_with_the_error_that_makes_pro
     let sandbox = f.sandbox();
     let absent = [
         libc::SYS_io_uring_setup,
+        libc::SYS_io_uring_enter,
+        libc::SYS_io_uring_register,
+        libc::SYS_io_setup,
         libc::SYS_userfaultfd,
         libc::SYS_bpf,
         libc::SYS_perf_event_open,
         libc::SYS_keyctl,
         libc::SYS_add_key,
+        libc::SYS_request_key,
+        libc::SYS_memfd_secret,
+        libc::SYS_mseal,
+        libc::SYS_fanotify_init,
+        libc::SYS_landlock_create_ruleset,
+        libc::SYS_process_madvise,
+        libc::SYS_process_mrelease,
         libc::SYS_clone3,
         0x4000_0000 | libc::SYS_getpid,
     ];
@@ -205,39 +215,50 @@ fn system_calls_that_cannot_be_carried_are_refused_with_the_error_that_makes_pro
         errors_of(&sandbox, &calls),
         vec![libc::ENOSYS; absent.len()]
     );
-    let forbidden: &[&[i64]] = &[
-        &[libc::SYS_mount, 0, 0, 0, 0, 0],
-        &[libc::SYS_umount2, 0, 0],
-        &[libc::SYS_setns, 0, 0],
-        &[libc::SYS_unshare, libc::CLONE_NEWUSER as i64],
-        &[libc::SYS_unshare, libc::CLONE_NEWNET as i64],
-        &[
-            libc::SYS_clone,
-            (libc::CLONE_NEWUSER | libc::SIGCHLD) as i64,
-            0,
-            0,
-            0,
-            0,
-        ],
-        &[
-            libc::SYS_clone,
-            (libc::CLONE_NEWNS | libc::SIGCHLD) as i64,
-            0,
-            0,
-            0,
-            0,
-        ],
-        &[libc::SYS_open_by_handle_at, 0, 0, 0],
-        &[libc::SYS_init_module, 0, 0, 0],
-        &[libc::SYS_kexec_load, 0, 0, 0, 0],
-        &[libc::SYS_reboot, 0, 0, 0, 0],
-        &[libc::SYS_personality, 0x0008],
-        &[libc::SYS_clock_settime, 0, 0],
+    let forbidden = [
+        libc::SYS_mount,
+        libc::SYS_umount2,
+        libc::SYS_pivot_root,
+        libc::SYS_fsopen,
+        libc::SYS_fsmount,
+        libc::SYS_fspick,
+        libc::SYS_move_mount,
+        libc::SYS_open_tree,
+        libc::SYS_mount_setattr,
+        libc::SYS_setns,
+        libc::SYS_open_by_handle_at,
+        libc::SYS_init_module,
+        libc::SYS_finit_module,
+        libc::SYS_delete_module,
+        libc::SYS_kexec_load,
+        libc::SYS_kexec_file_load,
+        libc::SYS_reboot,
+        libc::SYS_swapon,
+        libc::SYS_clock_settime,
+        libc::SYS_settimeofday,
+        libc::SYS_modify_ldt,
+        libc::SYS_kcmp,
     ];
-    assert_eq!(
-        errors_of(&sandbox, forbidden),
-        vec![libc::EPERM; forbidden.len()]
-    );
+    let mut calls: Vec<Vec<i64>> = forbidden.map(|nr| vec![nr, 0, 0, 0, 0, 0]).into();
+    calls.push(vec![libc::SYS_personality, 0x0008]);
+    let in_clone = [
+        libc::CLONE_NEWNS,
+        libc::CLONE_NEWCGROUP,
+        libc::CLONE_NEWUTS,
+        libc::CLONE_NEWIPC,
+        libc::CLONE_NEWUSER,
+        libc::CLONE_NEWPID,
+        libc::CLONE_NEWNET,
+    ];
+    for namespace in in_clone.into_iter().chain([libc::CLONE_NEWTIME]) {
+        calls.push(vec![libc::SYS_unshare, namespace.into()]);
+    }
+    for namespace in in_clone {
+        let flags = i64::from(namespace | libc::SIGCHLD);
+        calls.push(vec![libc::SYS_clone, flags, 0, 0, 0, 0]);
+    }
+    let calls: Vec<&[i64]> = calls.iter().map(Vec::as_slice).collect();
+    assert_eq!(errors_of(&sandbox, &calls), vec![libc::EPERM; calls.len()]);
     // What programs do all the time is not in the way.
     let allowed: &[&[i64]] = &[
         &[libc::SYS_unshare, libc::CLONE_FILES as i64],

@@ -2,112 +2,7 @@
 
 use deltabox::{CheckpointId, Error, FileChange, Sandbox, SandboxSpec, SandboxState};
 
-use crate::lab::{Lab, PYTHON, Program, installed, output, write_file};
-
-/// A checkpoint must be refused in these words; the program must go on; without its fault a checkpoint works.
-fn refused_and_unharmed(script: &str, words: &[&str]) {
-    let lab = Lab::new();
-    let sandbox = lab.sandbox();
-    let mut program = Program::start(&sandbox, &[PYTHON, "-c", script]).unwrap();
-    assert_eq!(program.hear().unwrap(), "ready");
-    let error = sandbox.checkpoint(None).unwrap_err().to_string();
-    for word in words {
-        assert!(error.contains(word), "{word:?} is not in {error:?}");
-    }
-    assert!(
-        sandbox.tree().nodes.is_empty(),
-        "a half checkpoint is shown"
-    );
-    assert_eq!(program.ask("mend").unwrap(), "mended");
-    assert_eq!(output(&sandbox, "echo alive"), "alive");
-    let id = sandbox.checkpoint(None).unwrap().id;
-    sandbox.rollback(id).unwrap();
-    assert_eq!(program.ask("again").unwrap(), "again");
-}
-
-/// A fault made by `$make` and ended by `$mend`.
-fn script(make: &str, mend: &str) -> String {
-    format!(
-        "import ctypes, os, socket, signal, sys\n{make}\nprint('ready', flush=True)\n\
-         sys.stdin.readline()\n{mend}\nprint('mended', flush=True)\n\
-         print(sys.stdin.readline().strip(), flush=True)\nsys.stdin.readline()\n"
-    )
-}
-
-#[test]
-fn a_traced_process_is_named_with_its_tracer() {
-    let make = "libc = ctypes.CDLL(None)\npid = os.fork()\nif pid == 0:\n  libc.ptrace(0, 0, 0, 0)\n  \
-                os.kill(os.getpid(), signal.SIGSTOP)\n  signal.pause()\nos.waitpid(pid, 0)\n\
-                libc.ptrace(7, pid, 0, 0)";
-    let mend = "os.kill(pid, signal.SIGKILL)\nos.waitpid(pid, 0)";
-    refused_and_unharmed(&script(make, mend), &["traced"]);
-}
-
-#[test]
-fn a_lock_on_a_file_that_is_only_in_flight_is_named() {
-    let make = "import fcntl\na, b = socket.socketpair()\n\
-                with open('/tmp/locked', 'w') as file:\n  \
-                fcntl.flock(file, fcntl.LOCK_EX)\n  \
-                socket.send_fds(a, [b'x'], [file.fileno()])";
-    let mend = "socket.recv_fds(b, 10, 10)";
-    refused_and_unharmed(&script(make, mend), &["waits a file with a lock"]);
-}
-
-#[test]
-fn a_connection_with_descriptors_that_waits_to_be_accepted_is_named() {
-    let make = "server = socket.socket(socket.AF_UNIX)\nserver.bind('/tmp/s')\nserver.listen()\n\
-                client = socket.socket(socket.AF_UNIX)\nclient.connect('/tmp/s')\n\
-                socket.send_fds(client, [b'early'], [0])";
-    let mend = "assert len(socket.recv_fds(server.accept()[0], 9, 9)[1]) == 1";
-    refused_and_unharmed(&script(make, mend), &["has sent descriptors", "accept it"]);
-}
-
-#[test]
-fn a_netlink_socket_of_a_rare_family_is_named() {
-    let make = "s = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, 12)";
-    refused_and_unharmed(
-        &script(make, "s.close()"),
-        &["descriptor", "socket of family"],
-    );
-}
-
-#[test]
-fn processes_that_share_what_is_for_threads_are_named() {
-    let mend = "os.kill(pid, signal.SIGKILL)\nos.waitpid(pid, 0x40000000)";
-    let memory = "libc = ctypes.CDLL(None)\nstack = ctypes.create_string_buffer(65536)\n\
-                  top = ctypes.c_void_p(ctypes.addressof(stack) + 60000 & ~15)\n\
-                  pid = libc.clone(libc.pause, top, 0x100 | signal.SIGCHLD, None)\nassert pid > 0";
-    refused_and_unharmed(&script(memory, mend), &["address space together with"]);
-    let descriptors = "libc = ctypes.CDLL(None)\n\
-                       pid = libc.syscall(56, 0x400 | signal.SIGCHLD, 0, 0, 0, 0)\n\
-                       if pid == 0:\n  signal.pause()";
-    refused_and_unharmed(
-        &script(descriptors, mend),
-        &["descriptor table together with"],
-    );
-}
-
-/// A child waits in a call that the kernel ends with `EINTR` when it stops the thread, and hears of that if it happens: it
-/// calls the C library itself, for Python would call again.
-#[test]
-fn a_refused_checkpoint_interrupts_no_call() {
-    let script = "import ctypes, os, select, socket, sys\nlibc = ctypes.CDLL(None)\n\
-                  rare = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, 12)\nr, w = os.pipe()\npid = os.fork()\n\
-                  if pid == 0:\n  ep = select.epoll()\n  ep.register(r, select.EPOLLIN)\n  \
-                  room = ctypes.create_string_buffer(12)\n  \
-                  os._exit(0 if libc.epoll_wait(ep.fileno(), room, 1, -1) == 1 else 1)\n\
-                  print('ready', flush=True)\nsys.stdin.readline()\nos.write(w, b'x')\n\
-                  print(os.waitpid(pid, 0)[1], flush=True)\nsys.stdin.readline()\n";
-    let lab = Lab::new();
-    let sandbox = lab.sandbox();
-    let mut program = Program::start(&sandbox, &[PYTHON, "-c", script]).unwrap();
-    assert_eq!(program.hear().unwrap(), "ready");
-    for _ in 0..20 {
-        std::thread::sleep(std::time::Duration::from_millis(10));
-        sandbox.checkpoint(None).unwrap_err();
-    }
-    assert_eq!(program.ask("go").unwrap(), "0");
-}
+use crate::lab::{Lab, PYTHON, Program, output};
 
 /// Those that the checkpoint does not have, neither in place nor when all processes are made again.
 #[test]
@@ -131,16 +26,6 @@ fn semaphores_and_queues_made_since_go_with_a_rollback() {
         assert_eq!(output(&sandbox, count), "6");
         sandbox.rollback(id).unwrap();
     }
-}
-
-#[test]
-fn a_process_whose_first_thread_has_ended_is_named() {
-    let make = "import threading, time\npid = os.fork()\nif pid == 0:\n  \
-                threading.Thread(target=time.sleep, args=[1000]).start()\n  \
-                ctypes.CDLL(None).syscall(60, 0)\n\
-                while ') Z ' not in open(f'/proc/{pid}/stat').read(): time.sleep(0.01)";
-    let mend = "os.kill(pid, signal.SIGKILL)\nos.waitpid(pid, 0)";
-    refused_and_unharmed(&script(make, mend), &["first thread has ended"]);
 }
 
 /// In place, and made again after its death.
@@ -422,33 +307,4 @@ fn a_fork_bomb_under_a_limit_is_checkpointed_and_undone() {
     assert_eq!(sandbox.info().processes, 0);
     assert!(session.say("x").is_err());
     assert_eq!(output(&sandbox, "echo alive"), "alive");
-}
-
-/// The parent of a vfork cannot be stopped: it waits in the kernel until its child executes or ends.
-const VFORK: &str = "#include <unistd.h>\n#include <stdio.h>\nint main(void) {\n\
-    puts(\"ready\"); fflush(stdout);\n\
-    if (vfork() == 0) { char c; while (read(0, &c, 1) == 1 && c != '\\n'); _exit(0); }\n\
-    puts(\"mended\"); fflush(stdout); getchar(); puts(\"again\"); fflush(stdout); getchar(); return 0; }";
-
-#[test]
-fn a_parent_in_vfork_is_carried_or_named() {
-    if !installed("/usr/bin/cc") {
-        return;
-    }
-    let lab = Lab::new();
-    let sandbox = lab.sandbox();
-    write_file(&sandbox, "/vfork.c", VFORK.as_bytes());
-    output(&sandbox, "cc -o /vfork /vfork.c");
-    let mut program = Program::start(&sandbox, &["/vfork"]).unwrap();
-    assert_eq!(program.hear().unwrap(), "ready");
-    if let Err(error) = sandbox.checkpoint(None) {
-        let error = error.to_string();
-        assert!(error.contains("vfork"), "{error}");
-    }
-    assert_eq!(program.ask("mend").unwrap(), "mended");
-    let (id, mark) = (sandbox.checkpoint(None).unwrap().id, program.mark());
-    assert_eq!(program.ask("").unwrap(), "again");
-    sandbox.rollback(id).unwrap();
-    program.went_back(mark);
-    assert_eq!(program.ask("").unwrap(), "again");
 }

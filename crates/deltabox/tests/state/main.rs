@@ -6,6 +6,7 @@ mod equivalence;
 mod faults;
 mod images;
 mod lab;
+mod refusals;
 mod servers;
 mod sessions;
 mod storm;
