@@ -36,6 +36,8 @@ const ABSENT: &[i64] = &[
     libc::SYS_process_madvise,
     libc::SYS_process_mrelease,
     libc::SYS_mseal,
+    // Who takes a message out of a queue to look at it wakes whoever waits for room.
+    libc::SYS_mq_open,
     // Nobody can ask for the rules that a process is under.
     libc::SYS_landlock_create_ruleset,
     libc::SYS_io_setup,
@@ -95,8 +97,13 @@ const NAMESPACES: [i32; 8] = [
 /// `personality(2)` as programs may call it: ask, plain Linux, and without address randomization.
 const PERSONALITIES: [u64; 3] = [0xffff_ffff, 0, 0x0004_0000];
 
+/// Options of `prctl(2)` that later kernels have: nothing could be made in a process that may have no new code
+/// (`PR_SET_MDWE`), or whose system calls are all dispatched to itself (`PR_SET_SYSCALL_USER_DISPATCH`).
+const UNKNOWN_OPTIONS: [i32; 2] = [libc::PR_SET_MDWE, PR_SET_SYSCALL_USER_DISPATCH];
+const PR_SET_SYSCALL_USER_DISPATCH: i32 = 59;
+
 /// How many programs [`filters`] gives.
-pub(crate) const FILTERS: usize = 3;
+pub(crate) const FILTERS: usize = 4;
 
 type Rules = BTreeMap<i64, Vec<SeccompRule>>;
 
@@ -119,8 +126,14 @@ pub(crate) fn filters() -> io::Result<Vec<Vec<u8>>> {
         forbidden.insert(libc::SYS_clone, namespaces[..7].to_vec());
         forbidden.insert(libc::SYS_unshare, namespaces);
         forbidden.insert(libc::SYS_personality, vec![personality()?]);
+        let options = UNKNOWN_OPTIONS
+            .into_iter()
+            .map(|option| rule(Op::Eq, option as u64))
+            .collect::<Result<_, _>>()?;
+        let unknown = Rules::from([(libc::SYS_prctl, options)]);
         Ok([
             foreign_numbers(),
+            compile(unknown, libc::EINVAL)?,
             compile(absent, libc::ENOSYS)?,
             compile(forbidden, libc::EPERM)?,
         ])

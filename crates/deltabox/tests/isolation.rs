@@ -202,6 +202,7 @@ fn system_calls_that_cannot_be_carried_are_refused_with_the_error_that_makes_pro
         libc::SYS_request_key,
         libc::SYS_memfd_secret,
         libc::SYS_mseal,
+        libc::SYS_mq_open,
         libc::SYS_fanotify_init,
         libc::SYS_landlock_create_ruleset,
         libc::SYS_process_madvise,
@@ -259,6 +260,12 @@ fn system_calls_that_cannot_be_carried_are_refused_with_the_error_that_makes_pro
     }
     let calls: Vec<&[i64]> = calls.iter().map(Vec::as_slice).collect();
     assert_eq!(errors_of(&sandbox, &calls), vec![libc::EPERM; calls.len()]);
+    // Write no code, dispatch system calls.
+    let unknown: &[&[i64]] = &[
+        &[libc::SYS_prctl, 65, 1, 0, 0, 0],
+        &[libc::SYS_prctl, 59, 1, 0, 0, 0],
+    ];
+    assert_eq!(errors_of(&sandbox, unknown), [libc::EINVAL; 2]);
     // What programs do all the time is not in the way.
     let allowed: &[&[i64]] = &[
         &[libc::SYS_unshare, libc::CLONE_FILES as i64],

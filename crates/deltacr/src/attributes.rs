@@ -72,6 +72,11 @@ impl Attributes {
         }
     }
 
+    /// Whether it is given the orphans of its descendants.
+    pub(crate) fn takes_orphans(&self) -> bool {
+        self.subreaper != 0
+    }
+
     /// Whether `SIGTRAP` is ignored.
     pub(crate) fn ignores_trap(&self) -> bool {
         self.actions

@@ -261,11 +261,10 @@ impl Reconcile<'_> {
     fn open_directory(&self, place: &Place, removed: &mut Removed) -> Result<OwnedFd> {
         let pid = self.process.stopped.remote.pid();
         let flags = OFlags::PATH | OFlags::DIRECTORY;
-        let gone = place.removed().zip(place.inode());
-        match (place.open(self.env, flags), gone) {
-            (Err(_), Some((path, ino))) => {
+        match (place.open(self.env, flags), place.removed()) {
+            (Err(_), Some(path)) => {
                 let flags = libc::O_PATH | libc::O_DIRECTORY;
-                let made = removed.open(self.env, ino, Some(path), flags);
+                let made = removed.open(self.env, place.inode(), Some(path), flags);
                 made.during(pid, "making its removed directory")
             }
             (opened, _) => opened.during(pid, "opening its directory"),

@@ -344,29 +344,39 @@ def session_whose_leader_is_gone():
     return mutate, check
 
 
-@case
-def orphans_that_another_than_init_took():
-    """One in a session whose leader lives, and two in one whose leader is dead."""
-    call(libc.prctl, 36, 1)
-    talks = [os.pipe() + os.pipe() for _ in range(3)]
+class Tellers:
+    """Processes that tell who they are: number, parent, session."""
 
-    def orphan(number):
-        asks, _, _, told = talks[number]
+    def __init__(self, number):
+        self.talks = [os.pipe() + os.pipe() for _ in range(number)]
+
+    def born(self, number, first=lambda: None):
+        asks, _, _, told = self.talks[number]
         if os.fork() == 0:
+            first()
             while os.read(asks, 1):
                 os.write(told, f"{os.getpid()} {os.getppid()} {os.getsid(0)}\n".encode())
             os._exit(0)
 
-    def ask(number):
-        _, asked, answers, _ = talks[number]
-        os.write(asked, b"?")
-        return [int(word) for word in read_line(answers).split()]
+    def ask(self):
+        answers = []
+        for _, asked, answer, _ in self.talks:
+            os.write(asked, b"?")
+            answers.append([int(word) for word in read_line(answer).split()])
+        return answers
+
+
+@case
+def orphans_that_another_than_init_took():
+    """One in a session whose leader lives, and two in one whose leader is dead."""
+    call(libc.prctl, 36, 1)
+    tellers = Tellers(3)
 
     def lead():
         os.setsid()
         middle = os.fork()
         if middle == 0:
-            orphan(0)
+            tellers.born(0)
             os._exit(0)
         os.waitpid(middle, 0)
 
@@ -375,11 +385,11 @@ def orphans_that_another_than_init_took():
     dead = os.fork()
     if dead == 0:
         os.setsid()
-        orphan(1)
-        orphan(2)
+        tellers.born(1)
+        tellers.born(2)
         os._exit(0)
     os.waitpid(dead, 0)
-    before = [ask(number) for number in range(3)]
+    before = tellers.ask()
     equal([ids[1:] for ids in before], [[os.getpid(), s] for s in (leader.pid, dead, dead)], "parents and sessions")
 
     def mutate():
@@ -388,10 +398,45 @@ def orphans_that_another_than_init_took():
             os.waitpid(pid, 0)
 
     def check():
-        equal([ask(number) for number in range(3)], before, "numbers, parents and sessions")
+        equal(tellers.ask(), before, "numbers, parents and sessions")
         with open(f"/proc/self/task/{os.getpid()}/children") as children:
             numbers = sorted(int(word) for word in children.read().split())
         equal(numbers, sorted([leader.pid] + [pid for pid, _, _ in before]), "children")
+
+    return mutate, check
+
+
+@case
+def child_of_before_its_parent_made_a_session():
+    """Of two whose parents have ended, one in a session that lives, and one in a session without a leader."""
+    tellers = Tellers(4)
+
+    def daemon(number, first):
+        def begin():
+            tellers.born(number + 1)
+            os.setsid()
+
+        middle = os.fork()
+        if middle == 0:
+            first()
+            tellers.born(number, begin)
+            os._exit(0)
+        os.waitpid(middle, 0)
+        return middle
+
+    daemon(0, lambda: None)
+    dead = daemon(2, os.setsid)
+    eventually(lambda: [ids[1] for ids in tellers.ask()[::2]] == [1, 1], "adoption by init")
+    before = tellers.ask()
+    equal([ids[2] for ids in before], [before[0][0], os.getsid(0), before[2][0], dead], "sessions")
+
+    def mutate():
+        for pid, _, _ in before:
+            os.kill(pid, signal.SIGKILL)
+            eventually(lambda: not os.path.exists(f"/proc/{pid}"), "the end")
+
+    def check():
+        equal(tellers.ask(), before, "numbers, parents and sessions")
 
     return mutate, check
 

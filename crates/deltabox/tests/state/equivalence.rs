@@ -446,6 +446,7 @@ theme! { processes:
     member_of_a_group_whose_leader_is_gone
     session_whose_leader_is_gone
     orphans_that_another_than_init_took
+    child_of_before_its_parent_made_a_session
     child_killed_since
     child_left_a_zombie_since
     children_born_since

@@ -16,16 +16,37 @@ use crate::image::INIT;
 use crate::remote::{Arg, Batch, Remote};
 
 impl Delivery<'_> {
-    /// Whether a process of init's is in a session which it neither leads nor got from init.
-    pub(super) fn is_adopted(&self, pid: InnerPid) -> bool {
-        let session = self.image(pid).stat.session;
-        session != pid && session.0 > 1
+    /// The session that a process must be born in: its own, or one that it was in before it made its own, and that a child
+    /// has got from it. `None` if any will do.
+    pub(super) fn born_in(&self, pid: InnerPid) -> Option<InnerPid> {
+        let image = self.image(pid);
+        if image.stat.session != pid {
+            return Some(image.stat.session);
+        }
+        let can_inherit = |session: &InnerPid| match self.target.processes.contains_key(session) {
+            true => *session != pid && !self.descends(*session, pid),
+            // Its orphans may as well have come later.
+            false => !image.attributes.takes_orphans(),
+        };
+        let children = self.unborn_children(pid).into_iter();
+        let mut inherited = children.filter_map(|child| self.born_in(child));
+        inherited.find(can_inherit)
     }
 
-    /// Whether the leader of a process' session is there, or will never be.
+    /// Whether a process is to be a descendant of another.
+    fn descends(&self, pid: InnerPid, from: InnerPid) -> bool {
+        let parent_of = |pid: &InnerPid| Some(self.target.processes.get(pid)?.stat.parent);
+        from == INIT || std::iter::successors(parent_of(&pid), parent_of).any(|p| p == from)
+    }
+
+    /// Whether the leader of the session that a process is to be born in is there, or will never be.
     pub(super) fn is_ready(&self, pid: InnerPid) -> bool {
-        let leader = self.image(pid).stat.session;
+        let leader = self.birth_session(pid);
         self.held.processes.contains_key(&leader) || !self.target.processes.contains_key(&leader)
+    }
+
+    fn birth_session(&self, pid: InnerPid) -> InnerPid {
+        self.born_in(pid).unwrap_or(pid)
     }
 
     /// Makes a process that its parent has adopted.
@@ -59,7 +80,7 @@ impl Delivery<'_> {
     }
 
     fn by_stand_in(&mut self, parent: InnerPid, pid: InnerPid) -> Result<()> {
-        let session = self.image(pid).stat.session;
+        let session = self.birth_session(pid);
         match self.relative(parent, session) {
             Some(relative) => {
                 let number = self.spare();
@@ -83,12 +104,10 @@ impl Delivery<'_> {
 
     /// Somebody of the session whose children's children go to `parent`; its leader if that is there.
     fn relative(&self, parent: InnerPid, session: InnerPid) -> Option<InnerPid> {
-        let descends = |pid: InnerPid| {
-            let parent_of = |pid: &InnerPid| Some(self.target.processes.get(pid)?.stat.parent);
-            parent == INIT || std::iter::successors(parent_of(&pid), parent_of).any(|p| p == parent)
-        };
         let members = self.sessions.iter().filter(|(_, s)| **s == session);
-        let descended = members.map(|(pid, _)| *pid).filter(|pid| descends(*pid));
+        let descended = members
+            .map(|(pid, _)| *pid)
+            .filter(|pid| self.descends(*pid, parent));
         descended.min_by_key(|pid| *pid != session)
     }
 
@@ -100,8 +119,16 @@ impl Delivery<'_> {
     fn copy(&mut self, of: InnerPid, number: InnerPid) -> Result<Remote> {
         let chosen = self.env.set_next_pid(number);
         chosen.during(number, "choosing a number")?;
-        let stand_in = spawn::copy(self.mother(of)?, number, libc::SIGCHLD);
-        stand_in.during(of, "making a stand-in")
+        let doing = "making a stand-in";
+        let stand_in = spawn::copy(self.mother(of)?, number, libc::SIGCHLD).during(of, doing)?;
+        let found = stand_in.host().inner().during(of, doing)?;
+        if found == number {
+            return Ok(stand_in);
+        }
+        // A session whose leader has ended keeps its number as long as it has members.
+        spawn::kill(&stand_in, &[stand_in.host()]).during(of, doing)?;
+        self.reap(of, found)?;
+        Err(self.lost(of, "it takes orphans of a session that others are left in"))
     }
 
     fn reap(&mut self, mother: InnerPid, child: InnerPid) -> Result<()> {

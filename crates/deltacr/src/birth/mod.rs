@@ -79,7 +79,7 @@ impl<'a> Delivery<'a> {
             self.family(pid)?;
         }
         for child in self.unborn_children(INIT) {
-            if !self.is_adopted(child) {
+            if self.born_in(child).is_none_or(|session| session.0 <= 1) {
                 self.child_of_init(child)?;
                 self.family(child)?;
             }
@@ -133,15 +133,15 @@ impl<'a> Delivery<'a> {
         if image.stat.session == pid && self.sessions[&pid] != pid {
             let inherited = self.sessions[&pid];
             for child in self.unborn_children(pid) {
-                if self.has_inherited(child, inherited) {
+                if self.born_in(child) == Some(inherited) {
                     self.child(pid, child)?;
                 }
             }
             self.lead_session(pid)?;
         }
         for child in self.unborn_children(pid) {
-            let session = self.image(child).stat.session;
-            if session == child || session == self.sessions[&pid] {
+            let session = self.born_in(child);
+            if session.is_none_or(|session| session == self.sessions[&pid]) {
                 self.child(pid, child)?;
             }
         }
@@ -152,15 +152,6 @@ impl<'a> Delivery<'a> {
             }
         }
         Ok(())
-    }
-
-    /// Whether a process, or one that is to descend from it, is in a session that it can only have inherited.
-    fn has_inherited(&self, pid: InnerPid, session: InnerPid) -> bool {
-        self.image(pid).stat.session == session
-            || self
-                .unborn_children(pid)
-                .into_iter()
-                .any(|child| self.has_inherited(child, session))
     }
 
     fn lead_session(&mut self, pid: InnerPid) -> Result<()> {

@@ -95,7 +95,7 @@ impl Restore<'_, '_> {
         match opened {
             // Files without a name come back; directories do not.
             Err(e) if e.raw_os_error() == Some(libc::ESTALE) => {
-                self.removed.open(self.env, ino, None, flags)
+                self.removed.open(self.env, Some(ino), None, flags)
             }
             other => other,
         }

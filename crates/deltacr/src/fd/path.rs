@@ -84,17 +84,22 @@ pub(crate) fn process_of(path: &[u8]) -> Option<InnerPid> {
 pub struct Removed(HashMap<u64, OwnedFd>);
 
 impl Removed {
-    /// Opens the one that had this number. It is called as `path` says, if nothing else is.
+    /// Opens the one that had this number, or another one if it is not known. It is called as `path` says, if nothing else is.
     pub(crate) fn open(
         &mut self,
         env: &dyn Environment,
-        ino: u64,
+        ino: Option<u64>,
         path: Option<&[u8]>,
         flags: i32,
     ) -> io::Result<OwnedFd> {
-        let made = match self.0.entry(ino) {
-            Entry::Occupied(made) => made.into_mut(),
-            Entry::Vacant(new) => new.insert(make_removed(env, path)?),
+        let unknown;
+        let made = match ino.map(|ino| self.0.entry(ino)) {
+            Some(Entry::Occupied(made)) => made.into_mut(),
+            Some(Entry::Vacant(new)) => new.insert(make_removed(env, path)?),
+            None => {
+                unknown = make_removed(env, path)?;
+                &unknown
+            }
         };
         let path = format!("/proc/self/fd/{}", made.as_raw_fd());
         let flags = OFlags::from_bits_retain(reopen_flags(flags) as u32) | OFlags::CLOEXEC;

@@ -37,7 +37,7 @@ const AT_ONCE: usize = 256;
 const ON_FAULT: u32 = 1;
 
 /// In the order of the bits of [`Advice`].
-const KINDS: [Kind; 8] = [
+const KINDS: [Kind; 10] = [
     kind(
         "dc",
         Call::Madvise(libc::MADV_DONTFORK),
@@ -62,9 +62,21 @@ const KINDS: [Kind; 8] = [
     ),
     kind("lo", Call::Lock(0), Call::Unlock),
     kind("lf", Call::Lock(ON_FAULT), Call::Unlock),
+    kind(
+        "sr",
+        Call::Madvise(libc::MADV_SEQUENTIAL),
+        Call::Madvise(libc::MADV_NORMAL),
+    ),
+    kind(
+        "rr",
+        Call::Madvise(libc::MADV_RANDOM),
+        Call::Madvise(libc::MADV_NORMAL),
+    ),
 ];
-const LOCKED: u8 = 1 << 6;
-const LOCKED_WHEN_TOUCHED: u8 = 1 << 7;
+const LOCKED: u16 = 1 << 6;
+const LOCKED_WHEN_TOUCHED: u16 = 1 << 7;
+/// What changes nothing but how long things take.
+const HINTS: u16 = 1 << 8 | 1 << 9;
 
 const fn kind(name: &'static str, ask: Call, take_back: Call) -> Kind {
     Kind {
@@ -76,7 +88,7 @@ const fn kind(name: &'static str, ask: Call, take_back: Call) -> Kind {
 
 /// A set of [`KINDS`].
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub(crate) struct Advice(u8);
+pub(crate) struct Advice(u16);
 
 /// What holds for parts of a memory, ascending; nothing for the rest.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -128,7 +140,7 @@ impl Told {
                 _ => {}
             }
             for (bit, kind) in KINDS.iter().enumerate() {
-                advice.0 |= u8::from(kind.name == flag) << bit;
+                advice.0 |= u16::from(kind.name == flag) << bit;
             }
         }
         // The kernel shows it as locked, too.
@@ -154,6 +166,11 @@ fn parse_range(line: &[u8]) -> Option<Range<u64>> {
 impl Advised {
     pub(crate) fn is_empty(&self) -> bool {
         self.0.is_empty()
+    }
+
+    /// Whether there is nothing that a program would miss.
+    pub(crate) fn is_idle(&self) -> bool {
+        self.0.iter().all(|(_, advice)| advice.0 & !HINTS == 0)
     }
 
     /// Only what is asked for these mappings, but those that the kernel makes.
@@ -222,7 +239,7 @@ impl Advised {
 impl Advice {
     /// The calls that make of memory with the advice `now` such with this.
     fn changes(self, now: Self) -> impl Iterator<Item = Call> {
-        let of = |advice: u8| {
+        let of = |advice: u16| {
             let kinds = KINDS.iter().enumerate();
             kinds.filter_map(move |(bit, kind)| (advice & 1 << bit != 0).then_some(kind))
         };

@@ -165,7 +165,7 @@ fn left_out(vmas: &[Vma]) -> Vec<Range<u64>> {
 /// and have changed their mappings. Marks mappings that grow by themselves or may be dropped.
 fn advised(remote: &Remote, scan: &mut Scan) -> Result<Advised> {
     if let Some(base) = &scan.base
-        && (base.advised.is_empty() || base.vmas == scan.vmas)
+        && (base.advised.is_idle() || base.vmas == scan.vmas)
     {
         return Ok(base.advised.clone());
     }
