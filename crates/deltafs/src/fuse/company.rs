@@ -2,10 +2,12 @@
 //!
 //! Whoever shares a processor with the server hands over to it and back; on two processors each request wakes one that sleeps, twice,
 //! which takes several times as long in a virtual machine. The scheduler leaves them together where it finds them together, and apart
-//! where it finds them apart.
+//! where it finds them apart; but where nothing else runs it may part them again. There the server looks for the next request for a moment
+//! before it sleeps, which spares one of the two.
 
 use std::fs::File;
 use std::io::Read;
+use std::time::{Duration, Instant};
 
 use rustix::thread::{CpuSet, sched_getaffinity, sched_getcpu, sched_setaffinity};
 
@@ -16,6 +18,13 @@ const USUAL: u32 = 64;
 /// Where going there does not help, it is done less and less often: this many times half as often.
 const MAX_PATIENCE: u32 = 6;
 
+/// So many times in a row apart, the thread lingers,
+const APART: u32 = 2;
+/// at most this long.
+const LINGER: Duration = Duration::from_micros(50);
+/// If it comes to run again only after this long, something else wants the processor.
+const ROBBED: Duration = Duration::from_micros(15);
+
 /// Where a thread and its callers are.
 #[derive(Debug)]
 pub(super) struct Company {
@@ -23,6 +32,10 @@ pub(super) struct Company {
     left: u32,
     /// How many times in a row a caller was elsewhere.
     apart: u32,
+    /// How many times in a row it lingered in vain.
+    missed: u32,
+    /// How many times more it does not linger.
+    pause: u32,
 }
 
 impl Default for Company {
@@ -30,6 +43,8 @@ impl Default for Company {
         Self {
             left: FIRST,
             apart: 0,
+            missed: 0,
+            pause: 0,
         }
     }
 }
@@ -45,6 +60,29 @@ impl Company {
         self.apart = there.map_or(0, |_| self.apart + 1);
         self.left = USUAL << self.apart.saturating_sub(1).min(MAX_PATIENCE);
         there.into_iter().for_each(go);
+    }
+
+    /// Looks for the next request for a moment, if that may spare being woken. Where it does not, less and less often.
+    pub(super) fn linger(&mut self, is_there: impl Fn() -> bool) {
+        if self.apart < APART {
+            return;
+        }
+        if self.pause > 0 {
+            self.pause -= 1;
+            return;
+        }
+        let begun = Instant::now();
+        let mut before = begun;
+        while !is_there() {
+            let now = Instant::now();
+            if now - begun > LINGER || now - before > ROBBED {
+                self.missed = (self.missed + 1).min(MAX_PATIENCE);
+                self.pause = 1 << self.missed;
+                return;
+            }
+            before = now;
+        }
+        self.missed = 0;
     }
 }
 
@@ -92,6 +130,31 @@ mod tests {
         assert_eq!(parse_processor(b"12 (a)"), None);
         let known = processor(std::process::id()).unwrap();
         assert!(sched_getaffinity(None).unwrap().is_set(known));
+    }
+
+    #[test]
+    fn it_lingers_where_callers_are_elsewhere_and_only_as_long_as_that_helps() {
+        let looks = std::cell::Cell::new(0);
+        let look = |found: bool| {
+            looks.set(looks.get() + 1);
+            found
+        };
+        let mut company = Company::default();
+        company.linger(|| look(true));
+        assert_eq!(looks.get(), 0, "together, it does not");
+        company.apart = APART;
+        company.linger(|| look(true));
+        assert_eq!((looks.get(), company.missed), (1, 0));
+        company.linger(|| look(false));
+        let before = looks.get();
+        (0..2).for_each(|_| company.linger(|| look(true)));
+        assert_eq!(
+            looks.get(),
+            before,
+            "after it was in vain, it does not twice"
+        );
+        company.linger(|| look(true));
+        assert_eq!((looks.get(), company.missed), (before + 1, 0));
     }
 
     #[test]

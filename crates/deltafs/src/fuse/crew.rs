@@ -12,7 +12,7 @@ use parking_lot::{Condvar, Mutex};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use super::company::Company;
-use super::session::{Desk, Left};
+use super::session::{Desk, Duty, Left};
 use super::wire;
 
 /// For how long the first thread may be at one request before another one takes its place meanwhile.
@@ -56,44 +56,81 @@ enum Need {
     Alone,
 }
 
-/// Says that the first thread is no more when it is dropped, however that comes.
+/// What the first thread does. That it is no more is said when this is dropped, however that comes.
 #[derive(Debug)]
-struct Lead<'a>(&'a Crew);
+struct Lead<'a> {
+    crew: &'a Crew,
+    company: Company,
+}
+
+impl Duty for Lead<'_> {
+    fn stays(&mut self, channel: &OwnedFd) -> bool {
+        if self.crew.crowd.load(Ordering::Relaxed) == 0 {
+            self.company.linger(|| is_waiting(channel));
+        }
+        true
+    }
+
+    fn begin(&mut self, channel: &OwnedFd, request: &[u8]) {
+        // Of many callers there is none to go to.
+        if !self.crew.begin(channel)
+            && let Some(caller) = wire::caller(request)
+        {
+            self.company.join(caller);
+        }
+    }
+
+    fn done(&mut self) {
+        self.crew.done();
+    }
+}
 
 impl Drop for Lead<'_> {
     fn drop(&mut self) {
-        self.0.state.lock().ended = true;
-        self.0.called.notify_all();
+        self.crew.state.lock().ended = true;
+        self.crew.called.notify_all();
     }
+}
+
+/// What a helper does.
+#[derive(Debug)]
+struct Help<'a> {
+    crew: &'a Crew,
+    need: Need,
+}
+
+impl Duty for Help<'_> {
+    fn stays(&mut self, channel: &OwnedFd) -> bool {
+        self.crew.is_needed(self.need, channel)
+    }
+
+    fn begin(&mut self, channel: &OwnedFd, _: &[u8]) {
+        self.crew.are_more(channel);
+    }
+
+    fn done(&mut self) {}
 }
 
 impl Crew {
     /// Serves until the connection ends.
     pub(super) fn lead(&self, desk: &mut Desk) {
-        let _lead = Lead(self);
-        let mut company = Company::default();
-        let begin = |channel: &OwnedFd, request: &[u8]| {
-            // Of many callers there is none to go to.
-            if !self.begin(channel)
-                && let Some(caller) = wire::caller(request)
-            {
-                company.join(caller);
-            }
-        };
-        desk.serve(|_| true, begin, || self.done());
+        desk.serve(&mut self.first());
     }
 
     /// Serves when that is needed until the connection ends.
     pub(super) fn help(&self, desk: &mut Desk) {
         loop {
             let need = self.await_need();
-            let stays = |channel: &OwnedFd| self.is_needed(need, channel);
-            let begin = |channel: &OwnedFd, _: &[u8]| {
-                self.are_more(channel);
-            };
-            if desk.serve(stays, begin, || {}) == Left::Closed {
+            if desk.serve(&mut Help { crew: self, need }) == Left::Closed {
                 return;
             }
+        }
+    }
+
+    fn first(&self) -> Lead<'_> {
+        Lead {
+            crew: self,
+            company: Company::default(),
         }
     }
 
@@ -102,7 +139,7 @@ impl Crew {
         if need == Need::Alone || self.crowd.load(Ordering::Relaxed) > 0 {
             return true;
         }
-        let mut there = await_request(channel, Some(&Timespec::default()));
+        let mut there = is_waiting(channel);
         while !there
             && let Need::Stuck(turn) = need
             && turn == self.turn()
@@ -114,7 +151,7 @@ impl Crew {
 
     /// Whether there are more requests than the one that was just taken.
     fn are_more(&self, channel: &OwnedFd) -> bool {
-        let more = await_request(channel, Some(&Timespec::default()));
+        let more = is_waiting(channel);
         let crowd = match more {
             true => CROWD,
             false => self.crowd.load(Ordering::Relaxed).saturating_sub(1),
@@ -183,6 +220,11 @@ impl Crew {
     }
 }
 
+/// Whether there is a request now.
+fn is_waiting(channel: &OwnedFd) -> bool {
+    await_request(channel, Some(&Timespec::default()))
+}
+
 /// Waits for a request, or for nothing to come any more. Tells whether there is one.
 fn await_request(channel: &OwnedFd, patience: Option<&Timespec>) -> bool {
     let mut fds = [PollFd::from_borrowed_fd(channel.as_fd(), PollFlags::IN)];
@@ -228,7 +270,7 @@ mod tests {
         crew.done();
 
         let alone = helper(&crew);
-        drop(Lead(&crew));
+        drop(crew.first());
         assert_eq!(alone.join().unwrap(), Need::Alone);
         assert!(crew.is_needed(Need::Alone, &channel));
     }
@@ -245,7 +287,7 @@ mod tests {
         while crew.watched.load(Ordering::SeqCst) {
             std::thread::yield_now();
         }
-        drop(Lead(&crew));
+        drop(crew.first());
         assert_eq!(watching.join().unwrap(), Need::Alone);
     }
 }

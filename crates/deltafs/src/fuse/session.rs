@@ -198,6 +198,18 @@ pub(super) struct Desk<'a> {
     reply: Reply,
 }
 
+/// How a thread goes about requests.
+pub(super) trait Duty {
+    /// Whether it is to wait for one more.
+    fn stays(&mut self, channel: &OwnedFd) -> bool;
+
+    /// It has got this one.
+    fn begin(&mut self, channel: &OwnedFd, request: &[u8]);
+
+    /// It has answered it.
+    fn done(&mut self);
+}
+
 /// Why a thread does not serve any more.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Left {
@@ -217,14 +229,9 @@ impl<'a> Desk<'a> {
         }
     }
 
-    /// Serves requests as long as `stays` says so before each, and calls `begin` and `done` around each.
-    pub(super) fn serve(
-        &mut self,
-        stays: impl Fn(&OwnedFd) -> bool,
-        mut begin: impl FnMut(&OwnedFd, &[u8]),
-        done: impl Fn(),
-    ) -> Left {
-        while stays(self.channel) {
+    /// Serves requests as long as the duty says so.
+    pub(super) fn serve(&mut self, duty: &mut impl Duty) -> Left {
+        while duty.stays(self.channel) {
             let len = match rustix::io::read(self.channel, &mut self.buffer[..]) {
                 Ok(len) => len,
                 // The request was taken back, or the read was interrupted.
@@ -237,9 +244,9 @@ impl<'a> Desk<'a> {
                 }
             };
             let bytes = &self.buffer[..len];
-            begin(self.channel, bytes);
+            duty.begin(self.channel, bytes);
             answer(self.server, self.channel, bytes, &mut self.reply, true);
-            done();
+            duty.done();
         }
         Left::Free
     }
