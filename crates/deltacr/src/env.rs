@@ -25,6 +25,11 @@ pub trait Environment: Sync {
     fn init_pid(&self) -> HostPid;
     /// The root directory of the sandbox (an `O_PATH` descriptor in its mount namespace).
     fn root(&self) -> BorrowedFd<'_>;
+    /// The user outside that is root inside. Most files are his, and of the owner of a file the kernel asks no access list, which
+    /// would be a request for each.
+    fn root_user(&self) -> u32 {
+        0
+    }
     /// `st_dev` of the sandbox's versioned filesystem.
     fn fs_device(&self) -> u64;
     /// How many seccomp filters every process of the sandbox has from its birth on.

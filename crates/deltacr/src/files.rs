@@ -4,11 +4,13 @@ use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
 
 use rustix::fs::{Mode, OFlags, ResolveFlags, fstat, openat2};
+use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
 
 use crate::env::Environment;
 use crate::ids::InnerPid;
 use crate::procfs::Procfs;
+use crate::sys::process::as_user_of_files;
 
 /// A file that a process refers to: what it is, and where it was found.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -115,28 +117,44 @@ pub(crate) fn open(
     flags: OFlags,
 ) -> io::Result<OwnedFd> {
     let flags = flags | OFlags::CLOEXEC;
-    let resolve = ResolveFlags::IN_ROOT | ResolveFlags::NO_MAGICLINKS;
-    let by_path = || openat2(env.root(), path, flags, Mode::empty(), resolve);
-    let Some(inode) = inode else {
-        return Ok(by_path()?);
+    let by_path = || open_path(env, path, inode, flags);
+    let opened = match as_user_of_files(env.root_user(), by_path) {
+        Err(Errno::ACCESS | Errno::PERM) => by_path(),
+        other => other,
     };
-    match find(env, path, inode) {
-        // What was looked at is opened, without another walk along the path.
-        Some(found) if !flags.contains(OFlags::NOFOLLOW) => {
-            let found = format!("/proc/self/fd/{}", found.as_raw_fd());
-            Ok(rustix::fs::open(found, flags, Mode::empty())?)
-        }
-        Some(_) => Ok(by_path()?),
-        None => env.open_inode(inode, flags.bits() as i32),
+    match (inode, opened?) {
+        (_, Some(found)) => Ok(found),
+        (Some(inode), None) => env.open_inode(inode, flags.bits() as i32),
+        (None, None) => Err(io::ErrorKind::NotFound.into()),
     }
 }
 
-/// What a path leads to, if that is this inode of the versioned filesystem.
-fn find(env: &dyn Environment, path: &[u8], inode: u64) -> Option<OwnedFd> {
-    // Only looked at, for what has taken the path meanwhile may be a fifo or a device.
-    let flags = OFlags::PATH | OFlags::CLOEXEC;
+/// Opens what a path leads to; none if that is not this inode of the versioned filesystem.
+fn open_path(
+    env: &dyn Environment,
+    path: &[u8],
+    inode: Option<u64>,
+    flags: OFlags,
+) -> Result<Option<OwnedFd>, Errno> {
     let resolve = ResolveFlags::IN_ROOT | ResolveFlags::NO_MAGICLINKS;
-    let found = openat2(env.root(), path, flags, Mode::empty(), resolve).ok()?;
-    let stat = fstat(&found).ok()?;
-    ((stat.st_dev, stat.st_ino) == (env.fs_device(), inode)).then_some(found)
+    let walk = |flags| openat2(env.root(), path, flags, Mode::empty(), resolve);
+    let Some(inode) = inode else {
+        return walk(flags).map(Some);
+    };
+    // Only looked at, for what has taken the path meanwhile may be a fifo or a device.
+    let found = match walk(OFlags::PATH | OFlags::CLOEXEC) {
+        Ok(found) => found,
+        Err(e @ (Errno::ACCESS | Errno::PERM)) => return Err(e),
+        Err(_) => return Ok(None),
+    };
+    let stat = fstat(&found)?;
+    if (stat.st_dev, stat.st_ino) != (env.fs_device(), inode) {
+        return Ok(None);
+    }
+    if flags.contains(OFlags::NOFOLLOW) {
+        return walk(flags).map(Some);
+    }
+    // What was looked at is opened, without another walk along the path.
+    let found = format!("/proc/self/fd/{}", found.as_raw_fd());
+    rustix::fs::open(found, flags, Mode::empty()).map(Some)
 }

@@ -38,6 +38,10 @@ impl Environment for Surroundings<'_> {
         self.shared.container.root()
     }
 
+    fn root_user(&self) -> u32 {
+        self.shared.container.outside(0)
+    }
+
     fn fs_device(&self) -> u64 {
         self.volume.device()
     }

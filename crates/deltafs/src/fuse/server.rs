@@ -124,7 +124,7 @@ impl Server {
         &self.barrier
     }
 
-    pub(super) fn ids(&self) -> IdMap {
+    pub(crate) fn ids(&self) -> IdMap {
         self.ids
     }
 

@@ -21,6 +21,21 @@ pub(crate) fn clone_fuse_channel(new: BorrowedFd<'_>, of: BorrowedFd<'_>) -> io:
     }
 }
 
+/// Does something with the permissions that a user has to files, and nothing more (`setfsuid(2)`).
+pub(crate) fn as_user_of_files<T>(user: u32, act: impl FnOnce() -> T) -> T {
+    struct Restore(u32);
+    impl Drop for Restore {
+        fn drop(&mut self) {
+            // SAFETY: takes an integer, and changes the calling thread alone.
+            unsafe { libc::setfsuid(self.0) };
+        }
+    }
+    // SAFETY: as above.
+    let before = unsafe { libc::setfsuid(user) };
+    let _restore = Restore(before.cast_unsigned());
+    act()
+}
+
 /// `struct file_handle` with the 12 bytes that FUSE puts in it.
 #[repr(C)]
 struct FuseHandle {
