@@ -5,6 +5,7 @@
 
 use std::collections::HashMap;
 use std::sync::Arc;
+use std::thread::JoinHandle;
 use std::time::Duration;
 
 use parking_lot::{Condvar, Mutex};
@@ -41,8 +42,10 @@ struct State {
     found: HashMap<Ino, Found>,
     /// How many entries were found.
     entries: usize,
-    /// Whether there is a thread.
+    /// Whether there is a thread that listens.
     running: bool,
+    /// The last one.
+    thread: Option<JoinHandle<()>>,
     /// Whether the base is gone.
     ended: bool,
 }
@@ -101,15 +104,24 @@ impl Ahead {
         let ahead = Arc::clone(self);
         let thread = std::thread::Builder::new().name("deltafs-ahead".to_owned());
         // Without it all goes on, but slower.
-        state.running = thread.spawn(move || ahead.run()).is_ok();
+        state.thread = thread.spawn(move || ahead.run()).ok();
+        state.running = state.thread.is_some();
     }
 
-    /// The base is going.
+    /// The base is going, and so does the thread.
     pub(super) fn end(&self) {
         let mut state = self.state.lock();
         state.ended = true;
         state.open.clear();
         self.called.notify_one();
+        let thread = state.thread.take();
+        drop(state);
+        // It may be the thread itself that used the base last.
+        if let Some(thread) = thread
+            && thread.thread().id() != std::thread::current().id()
+        {
+            let _ = thread.join();
+        }
     }
 
     /// Waits until something was found.
@@ -145,6 +157,7 @@ impl Ahead {
         }
         *state = State {
             ended: state.ended,
+            thread: state.thread.take(),
             ..State::default()
         };
         None
