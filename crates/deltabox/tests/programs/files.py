@@ -499,6 +499,61 @@ def locks_held():
 
 
 @case
+def locks_for_reading_and_of_descriptions():
+    """A lock of a description is that of all who share it, and goes with the last."""
+    path, child = "/playground/locked", Child()
+    mine, shared = (os.open(path, os.O_RDWR | os.O_CREAT) for _ in range(2))
+
+    def lock(descriptor, command, kind, start, length):
+        record = struct.pack("=hhxxxxqqixxxx", kind, 0, start, length, 0)
+        fcntl.fcntl(descriptor, command, record)
+
+    lock(shared, 37, fcntl.F_WRLCK, 20, 10)  # F_OFD_SETLK
+    again = os.dup(shared)
+    os.close(shared)
+    # Who closes any descriptor of a file gives up the locks that the process has for itself.
+    lock(mine, fcntl.F_SETLK, fcntl.F_RDLCK, 0, 10)
+    reading = os.open(path, os.O_RDONLY)
+    fcntl.flock(reading, fcntl.LOCK_SH)
+
+    def may(kind, start):
+        record = f"struct.pack('=hhxxxxqqixxxx', {kind}, 0, {start}, 1, 0)"
+        attempt = f"__import__('fcntl').fcntl(os.open('{path}', os.O_RDWR), {fcntl.F_SETLK}, {record})"
+        return "Error" not in str(child.ask(attempt))
+
+    def mutate():
+        lock(mine, fcntl.F_SETLK, fcntl.F_UNLCK, 0, 0)
+        os.close(again)
+        fcntl.flock(reading, fcntl.LOCK_EX)
+
+    def check():
+        equal([may(fcntl.F_WRLCK, 5), may(fcntl.F_RDLCK, 5)], [False, True], "where it is locked for reading")
+        equal([may(fcntl.F_RDLCK, 25), may(fcntl.F_WRLCK, 15)], [False, True], "where a description has a lock")
+        other = os.open(path, os.O_RDONLY)
+        fcntl.flock(other, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        raises(errno.EAGAIN, fcntl.flock, other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.close(again)
+        equal(may(fcntl.F_WRLCK, 25), True, "when the description has gone")
+
+    return mutate, check
+
+
+@case
+def files_of_sysfs():
+    mtu = os.open("/sys/class/net/lo/mtu", os.O_RDONLY)
+    first = os.read(mtu, 2)
+
+    def mutate():
+        os.close(mtu)
+
+    def check():
+        rest = os.read(mtu, 10)
+        equal((first + rest).strip(), open("/sys/class/net/lo/mtu", "rb").read().strip(), "content and position")
+
+    return mutate, check
+
+
+@case
 def leases():
     path, other = "/playground/leased", "/playground/broken"
     for name in (path, other):

@@ -693,3 +693,32 @@ def memory_that_may_be_dropped():
         holds(at, "other", size, "what was written")
 
     return mutate, check
+
+
+@case
+def guard_pages():
+    """Put into mappings without parting them (`MADV_GUARD_INSTALL`)."""
+    at = mapping(8 * PAGE)
+    fill(at, "guarded", 8 * PAGE)
+    try:
+        call(libc.madvise, at + 2 * PAGE, PAGE, 102)
+    except OSError:  # a kernel before 6.13
+        return (lambda: None,) * 2
+
+    def mutate():
+        call(libc.madvise, at + 2 * PAGE, PAGE, 103)
+        call(libc.madvise, at + 5 * PAGE, PAGE, 102)
+
+    def dies_of(page):
+        pid = os.fork()
+        if pid == 0:
+            ctypes.memset(at + page * PAGE, 1, 1)
+            os._exit(0)
+        return os.waitpid(pid, 0)[1]
+
+    def check():
+        equal([dies_of(page) for page in (1, 2, 3, 5)], [0, signal.SIGSEGV, 0, 0], "touched pages")
+        for page in (0, 1, 3, 4, 5, 6, 7):
+            equal(ctypes.string_at(at + page * PAGE, PAGE), pattern("guarded", PAGE), f"page {page}")
+
+    return mutate, check

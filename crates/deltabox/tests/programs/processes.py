@@ -194,6 +194,63 @@ def process_controls():
 
 
 @case
+def rights_and_priorities_of_one_process():
+    def setup():
+        call(libc.prctl, 28, 0x40, 0, 0, 0)  # PR_SET_SECUREBITS: SECBIT_NO_CAP_AMBIENT_RAISE
+        call(libc.prctl, 8, 1, 0, 0, 0)  # PR_SET_KEEPCAPS
+        call(libc.prctl, 4, 0, 0, 0, 0)  # PR_SET_DUMPABLE
+        call(libc.personality, 0x40000)
+        with open("/proc/self/oom_score_adj", "w") as file:
+            file.write("500")
+        call(libc.syscall, 251, 1, 0, 2 << 13 | 3)  # ioprio_set
+        os.sched_setscheduler(0, os.SCHED_BATCH | 0x40000000, os.sched_param(0))
+
+    marked, plain = Child(setup), Child()
+    ask = (
+        "(libc.prctl(7, 0, 0, 0, 0), libc.prctl(27, 0, 0, 0, 0), libc.prctl(3, 0, 0, 0, 0),"
+        " libc.personality(0xffffffff), open('/proc/self/oom_score_adj').read(), libc.syscall(252, 1, 0),"
+        " os.sched_getscheduler(0))"
+    )
+    before = [child.ask(ask) for child in (marked, plain)]
+    equal(before[0][:3], (1, 0x50, 0), "what was asked for")
+
+    def mutate():
+        marked.ask("(libc.prctl(8, 0, 0, 0, 0), libc.prctl(4, 1, 0, 0, 0), libc.personality(0))")
+        plain.ask("(libc.prctl(28, 0x40, 0, 0, 0), libc.syscall(251, 1, 0, 3 << 13))")
+        plain.ask("open('/proc/self/oom_score_adj', 'w').write('700')")
+
+    def check():
+        equal([child.ask(ask) for child in (marked, plain)], before, "what holds")
+
+    return mutate, check
+
+
+@case
+def what_proc_tells_of_a_program():
+    bounds = (*range(25, 28), *range(44, 51))  # code, stack, data, break, arguments, environment
+
+    def told():
+        files = [open(f"/proc/self/{name}", "rb").read() for name in ("cmdline", "environ", "auxv", "comm")]
+        with open("/proc/self/maps") as maps:
+            own = [text for text in maps if "[v" in text or "[stack]" in text or "[heap]" in text]
+        numbers = [stat("self")[at - 2] for at in bounds]
+        return files, os.readlink("/proc/self/exe"), numbers, [text.split()[1:] for text in own]
+
+    call(libc.prctl, 15, b"called other")
+    before = told()
+
+    def mutate():
+        ctypes.memset(int(before[2][-4]), 0, 3)
+        call(libc.prctl, 15, b"spoiled")
+
+    def check():
+        equal(told(), before, "what is told")
+        equal(time.clock_gettime(time.CLOCK_MONOTONIC) > 0, True, "the vDSO works")
+
+    return mutate, check
+
+
+@case
 def zombie_not_yet_waited_for():
     pid = os.fork()
     if pid == 0:

@@ -786,3 +786,40 @@ def tcp_shut_down_for_reading():
         equal(client.recv(100), b"spoken", "the other way")
 
     return mutate, check
+
+
+@case
+def netlink_as_the_c_library_uses_it():
+    route = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, socket.NETLINK_ROUTE)
+    route.bind((0, 1))  # RTMGRP_LINK
+    events = socket.socket(socket.AF_NETLINK, socket.SOCK_DGRAM, 15)  # NETLINK_KOBJECT_UEVENT
+    events.bind((0, 1))
+    names = [s.getsockname() for s in (route, events)]
+    others = []
+
+    def links(s):
+        """The interfaces that a dump tells of."""
+        s.send(struct.pack("=IHHII", 32, 18, 0x301, 9, 0) + bytes(16))
+        found = []
+        while True:
+            answer, at = s.recv(65536), 0
+            while at < len(answer):
+                length, kind = struct.unpack_from("=IH", answer, at)
+                if kind == 3:
+                    return found
+                found.append(struct.unpack_from("=i", answer, at + 20)[0])
+                at += length + 3 & ~3
+
+    here = links(route)
+
+    def mutate():
+        route.close()
+        events.close()
+        others.append(socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, socket.NETLINK_ROUTE))
+
+    def check():
+        equal([s.getsockname() for s in (route, events)], names, "numbers and groups")
+        equal(links(route), here, "interfaces")
+        equal(links(route), [index for index, _ in socket.if_nameindex()], "interfaces by the C library")
+
+    return mutate, check

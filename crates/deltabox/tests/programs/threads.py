@@ -269,3 +269,78 @@ def threads_of_different_users():
         equal((workers[1].ask("os.getresuid()"), os.getresuid()), ((0, 0, 0), (0, 0, 0)), "as the others do")
 
     return mutate, check
+
+
+class Spawned:
+    """A thread of the C library's, which runs what it is asked and then ends."""
+
+    def __init__(self, begin, end):
+        self.begin, self.end, self.go, self.done = begin, end, threading.Event(), []
+        self.function = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p)(self.run)
+        self.handle = ctypes.c_ulong()
+        call(libc.pthread_create, ctypes.byref(self.handle), None, self.function, None)
+        eventually(lambda: self.done, "the beginning")
+
+    def run(self, _):
+        self.tid = threading.get_native_id()
+        self.done.append(self.begin())
+        self.go.wait()
+        self.done.append(self.end())
+        return 77
+
+    def join(self):
+        self.go.set()
+        result = ctypes.c_void_p()
+        equal(libc.pthread_join(self.handle, ctypes.byref(result)), 0, "joining")
+        equal(result.value, 77, "its result")
+
+
+@case
+def threads_with_signals_and_priorities_of_their_own():
+    def begin():
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR2])
+        call(libc.syscall, 234, os.getpid(), threading.get_native_id(), signal.SIGUSR2)
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 7)
+        os.sched_setaffinity(threading.get_native_id(), [first])
+
+    def end():
+        return signal.sigpending(), os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+
+    first = min(os.sched_getaffinity(0))
+    thread = Spawned(begin, end)
+
+    def mutate():
+        thread.join()
+
+    def check():
+        equal(status("SigPnd", f"self/task/{thread.tid}")[0], f"{1 << signal.SIGUSR2 - 1:016x}", "its own signal")
+        equal(status("SigPnd")[0], "0" * 16, "another's")
+        equal(os.sched_getaffinity(thread.tid), {first}, "where it may run")
+        # The kernel tells who waits for the end at the address that the thread was born with.
+        thread.join()
+        equal(thread.done[1], ({signal.SIGUSR2}, 7), "pending signals and niceness")
+
+    return mutate, check
+
+
+@case
+def mutex_whose_owner_ends():
+    """The kernel finds it by the list that the thread has told it."""
+    mutex, kind = ctypes.create_string_buffer(64), ctypes.create_string_buffer(16)
+    libc.pthread_mutexattr_init(kind)
+    libc.pthread_mutexattr_setrobust(kind, 1)
+    libc.pthread_mutex_init(mutex, kind)
+    thread = Spawned(lambda: libc.pthread_mutex_lock(mutex), lambda: None)
+
+    def mutate():
+        thread.join()
+        equal(libc.pthread_mutex_lock(mutex), errno.EOWNERDEAD, "the owner is dead")
+        libc.pthread_mutex_consistent(mutex)
+        libc.pthread_mutex_unlock(mutex)
+
+    def check():
+        equal(libc.pthread_mutex_trylock(mutex), errno.EBUSY, "it is locked")
+        thread.join()
+        equal(libc.pthread_mutex_lock(mutex), errno.EOWNERDEAD, "the owner is dead")
+
+    return mutate, check

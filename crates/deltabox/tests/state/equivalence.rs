@@ -212,6 +212,8 @@ theme! { files:
     standard_streams_redirected_since
     many_descriptors
     locks_held
+    locks_for_reading_and_of_descriptions
+    files_of_sysfs
     leases
     path_descriptor_and_proc_file
     namespaces_and_what_proc_has_of_the_dead
@@ -248,6 +250,7 @@ theme! { sockets:
     tcp6_connections_that_wait_with_data
     unix_peers_are_who_they_were
     tcp_shut_down_for_reading
+    netlink_as_the_c_library_uses_it
 }
 
 theme! { flights:
@@ -310,6 +313,7 @@ theme! { memory:
     advice_and_locks
     mappings_that_grow_beside_others
     memory_that_may_be_dropped
+    guard_pages
 }
 
 /// Cases once more, with everything done in the second gear.
@@ -380,6 +384,8 @@ theme! { threads:
     thread_of_a_child
     threads_of_a_process_that_gave_up_its_rights
     threads_of_different_users
+    threads_with_signals_and_priorities_of_their_own
+    mutex_whose_owner_ends
 }
 
 theme! { calls:
@@ -439,6 +445,8 @@ theme! { processes:
     credentials_dropped_since
     scheduling
     process_controls
+    rights_and_priorities_of_one_process
+    what_proc_tells_of_a_program
     zombie_not_yet_waited_for
     stopped_process
     orphan_of_a_double_fork
