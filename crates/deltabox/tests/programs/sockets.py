@@ -823,3 +823,25 @@ def netlink_as_the_c_library_uses_it():
         equal(links(route), [index for index, _ in socket.if_nameindex()], "interfaces by the C library")
 
     return mutate, check
+
+
+@case
+def socketpair_dgram_of_which_one_has_a_name():
+    named, other = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
+    named.bind("/playground/named")
+    other.send(b"queued")
+
+    def mutate():
+        equal(named.recv(100), b"queued", "what waits")
+        named.close()
+        os.unlink("/playground/named")
+
+    def check():
+        equal(named.getsockname(), "/playground/named", "its name")
+        equal(named.recv(100), b"queued", "what waits")
+        named.send(b"there")
+        equal(other.recvfrom(100), (b"there", "/playground/named"), "from the named one")
+        # Who is connected takes nothing from others.
+        raises(errno.EPERM, socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM).sendto, b"x", "/playground/named")
+
+    return mutate, check

@@ -82,7 +82,8 @@ impl Restore<'_, '_> {
             repair::connect_pair(&self.net()?, (a.as_fd(), image), (b.as_fd(), Some(peer)))?;
             return Ok((a, b));
         }
-        if image.kind == libc::SOCK_DGRAM && !(image.local.is_empty() && peer.local.is_empty()) {
+        let named = |end: &Socket| end.kind == libc::SOCK_DGRAM && !end.local.is_empty();
+        if named(image) && named(peer) {
             return self.make_named_pair((index, image), (other, peer));
         }
         let accepted = if let Some(listener) = self.listener_of(peer) {
@@ -102,8 +103,12 @@ impl Restore<'_, '_> {
                 })?
             }
         };
-        options::set(a.as_fd(), image)?;
-        options::set(b.as_fd(), peer)?;
+        for (end, at, image) in [(&a, index, image), (&b, other, peer)] {
+            options::set(end.as_fd(), image)?;
+            if named(image) {
+                unix::bind(self.host_of(at)?, end.as_fd(), image)?;
+            }
+        }
         Ok((a, b))
     }
 
@@ -153,12 +158,6 @@ impl Restore<'_, '_> {
         (index, image): (usize, &Socket),
         (other, peer): (usize, &Socket),
     ) -> io::Result<(OwnedFd, OwnedFd)> {
-        if image.local.is_empty() || peer.local.is_empty() {
-            return Err(io::Error::new(
-                io::ErrorKind::Unsupported,
-                "a datagram socket without a name is connected both ways to one with a name",
-            ));
-        }
         let (a, b) = (
             self.make_socket(index, image)?,
             self.make_socket(other, peer)?,
