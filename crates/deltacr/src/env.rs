@@ -25,10 +25,9 @@ pub trait Environment: Sync {
     fn init_pid(&self) -> HostPid;
     /// The root directory of the sandbox (an `O_PATH` descriptor in its mount namespace).
     fn root(&self) -> BorrowedFd<'_>;
-    /// The user outside that is root inside. Most files are his, and of the owner of a file the kernel asks no access list, which
-    /// would be a request for each.
-    fn root_user(&self) -> u32 {
-        0
+    /// Has files opened by somebody with the permissions of the sandbox's root, and no others, if that is of use.
+    fn as_root(&self, open: &mut dyn FnMut()) {
+        open();
     }
     /// `st_dev` of the sandbox's versioned filesystem.
     fn fs_device(&self) -> u64;

@@ -10,7 +10,6 @@ use serde::{Deserialize, Serialize};
 use crate::env::Environment;
 use crate::ids::InnerPid;
 use crate::procfs::Procfs;
-use crate::sys::process::as_user_of_files;
 
 /// A file that a process refers to: what it is, and where it was found.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -118,10 +117,11 @@ pub(crate) fn open(
 ) -> io::Result<OwnedFd> {
     let flags = flags | OFlags::CLOEXEC;
     let by_path = || open_path(env, path, inode, flags);
-    let opened = match as_user_of_files(env.root_user(), by_path) {
-        Err(Errno::ACCESS | Errno::PERM) => by_path(),
-        other => other,
-    };
+    let mut opened = Err(Errno::ACCESS);
+    env.as_root(&mut || opened = by_path());
+    if matches!(opened, Err(Errno::ACCESS | Errno::PERM)) {
+        opened = by_path();
+    }
     match (inode, opened?) {
         (_, Some(found)) => Ok(found),
         (Some(inode), None) => env.open_inode(inode, flags.bits() as i32),

@@ -350,8 +350,14 @@ impl Volume {
         sys::open_by_node_id(root, ino, generation, flags)
     }
 
-    /// Opens an inode by the name it has, so that `/proc/PID/fd` and `getcwd(2)` tell that name. As the user whose most files are: of
-    /// the owner of a file the kernel asks no access list, which would be a request for each.
+    /// Does something with the permissions that the root of the view has to files, and no others. Most files are his, and of the owner
+    /// of a file the kernel asks no access list, which would be a request for each file on the way. To be tried again without where
+    /// it is not permitted.
+    pub fn as_root<T>(&self, act: impl FnOnce() -> T) -> T {
+        sys::as_user_of_files(self.server.ids().outside_first, act)
+    }
+
+    /// Opens an inode by the name it has, so that `/proc/PID/fd` and `getcwd(2)` tell that name.
     fn open_by_name(&self, root: &OwnedFd, ino: Ino, flags: i32) -> Option<OwnedFd> {
         let path = self.server.view().read().path(ino)?;
         let mut flags = OFlags::from_bits_retain(flags.cast_unsigned()) | OFlags::CLOEXEC;
@@ -362,8 +368,7 @@ impl Volume {
         // Not O_NOFOLLOW, which would stay among the descriptor's flags.
         let resolve = ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS;
         let open = || rustix::fs::openat2(root, &*path, flags, Mode::empty(), resolve);
-        let owner = self.server.ids().outside_first;
-        let fd = match sys::as_user_of_files(owner, open) {
+        let fd = match self.as_root(open) {
             Err(Errno::ACCESS | Errno::PERM) => open(),
             other => other,
         };

@@ -38,8 +38,8 @@ impl Environment for Surroundings<'_> {
         self.shared.container.root()
     }
 
-    fn root_user(&self) -> u32 {
-        self.shared.container.outside(0)
+    fn as_root(&self, open: &mut dyn FnMut()) {
+        self.volume.as_root(open);
     }
 
     fn fs_device(&self) -> u64 {

@@ -26,21 +26,6 @@ pub(crate) fn pidfd_getfd(pidfd: BorrowedFd<'_>, fd: i32) -> io::Result<OwnedFd>
     owned(unsafe { libc::syscall(libc::SYS_pidfd_getfd, pidfd.as_raw_fd(), fd, 0) })
 }
 
-/// Does something with the permissions that a user has to files, and nothing more (`setfsuid(2)`).
-pub(crate) fn as_user_of_files<T>(user: u32, act: impl FnOnce() -> T) -> T {
-    struct Restore(u32);
-    impl Drop for Restore {
-        fn drop(&mut self) {
-            // SAFETY: takes an integer, and changes the calling thread alone.
-            unsafe { libc::setfsuid(self.0) };
-        }
-    }
-    // SAFETY: as above.
-    let before = unsafe { libc::setfsuid(user) };
-    let _restore = Restore(before.cast_unsigned());
-    act()
-}
-
 /// What `clone(2)` lets processes have together.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Share {

@@ -2,6 +2,7 @@
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::sync::OnceLock;
 
 /// `FUSE_DEV_IOC_CLONE`: `_IOR(229, 0, uint32_t)`.
 const FUSE_DEV_IOC_CLONE: libc::c_ulong = 0x8004_e500;
@@ -21,15 +22,25 @@ pub(crate) fn clone_fuse_channel(new: BorrowedFd<'_>, of: BorrowedFd<'_>) -> io:
     }
 }
 
-/// Does something with the permissions that a user has to files, and nothing more (`setfsuid(2)`).
+/// Does something with the permissions that a user has to files, and no others (`setfsuid(2)`).
 pub(crate) fn as_user_of_files<T>(user: u32, act: impl FnOnce() -> T) -> T {
+    /// Whether this process could be dumped before, which changing the user puts an end to (`PR_GET_DUMPABLE`).
+    static DUMPABLE: OnceLock<bool> = OnceLock::new();
     struct Restore(u32);
     impl Drop for Restore {
         fn drop(&mut self) {
-            // SAFETY: takes an integer, and changes the calling thread alone.
-            unsafe { libc::setfsuid(self.0) };
+            // SAFETY: both take integers. The first changes the calling thread alone, the second takes back what it does
+            // to the process.
+            unsafe {
+                libc::setfsuid(self.0);
+                if DUMPABLE.get() == Some(&true) {
+                    libc::prctl(libc::PR_SET_DUMPABLE, libc::c_ulong::from(true), 0, 0, 0);
+                }
+            }
         }
     }
+    // SAFETY: as above; this one changes nothing.
+    DUMPABLE.get_or_init(|| unsafe { libc::prctl(libc::PR_GET_DUMPABLE, 0, 0, 0, 0) } == 1);
     // SAFETY: as above.
     let before = unsafe { libc::setfsuid(user) };
     let _restore = Restore(before.cast_unsigned());
@@ -76,4 +87,29 @@ pub(crate) fn open_by_node_id(
     }
     // SAFETY: the kernel has just given us this descriptor; nobody else has it.
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::PermissionsExt;
+
+    use super::*;
+
+    #[test]
+    fn permissions_are_those_of_the_user_for_as_long_as_it_takes() {
+        let dir = tempfile::tempdir().unwrap();
+        let secret = dir.path().join("secret");
+        std::fs::write(&secret, "").unwrap();
+        std::fs::set_permissions(&secret, PermissionsExt::from_mode(0o600)).unwrap();
+        let open = || std::fs::File::open(&secret).map_err(|e| e.kind());
+        assert!(open().is_ok());
+        let opened = as_user_of_files(12_345, open);
+        assert_eq!(opened.unwrap_err(), io::ErrorKind::PermissionDenied);
+        assert!(open().is_ok());
+        // SAFETY: takes integers and changes nothing.
+        let dumpable = unsafe { libc::prctl(libc::PR_GET_DUMPABLE, 0, 0, 0, 0) };
+        assert_eq!(dumpable, 1);
+        let panicked = std::panic::catch_unwind(|| as_user_of_files(12_345, || panic!("there")));
+        assert!(panicked.is_err() && open().is_ok());
+    }
 }
