@@ -2,6 +2,8 @@
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::fs;
+use std::sync::OnceLock;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use crate::catch::{Catcher, Caught, is_dead};
@@ -24,8 +26,12 @@ const LOOKS: u32 = 20;
 /// The code segment of 64-bit user mode.
 const CS_64: u64 = 0x33;
 
-/// Of so many processes what is read at every visit stays open, up to 14 files of each.
+/// Of so many processes what is read at every visit stays open,
 const KEEP_OPEN: usize = 16;
+/// up to so many files of each,
+const OF_EACH: u64 = 14;
+/// as long as that is at most this part of what this process may have open.
+const PART: u64 = 16;
 
 /// What the engine remembers of a process from one visit to the next.
 pub(crate) struct Acquaintance {
@@ -37,12 +43,45 @@ pub(crate) struct Acquaintance {
     pub(crate) area: Option<u64>,
     pub(crate) threads: HashMap<HostPid, InnerPid>,
     pub(crate) files: OpenFiles,
+    /// What the files may be kept open by.
+    _keep: Option<Keep>,
 }
 
 impl Acquaintance {
     /// Whether it had one thread.
     pub(crate) fn is_single(&self) -> bool {
         self.threads.len() == 1
+    }
+}
+
+/// The right to keep files of a process open; all engines have the same number of them.
+pub(crate) struct Keep(());
+
+impl Keep {
+    fn taken() -> &'static AtomicU64 {
+        static TAKEN: AtomicU64 = AtomicU64::new(0);
+        &TAKEN
+    }
+
+    /// How many there are.
+    fn all() -> u64 {
+        static ALL: OnceLock<u64> = OnceLock::new();
+        *ALL.get_or_init(|| {
+            let limit = rustix::process::getrlimit(rustix::process::Resource::Nofile);
+            limit.current.map_or(u64::MAX, |most| most / PART / OF_EACH)
+        })
+    }
+
+    fn take() -> Option<Self> {
+        let more = |taken| (taken < Self::all()).then_some(taken + 1);
+        let took = Self::taken().fetch_update(Ordering::Relaxed, Ordering::Relaxed, more);
+        took.ok().map(|_| Self(()))
+    }
+}
+
+impl Drop for Keep {
+    fn drop(&mut self) {
+        Self::taken().fetch_sub(1, Ordering::Relaxed);
     }
 }
 
@@ -265,9 +304,11 @@ impl Held {
                 .iter()
                 .map(|thread| (thread.host, thread.tid))
                 .collect();
-            let files = match self.processes.len() {
-                ..=KEEP_OPEN => process.stopped.remote.files().clone(),
-                _ => OpenFiles::default(),
+            let few = self.processes.len() <= KEEP_OPEN;
+            let keep = few.then(Keep::take).flatten();
+            let files = match &keep {
+                Some(_) => process.stopped.remote.files().clone(),
+                None => OpenFiles::default(),
             };
             let acquaintance = Acquaintance {
                 pid: *pid,
@@ -276,6 +317,7 @@ impl Held {
                 area: process.stopped.remote.area_address(),
                 threads,
                 files,
+                _keep: keep,
             };
             known.insert(process.stopped.remote.host(), acquaintance);
         }
@@ -315,5 +357,19 @@ fn not_frozen(freezer: &mut Freezer, timeout: Duration) -> Error {
     Error::NotFrozen {
         waited_ms: timeout.as_millis() as u64,
         what,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn no_more_is_kept_open_than_there_is_room_for() {
+        let kept: Vec<Keep> = std::iter::from_fn(Keep::take).take(1 << 20).collect();
+        assert_eq!(kept.len() as u64, Keep::all());
+        assert!(Keep::take().is_none());
+        drop(kept);
+        assert!(Keep::take().is_some());
     }
 }
