@@ -30,6 +30,11 @@ impl Samples {
         self.0.push(bytes as f64 / f64::from(1 << 20));
     }
 
+    /// Whether nothing was measured.
+    pub(crate) fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+
     /// One sample: by how many microseconds the median is above that of `few`, which is of `items` items fewer, for each.
     pub(crate) fn slope(&self, few: &Self, items: f64) -> Self {
         let medians = self.quantile(0.5).zip(few.quantile(0.5));

@@ -37,3 +37,8 @@ pub use ids::IdMap;
 pub use reclaim::LeftBehind;
 pub use view::Quota;
 pub use volume::{Options, RollbackStats, Snapshot, Stats, Volume};
+
+/// What a volume is served through, for other servers of FUSE.
+pub mod transport {
+    pub use crate::fuse::{Service, Session};
+}

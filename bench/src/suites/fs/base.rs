@@ -19,6 +19,9 @@ const CHANGED: u32 = 5;
 /// Files that pytest looks into.
 const TEST_FILES: u32 = 300;
 
+/// The directory of the repository.
+pub(super) const REPOSITORY: &str = "repo";
+
 /// The name of the wheel.
 pub(super) const WHEEL: &str = "bench_package-1.0-py3-none-any.whl";
 
@@ -37,7 +40,7 @@ pub(super) struct Packages {
 
 /// Fills the directory `base`. The large file has `large` bytes.
 pub(super) fn fill(base: &Path, large: u64) -> Result<Packages> {
-    let repo = base.join("repo");
+    let repo = base.join(REPOSITORY);
     fs::create_dir(&repo)?;
     let git = |args: &[&str]| run(super::git(&repo).args(args));
     git(&["init", "-q", "-b", "main"])?;

@@ -9,7 +9,7 @@ use anyhow::{Result, ensure};
 use deltafs::{Snapshot, Volume};
 
 use super::SUITE;
-use super::sites::{Kind, Site};
+use super::sites::{Ground, Kind, Site};
 use crate::Options;
 use crate::rows::{Rows, Samples};
 
@@ -65,7 +65,12 @@ fn open(dir: &Path) -> Result<Site> {
     if !base.exists() {
         fs::create_dir(&base)?;
     }
-    Site::open(Kind::Delta, &base, dir, false)
+    let ground = Ground {
+        base: &base,
+        dir,
+        answers: None,
+    };
+    Site::open(Kind::Delta, &ground, false)
 }
 
 fn path(site: &Site, file: u32) -> std::path::PathBuf {

@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Result, ensure};
 
 use super::base::{Packages, RARE_WORD, WHEEL};
+use super::sites::Kind;
 use super::{git, run};
 
 /// Files that are created and deleted.
@@ -41,7 +42,27 @@ pub(super) struct Workload {
     /// Repetitions, in a quick run and otherwise.
     pub(super) repetitions: [u32; 2],
     pub(super) run: Run,
+    /// The bare servers that it can be run on.
+    pub(super) bare: &'static [Kind],
 }
+
+impl Workload {
+    /// The same, on these bare servers too.
+    const fn and(mut self, bare: &'static [Kind]) -> Self {
+        self.bare = bare;
+        self
+    }
+
+    /// Whether it can be run there.
+    pub(super) fn runs_on(&self, kind: Kind) -> bool {
+        !matches!(kind, Kind::Bare | Kind::Keeping) || self.bare.contains(&kind)
+    }
+}
+
+/// For what only reads files of the repository,
+const READS: &[Kind] = &[Kind::Bare];
+/// and what writes files.
+const WRITES: &[Kind] = &[Kind::Bare, Kind::Keeping];
 
 const fn warm(name: &'static str, repetitions: [u32; 2], run: Run) -> Workload {
     Workload {
@@ -49,6 +70,7 @@ const fn warm(name: &'static str, repetitions: [u32; 2], run: Run) -> Workload {
         tree: Tree::Warm,
         repetitions,
         run,
+        bare: &[],
     }
 }
 
@@ -58,6 +80,7 @@ const fn fresh(name: &'static str, repetitions: [u32; 2], run: Run) -> Workload 
         tree: Tree::Fresh,
         repetitions,
         run,
+        bare: &[],
     }
 }
 
@@ -69,20 +92,20 @@ pub(super) const ALL: [Workload; 20] = [
     warm("grep -r", [7, 30], grep),
     warm("python import", [5, 20], import),
     warm("pytest collection", [3, 15], collect),
-    fresh("cold first touch: git status", [3, 10], git_status),
-    fresh("cold first touch: find", [3, 10], find),
-    fresh("cold first touch: ls -lR", [3, 10], list),
-    fresh("cold first touch: grep -r", [3, 10], grep),
+    fresh("cold first touch: git status", [3, 10], git_status).and(READS),
+    fresh("cold first touch: find", [3, 10], find).and(READS),
+    fresh("cold first touch: ls -lR", [3, 10], list).and(READS),
+    fresh("cold first touch: grep -r", [3, 10], grep).and(READS),
     fresh("cold first touch: python import", [3, 10], import),
     fresh("cold first touch: pytest collection", [3, 10], collect),
     warm("untar 3,000 files", [3, 15], untar),
     warm("pip install of a wheel", [3, 10], install),
     warm("git checkout", [3, 15], checkout),
     warm("create and delete 5,000 files", [3, 15], create_and_delete),
-    warm("sequential write 256 MiB", [3, 10], write),
+    warm("sequential write 256 MiB", [3, 10], write).and(WRITES),
     warm("sequential read 256 MiB", [3, 10], read),
-    warm("append 4 KiB", [3, 10], append),
-    warm("overwrite 4 KiB at random", [3, 10], overwrite),
+    warm("append 4 KiB", [3, 10], append).and(WRITES),
+    warm("overwrite 4 KiB at random", [3, 10], overwrite).and(WRITES),
 ];
 
 /// The first write into the large file: a tree of its own, for overlayfs copies the file.

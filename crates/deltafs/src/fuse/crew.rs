@@ -12,7 +12,7 @@ use parking_lot::{Condvar, Mutex};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use super::company::Company;
-use super::session::{Desk, Duty, Left};
+use super::desk::{Desk, Duty, Left, Service};
 use super::wire;
 
 /// For how long the first thread may be at one request before another one takes its place meanwhile.
@@ -113,12 +113,12 @@ impl Duty for Help<'_> {
 
 impl Crew {
     /// Serves until the connection ends.
-    pub(super) fn lead(&self, desk: &mut Desk) {
+    pub(super) fn lead<S: Service>(&self, desk: &mut Desk<'_, S>) {
         desk.serve(&mut self.first());
     }
 
     /// Serves when that is needed until the connection ends.
-    pub(super) fn help(&self, desk: &mut Desk) {
+    pub(super) fn help<S: Service>(&self, desk: &mut Desk<'_, S>) {
         loop {
             let need = self.await_need();
             if desk.serve(&mut Help { crew: self, need }) == Left::Closed {

@@ -2,7 +2,8 @@
 
 use rustix::io::Errno;
 
-use super::server::{MAX_WRITE, Server};
+use super::init::MAX_WRITE;
+use super::server::Server;
 use super::wire::{Reply, Request};
 use crate::acl;
 use crate::node::{Body, Time};

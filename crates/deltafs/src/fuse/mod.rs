@@ -9,6 +9,8 @@ mod company;
 mod control;
 mod crew;
 mod data_ops;
+mod desk;
+mod init;
 mod kernel;
 mod name_ops;
 mod notify;
@@ -23,5 +25,7 @@ pub(crate) use barrier::Barrier;
 pub(crate) use kernel::Kernel;
 pub(crate) use notify::Notice;
 pub(crate) use server::Server;
-pub(crate) use session::Session;
+
+pub use desk::Service;
+pub use session::Session;
 pub(crate) use settle::{Settler, refresh_size};

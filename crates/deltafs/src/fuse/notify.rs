@@ -17,7 +17,7 @@ const NOTIFY_PRUNE: i32 = 9;
 /// # Errors
 /// `EINVAL` if the kernel does not know this notice.
 pub(crate) fn prune(device: BorrowedFd<'_>, inodes: &[Ino]) -> Result<(), Errno> {
-    let mut message = super::wire::Reply::new();
+    let mut message = super::wire::Reply::default();
     let count = u32::try_from(inodes.len()).map_err(|_| Errno::TOOBIG)?;
     message.u32(count).raw(&[0; 12]);
     for ino in inodes {
@@ -49,7 +49,7 @@ impl Notice {
     /// Sends it. Must not be called by a thread that serves requests, nor under a lock that a handler
     /// takes: the kernel waits for requests that are under way.
     pub(crate) fn send(&self, device: BorrowedFd<'_>) -> Result<(), Errno> {
-        let mut message = super::wire::Reply::new();
+        let mut message = super::wire::Reply::default();
         let code = match self {
             Self::Attributes(ino) => {
                 message.u64(*ino).u64(u64::MAX).u64(0);

@@ -1,7 +1,7 @@
 //! What answers the kernel's requests: the current view behind one lock.
 
 use std::collections::HashSet;
-use std::os::fd::BorrowedFd;
+use std::os::fd::{BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -10,10 +10,11 @@ use rustix::io::Errno;
 
 use super::absent::Absent;
 use super::barrier::Barrier;
+use super::desk::Service;
 use super::kernel::Kernel;
 use super::notify::Notice;
 use super::outer::OUTER;
-use super::wire::{Reply, Request, opcode};
+use super::wire::{IN_HEADER, Reply, Request, opcode};
 use crate::ids::IdMap;
 use crate::node::{Ino, Node, NodeRef};
 use crate::tree::Tree;
@@ -24,53 +25,9 @@ const ROOM_TRIES: u32 = 5;
 /// and how long to wait in between.
 const ROOM_PAUSE: Duration = Duration::from_millis(4);
 
-/// The most bytes that one request reads or writes. More at once leaves the processor's cache before it is written on:
-/// with 1 MiB, writing takes half as much processor time again.
-pub(crate) const MAX_WRITE: usize = 256 << 10;
-
-/// The protocol version that is spoken: 7.36, the first with 64 feature bits.
-const MAJOR: u32 = 7;
-const MINOR: u32 = 36;
-
-/// The features that are asked for, as far as the kernel has them. Not among them is `ASYNC_DIO`: of a direct write that is asynchronous the
-/// kernel does not drop the pages when it is done, so who read them meanwhile would be left with the old bytes.
-mod feature {
-    pub(super) const ASYNC_READ: u32 = 1 << 0;
-    pub(super) const EXPORT_SUPPORT: u32 = 1 << 4;
-    pub(super) const BIG_WRITES: u32 = 1 << 5;
-    pub(super) const DONT_MASK: u32 = 1 << 6;
-    pub(super) const DO_READDIRPLUS: u32 = 1 << 13;
-    pub(super) const READDIRPLUS_AUTO: u32 = 1 << 14;
-    pub(super) const NO_OPEN_SUPPORT: u32 = 1 << 17;
-    pub(super) const PARALLEL_DIROPS: u32 = 1 << 18;
-    pub(super) const POSIX_ACL: u32 = 1 << 20;
-    pub(super) const MAX_PAGES: u32 = 1 << 22;
-    pub(super) const CACHE_SYMLINKS: u32 = 1 << 23;
-    pub(super) const NO_OPENDIR_SUPPORT: u32 = 1 << 24;
-    pub(super) const EXPLICIT_INVAL_DATA: u32 = 1 << 25;
-    pub(super) const HANDLE_KILLPRIV_V2: u32 = 1 << 28;
-    pub(super) const SETXATTR_EXT: u32 = 1 << 29;
-}
-
-const FEATURES: u32 = feature::ASYNC_READ
-    | feature::EXPORT_SUPPORT
-    | feature::BIG_WRITES
-    | feature::DONT_MASK
-    | feature::DO_READDIRPLUS
-    | feature::READDIRPLUS_AUTO
-    | feature::NO_OPEN_SUPPORT
-    | feature::PARALLEL_DIROPS
-    | feature::POSIX_ACL
-    | feature::MAX_PAGES
-    | feature::CACHE_SYMLINKS
-    | feature::NO_OPENDIR_SUPPORT
-    | feature::EXPLICIT_INVAL_DATA
-    | feature::HANDLE_KILLPRIV_V2
-    | feature::SETXATTR_EXT;
-
 /// How a handler answers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Answer {
+enum Answer {
     Reply,
     /// The kernel does not wait for an answer.
     Silence,
@@ -85,6 +42,17 @@ pub(crate) struct Server {
     absent: Absent,
     barrier: Arc<Barrier>,
     ids: IdMap,
+}
+
+impl Service for Server {
+    type Room = Reply;
+
+    /// Answers a request, or has it wait behind the barrier.
+    fn answer(&self, request: &[u8], channel: &Arc<OwnedFd>, reply: &mut Reply) {
+        self.answer_unless(request, channel, reply, |asked| {
+            asked.opcode == opcode::GETATTR && self.barrier.take(asked.node, request, channel)
+        });
+    }
 }
 
 impl Server {
@@ -135,9 +103,49 @@ impl Server {
         }
     }
 
-    /// Answers a request. The kernel lets go of a removed file before the caller of `unlink(2)` goes on, but says so
+    /// Answers a request that has waited.
+    pub(super) fn answer_now(&self, request: &[u8], channel: &OwnedFd, reply: &mut Reply) {
+        self.answer_unless(request, channel, reply, |_| false);
+    }
+
+    fn answer_unless(
+        &self,
+        bytes: &[u8],
+        channel: &OwnedFd,
+        reply: &mut Reply,
+        waits: impl FnOnce(&Request<'_>) -> bool,
+    ) {
+        if bytes.len() < IN_HEADER {
+            return;
+        }
+        let Ok(request) = Request::parse(bytes) else {
+            tracing::error!(len = bytes.len(), "a FUSE request is malformed");
+            return;
+        };
+        if waits(&request) {
+            return;
+        }
+        reply.clear();
+        let error = match self.handle(request, reply) {
+            Ok(Answer::Reply) => 0,
+            Ok(Answer::Silence) => return,
+            Err(errno) => {
+                reply.clear();
+                -errno.raw_os_error()
+            }
+        };
+        if let Err(error) = rustix::io::write(channel, reply.finish(request.unique, error)) {
+            tracing::debug!(%error, opcode = request.opcode, "a reply was not taken");
+            for ino in reply.counted() {
+                self.forget(*ino, 1);
+            }
+        }
+        reply.clear();
+    }
+
+    /// Gives the answer to a request. The kernel lets go of a removed file before the caller of `unlink(2)` goes on, but says so
     /// by a request that may be read behind the caller's next one: what finds the quota used up by such files waits a little.
-    pub(crate) fn handle(&self, request: Request<'_>, reply: &mut Reply) -> Result<Answer, Errno> {
+    fn handle(&self, request: Request<'_>, reply: &mut Reply) -> Result<Answer, Errno> {
         for _ in 0..ROOM_TRIES {
             match self.try_to_handle(request, reply) {
                 Err(Errno::NOSPC) if self.view.read().may_gain_room() => {
@@ -156,7 +164,6 @@ impl Server {
                 let _ = self.forget_request(request);
                 return Ok(Answer::Silence);
             }
-            opcode::INIT => init(request, reply),
             opcode::LOOKUP | opcode::GETATTR | opcode::GETXATTR if request.node == OUTER => {
                 self.outer(request, reply)
             }
@@ -277,23 +284,4 @@ impl Server {
         }
         Ok(())
     }
-}
-
-/// `struct fuse_init_out`: what the connection can do.
-fn init(request: Request<'_>, reply: &mut Reply) -> Result<(), Errno> {
-    let mut args = request.args;
-    let (major, _minor) = (args.u32()?, args.u32()?);
-    if major != MAJOR {
-        return Err(Errno::PROTO);
-    }
-    let read_ahead = args.u32()?;
-    let flags = args.u32()? & FEATURES;
-    let max_pages = u16::try_from(MAX_WRITE / 4096).unwrap_or(u16::MAX);
-    reply.u32(MAJOR).u32(MINOR).u32(read_ahead).u32(flags);
-    reply.u16(64).u16(48);
-    reply
-        .u32(u32::try_from(MAX_WRITE).unwrap_or(u32::MAX))
-        .u32(1);
-    reply.u16(max_pages).u16(0).raw(&[0; 32]);
-    Ok(())
 }

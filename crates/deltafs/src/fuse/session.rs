@@ -7,22 +7,18 @@ use std::thread::JoinHandle;
 
 use parking_lot::Mutex;
 use rustix::fs::{AtFlags, Mode, OFlags, StatxFlags};
-use rustix::io::Errno;
 use rustix::mount::{FsMountFlags, FsOpenFlags, MountAttrFlags};
 
 use super::control::Control;
 use super::crew::Crew;
-use super::server::{MAX_WRITE, Server};
-use super::wire::{IN_HEADER, Reply, Request, opcode};
+use super::desk::{Desk, Service};
+use super::init::MAX_WRITE;
 use crate::error::{Error, Result};
 use crate::sys;
 
-/// Room for the header and the arguments before the data of a write.
-const ARGS: usize = 4096;
-
 /// A mounted connection. Dropping it ends it: nobody is left waiting, and whoever still uses the mount gets `ENOTCONN`.
 #[derive(Debug)]
-pub(crate) struct Session {
+pub struct Session {
     device: Arc<OwnedFd>,
     /// Whether the kernel drops inodes when it is told to.
     prunes: OnceLock<bool>,
@@ -33,8 +29,12 @@ pub(crate) struct Session {
 }
 
 impl Session {
-    /// Mounts `server` and serves it with `threads` threads (at least one).
-    pub(crate) fn start(server: &Arc<Server>, threads: usize) -> Result<Self> {
+    /// Makes a mount that `threads` threads (at least one) serve. The service must have a directory `root` in the root of the mount, which is
+    /// node 1.
+    ///
+    /// # Errors
+    /// If there is no `/dev/fuse`, it cannot be mounted, or the service does not answer for the directory.
+    pub fn start<S: Service>(service: &Arc<S>, threads: usize) -> Result<Self> {
         let device = Arc::new(open_device().map_err(failed("opening /dev/fuse"))?);
         let mount = mount(device.as_fd())?;
         let device_number =
@@ -58,9 +58,9 @@ impl Session {
                 let channel = open_channel(device.as_fd());
                 Arc::new(channel.map_err(failed("opening one more channel of /dev/fuse"))?)
             };
-            let (server, crew) = (Arc::clone(server), Arc::clone(&crew));
+            let (service, crew) = (Arc::clone(service), Arc::clone(&crew));
             let work = move || {
-                let mut desk = Desk::new(&server, &channel);
+                let mut desk = Desk::new(&*service, &channel);
                 match leads {
                     true => crew.lead(&mut desk),
                     false => crew.help(&mut desk),
@@ -78,8 +78,8 @@ impl Session {
         Ok(session)
     }
 
-    /// The mount; an `O_PATH` descriptor.
-    pub(crate) fn mount(&self) -> BorrowedFd<'_> {
+    /// The mount of the directory `root`; an `O_PATH` descriptor.
+    pub fn mount(&self) -> BorrowedFd<'_> {
         self.mount.as_fd()
     }
 
@@ -187,104 +187,4 @@ fn read_ahead(device: u64) {
     if let Err(error) = std::fs::write(&path, (MAX_WRITE >> 10).to_string()) {
         tracing::debug!(%error, path, "large files are read in smaller pieces");
     }
-}
-
-/// Where a thread answers requests.
-#[derive(Debug)]
-pub(super) struct Desk<'a> {
-    server: &'a Server,
-    channel: &'a Arc<OwnedFd>,
-    buffer: Vec<u8>,
-    reply: Reply,
-}
-
-/// How a thread goes about requests.
-pub(super) trait Duty {
-    /// Whether it is to wait for one more.
-    fn stays(&mut self, channel: &OwnedFd) -> bool;
-
-    /// It has got this one.
-    fn begin(&mut self, channel: &OwnedFd, request: &[u8]);
-
-    /// It has answered it.
-    fn done(&mut self);
-}
-
-/// Why a thread does not serve any more.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Left {
-    /// It is not needed.
-    Free,
-    /// There will be no request any more.
-    Closed,
-}
-
-impl<'a> Desk<'a> {
-    fn new(server: &'a Server, channel: &'a Arc<OwnedFd>) -> Self {
-        Self {
-            server,
-            channel,
-            buffer: vec![0; MAX_WRITE + ARGS],
-            reply: Reply::new(),
-        }
-    }
-
-    /// Serves requests as long as the duty says so.
-    pub(super) fn serve(&mut self, duty: &mut impl Duty) -> Left {
-        while duty.stays(self.channel) {
-            let len = match rustix::io::read(self.channel, &mut self.buffer[..]) {
-                Ok(len) => len,
-                // The request was taken back, or the read was interrupted.
-                Err(Errno::NOENT | Errno::INTR | Errno::AGAIN) => continue,
-                Err(error) => {
-                    if !matches!(error, Errno::NODEV | Errno::CONNABORTED) {
-                        tracing::error!(%error, "a thread of a DeltaFS mount cannot read requests and ends");
-                    }
-                    return Left::Closed;
-                }
-            };
-            let bytes = &self.buffer[..len];
-            duty.begin(self.channel, bytes);
-            answer(self.server, self.channel, bytes, &mut self.reply, true);
-            duty.done();
-        }
-        Left::Free
-    }
-}
-
-/// Answers one request, or has it wait if that is allowed.
-pub(super) fn answer(
-    server: &Server,
-    channel: &Arc<OwnedFd>,
-    bytes: &[u8],
-    reply: &mut Reply,
-    may_wait: bool,
-) {
-    if bytes.len() < IN_HEADER {
-        return;
-    }
-    let Ok(request) = Request::parse(bytes) else {
-        tracing::error!(len = bytes.len(), "a FUSE request is malformed");
-        return;
-    };
-    let asks = request.opcode == opcode::GETATTR;
-    if may_wait && asks && server.barrier().take(request.node, bytes, channel) {
-        return;
-    }
-    reply.clear();
-    let error = match server.handle(request, reply) {
-        Ok(super::server::Answer::Reply) => 0,
-        Ok(super::server::Answer::Silence) => return,
-        Err(errno) => {
-            reply.clear();
-            -errno.raw_os_error()
-        }
-    };
-    if let Err(error) = rustix::io::write(channel, reply.finish(request.unique, error)) {
-        tracing::debug!(%error, opcode = request.opcode, "a reply was not taken");
-        for ino in reply.counted() {
-            server.forget(*ino, 1);
-        }
-    }
-    reply.clear();
 }

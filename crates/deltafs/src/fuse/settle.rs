@@ -13,7 +13,6 @@ use rustix::io::Errno;
 use super::barrier::Waiting;
 use super::notify::{Notice, prune};
 use super::server::Server;
-use super::session::answer;
 use super::wire::Reply;
 use crate::invalidate::{Later, Rest};
 use crate::node::{Ino, ROOT};
@@ -140,10 +139,10 @@ impl Work {
 
     /// Answers who has waited.
     fn let_go(&self, waited: Vec<Waiting>) {
-        let mut reply = Reply::new();
+        let mut reply = Reply::default();
         for waiting in waited {
             let (channel, bytes) = (&waiting.channel, &waiting.bytes);
-            answer(&self.server, channel, bytes, &mut reply, false);
+            self.server.answer_now(bytes, channel, &mut reply);
         }
     }
 

@@ -157,14 +157,16 @@ pub(crate) struct Reply {
     counted: Vec<Ino>,
 }
 
-impl Reply {
-    pub(crate) fn new() -> Self {
+impl Default for Reply {
+    fn default() -> Self {
         Self {
             bytes: vec![0; OUT_HEADER],
             counted: Vec::new(),
         }
     }
+}
 
+impl Reply {
     /// Forgets everything but the room for the header.
     pub(crate) fn clear(&mut self) {
         self.bytes.truncate(OUT_HEADER);
