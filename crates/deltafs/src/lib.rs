@@ -40,5 +40,5 @@ pub use volume::{Options, RollbackStats, Snapshot, Stats, Volume};
 
 /// What a volume is served through, for other servers of FUSE.
 pub mod transport {
-    pub use crate::fuse::{Service, Session};
+    pub use crate::fuse::{Channel, Service, Session};
 }

@@ -5,12 +5,11 @@
 //! holds no lock of the directory then, which telling the kernel of a name needs; so nothing but attributes may be held back.
 
 use std::collections::HashSet;
-use std::os::fd::OwnedFd;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use parking_lot::{Condvar, Mutex};
 
+use super::desk::Channel;
 use crate::node::Ino;
 
 /// The directories that nobody passes for now, and who waits.
@@ -41,7 +40,7 @@ struct State {
 pub(crate) struct Waiting {
     ino: Ino,
     pub(super) bytes: Vec<u8>,
-    pub(super) channel: Arc<OwnedFd>,
+    pub(super) channel: Channel,
 }
 
 impl Barrier {
@@ -61,7 +60,7 @@ impl Barrier {
     }
 
     /// Takes a request for the attributes of an inode if it has to wait.
-    pub(super) fn take(&self, ino: Ino, bytes: &[u8], channel: &Arc<OwnedFd>) -> bool {
+    pub(super) fn take(&self, ino: Ino, bytes: &[u8], channel: &Channel) -> bool {
         if !self.up.load(Ordering::Acquire) {
             return false;
         }
@@ -71,7 +70,7 @@ impl Barrier {
             state.waiting.push(Waiting {
                 ino,
                 bytes: bytes.to_vec(),
-                channel: Arc::clone(channel),
+                channel: channel.clone(),
             });
             state.wanted = true;
             self.called.notify_one();
@@ -135,6 +134,8 @@ impl Barrier {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
+
     use super::*;
 
     fn requests(waited: &[Waiting]) -> Vec<&[u8]> {
@@ -143,7 +144,8 @@ mod tests {
 
     #[test]
     fn what_is_behind_waits_until_the_barrier_is_lowered() {
-        let channel = Arc::new(OwnedFd::from(std::fs::File::open("/dev/null").unwrap()));
+        let device = std::fs::File::open("/dev/null").unwrap();
+        let channel = Channel::of_device(&Arc::new(device.into()));
         let barrier = Barrier::default();
         assert!(!barrier.take(7, b"early", &channel));
         barrier.raise(&HashSet::from([7]));

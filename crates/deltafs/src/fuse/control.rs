@@ -12,7 +12,7 @@ use rustix::mount::{FsMountFlags, FsOpenFlags, MountAttrFlags};
 const PATIENCE: Duration = Duration::from_secs(10);
 
 /// The control files of one connection.
-#[derive(Debug)]
+#[derive(Clone, Copy, Debug)]
 pub(super) struct Control {
     /// The mounted control filesystem.
     files: BorrowedFd<'static>,

@@ -1,11 +1,13 @@
 //! Taking requests from a channel of a connection, one after another.
 
+use std::io::{self, IoSlice};
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use rustix::io::Errno;
 
-use super::init::{self, MAX_WRITE};
+use super::init::MAX_WRITE;
+use super::ring::Late;
 
 /// Room for the header and the arguments before the data of a write.
 const ARGS: usize = 4096;
@@ -15,15 +17,58 @@ pub trait Service: Send + Sync + 'static {
     /// What a thread keeps from one request to the next.
     type Room: Default;
 
-    /// Answers one request, which is all of `request`, by a write to the channel that it came from.
-    fn answer(&self, request: &[u8], channel: &Arc<OwnedFd>, room: &mut Self::Room);
+    /// The answer to one request, which is all of `request`: a header and what follows, in two pieces of which the first has the header. None if
+    /// nobody waits for an answer, or it is sent to the channel later.
+    fn answer<'a>(
+        &'a self,
+        request: &[u8],
+        channel: &Channel,
+        room: &'a mut Self::Room,
+    ) -> Option<[&'a [u8]; 2]>;
+
+    /// The last request is done with. Tells whether the kernel took its answer.
+    fn answered(&self, _taken: bool, _room: &mut Self::Room) {}
+}
+
+/// Where a request came from, and where its answer goes.
+#[derive(Clone, Debug)]
+pub struct Channel(Way);
+
+#[derive(Clone, Debug)]
+enum Way {
+    /// A descriptor of `/dev/fuse`.
+    Device(Arc<OwnedFd>),
+    /// A place of a ring, which another thread may serve.
+    Ring(Arc<Late>, usize),
+}
+
+impl Channel {
+    pub(super) fn of_device(device: &Arc<OwnedFd>) -> Self {
+        Self(Way::Device(Arc::clone(device)))
+    }
+
+    pub(super) fn of_ring(late: &Arc<Late>, place: usize) -> Self {
+        Self(Way::Ring(Arc::clone(late), place))
+    }
+
+    /// Sends an answer, as [`Service::answer`] gives it.
+    pub(super) fn send(&self, message: [&[u8]; 2]) -> io::Result<()> {
+        match (&self.0, message) {
+            (Way::Device(device), [all, []]) => rustix::io::write(device, all)?,
+            (Way::Device(device), parts) => rustix::io::writev(device, &parts.map(IoSlice::new))?,
+            (Way::Ring(late, place), _) => return late.send(*place, message),
+        };
+        Ok(())
+    }
 }
 
 /// Where a thread answers requests.
 #[derive(Debug)]
 pub(super) struct Desk<'a, S: Service> {
     service: &'a S,
-    channel: &'a Arc<OwnedFd>,
+    channel: &'a OwnedFd,
+    /// The same.
+    origin: Channel,
     buffer: Vec<u8>,
     room: S::Room,
 }
@@ -54,6 +99,7 @@ impl<'a, S: Service> Desk<'a, S> {
         Self {
             service,
             channel,
+            origin: Channel::of_device(channel),
             buffer: vec![0; MAX_WRITE + ARGS],
             room: S::Room::default(),
         }
@@ -75,9 +121,9 @@ impl<'a, S: Service> Desk<'a, S> {
             };
             let bytes = &self.buffer[..len];
             duty.begin(self.channel, bytes);
-            if !init::answer(bytes, self.channel) {
-                self.service.answer(bytes, self.channel, &mut self.room);
-            }
+            let message = self.service.answer(bytes, &self.origin, &mut self.room);
+            let taken = message.is_none_or(|message| self.origin.send(message).is_ok());
+            self.service.answered(taken, &mut self.room);
             duty.done();
         }
         Left::Free

@@ -10,6 +10,9 @@ use super::wire::{Reply, Request, opcode};
 /// with 1 MiB, writing takes half as much processor time again.
 pub(crate) const MAX_WRITE: usize = 256 << 10;
 
+/// Less room for a request the kernel does not accept.
+const MIN_READ: usize = 8192;
+
 /// The protocol version that is spoken: 7.36, the first with 64 feature bits.
 const MAJOR: u32 = 7;
 const MINOR: u32 = 36;
@@ -32,6 +35,12 @@ mod feature {
     pub(super) const EXPLICIT_INVAL_DATA: u32 = 1 << 25;
     pub(super) const HANDLE_KILLPRIV_V2: u32 = 1 << 28;
     pub(super) const SETXATTR_EXT: u32 = 1 << 29;
+    /// That there are more, beyond these 32.
+    pub(super) const INIT_EXT: u32 = 1 << 30;
+
+    pub(super) mod more {
+        pub(in super::super) const OVER_IO_URING: u32 = 1 << (41 - 32);
+    }
 }
 
 const FEATURES: u32 = feature::ASYNC_READ
@@ -50,37 +59,45 @@ const FEATURES: u32 = feature::ASYNC_READ
     | feature::HANDLE_KILLPRIV_V2
     | feature::SETXATTR_EXT;
 
-/// Answers the request that begins a connection, if it is this one. Tells whether it is.
-pub(super) fn answer(bytes: &[u8], channel: &OwnedFd) -> bool {
-    let request = Request::parse(bytes);
-    let Some(request) = request.ok().filter(|r| r.opcode == opcode::INIT) else {
-        return false;
-    };
-    let mut reply = Reply::default();
-    let error = init(request, &mut reply)
-        .err()
-        .map_or(0, |e| -e.raw_os_error());
-    if let Err(error) = rustix::io::write(channel, reply.finish(request.unique, error)) {
-        tracing::error!(%error, "a FUSE connection could not begin");
+/// Takes the request with which the kernel begins a connection, and answers it. Requests may come over rings if `rings` says so;
+/// tells whether they will.
+pub(super) fn begin(device: &OwnedFd, rings: bool) -> Result<bool, Errno> {
+    let mut bytes = vec![0; MIN_READ];
+    let len = rustix::io::read(device, &mut bytes[..])?;
+    let request = Request::parse(&bytes[..len])?;
+    if request.opcode != opcode::INIT {
+        return Err(Errno::PROTO);
     }
-    true
+    let mut reply = Reply::default();
+    let done = init(request, rings, &mut reply);
+    let error = done.map_or_else(|errno| -errno.raw_os_error(), |_| 0);
+    rustix::io::write(device, reply.finish(request.unique, error))?;
+    done
 }
 
-/// `struct fuse_init_out`: what the connection can do.
-fn init(request: Request<'_>, reply: &mut Reply) -> Result<(), Errno> {
+/// `struct fuse_init_out`: what the connection can do. Tells whether requests will come over rings.
+fn init(request: Request<'_>, rings: bool, reply: &mut Reply) -> Result<bool, Errno> {
     let mut args = request.args;
     let (major, _minor) = (args.u32()?, args.u32()?);
     if major != MAJOR {
         return Err(Errno::PROTO);
     }
-    let read_ahead = args.u32()?;
-    let flags = args.u32()? & FEATURES;
+    let (read_ahead, offered) = (args.u32()?, args.u32()?);
+    let more = match offered & feature::INIT_EXT {
+        0 => 0,
+        _ => args.u32()?,
+    };
+    let rings = rings && more & feature::more::OVER_IO_URING != 0;
+    let (flags, more) = match rings {
+        true => (FEATURES | feature::INIT_EXT, feature::more::OVER_IO_URING),
+        false => (FEATURES, 0),
+    };
     let max_pages = u16::try_from(MAX_WRITE / 4096).unwrap_or(u16::MAX);
-    reply.u32(MAJOR).u32(MINOR).u32(read_ahead).u32(flags);
-    reply.u16(64).u16(48);
+    reply.u32(MAJOR).u32(MINOR).u32(read_ahead);
+    reply.u32(offered & flags).u16(64).u16(48);
     reply
         .u32(u32::try_from(MAX_WRITE).unwrap_or(u32::MAX))
         .u32(1);
-    reply.u16(max_pages).u16(0).raw(&[0; 32]);
-    Ok(())
+    reply.u16(max_pages).u16(0).u32(more).raw(&[0; 28]);
+    Ok(rings)
 }

@@ -15,6 +15,7 @@ mod kernel;
 mod name_ops;
 mod notify;
 mod outer;
+mod ring;
 mod server;
 mod session;
 mod settle;
@@ -26,6 +27,6 @@ pub(crate) use kernel::Kernel;
 pub(crate) use notify::Notice;
 pub(crate) use server::Server;
 
-pub use desk::Service;
+pub use desk::{Channel, Service};
 pub use session::Session;
 pub(crate) use settle::{Settler, refresh_size};

@@ -1,7 +1,7 @@
 //! What answers the kernel's requests: the current view behind one lock.
 
 use std::collections::HashSet;
-use std::os::fd::{BorrowedFd, OwnedFd};
+use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -10,7 +10,7 @@ use rustix::io::Errno;
 
 use super::absent::Absent;
 use super::barrier::Barrier;
-use super::desk::Service;
+use super::desk::{Channel, Service};
 use super::kernel::Kernel;
 use super::notify::Notice;
 use super::outer::OUTER;
@@ -48,10 +48,25 @@ impl Service for Server {
     type Room = Reply;
 
     /// Answers a request, or has it wait behind the barrier.
-    fn answer(&self, request: &[u8], channel: &Arc<OwnedFd>, reply: &mut Reply) {
-        self.answer_unless(request, channel, reply, |asked| {
+    fn answer<'a>(
+        &self,
+        request: &[u8],
+        channel: &Channel,
+        reply: &'a mut Reply,
+    ) -> Option<[&'a [u8]; 2]> {
+        self.answer_unless(request, reply, |asked| {
             asked.opcode == opcode::GETATTR && self.barrier.take(asked.node, request, channel)
-        });
+        })
+    }
+
+    fn answered(&self, taken: bool, reply: &mut Reply) {
+        if !taken {
+            tracing::debug!("a reply was not taken");
+            for ino in reply.counted() {
+                self.forget(*ino, 1);
+            }
+        }
+        reply.clear();
     }
 }
 
@@ -104,43 +119,38 @@ impl Server {
     }
 
     /// Answers a request that has waited.
-    pub(super) fn answer_now(&self, request: &[u8], channel: &OwnedFd, reply: &mut Reply) {
-        self.answer_unless(request, channel, reply, |_| false);
+    pub(super) fn answer_now(&self, request: &[u8], channel: &Channel, reply: &mut Reply) {
+        let message = self.answer_unless(request, reply, |_| false);
+        let taken = message.is_none_or(|message| channel.send(message).is_ok());
+        self.answered(taken, reply);
     }
 
-    fn answer_unless(
+    fn answer_unless<'a>(
         &self,
         bytes: &[u8],
-        channel: &OwnedFd,
-        reply: &mut Reply,
+        reply: &'a mut Reply,
         waits: impl FnOnce(&Request<'_>) -> bool,
-    ) {
+    ) -> Option<[&'a [u8]; 2]> {
         if bytes.len() < IN_HEADER {
-            return;
+            return None;
         }
         let Ok(request) = Request::parse(bytes) else {
             tracing::error!(len = bytes.len(), "a FUSE request is malformed");
-            return;
+            return None;
         };
         if waits(&request) {
-            return;
+            return None;
         }
         reply.clear();
         let error = match self.handle(request, reply) {
             Ok(Answer::Reply) => 0,
-            Ok(Answer::Silence) => return,
+            Ok(Answer::Silence) => return None,
             Err(errno) => {
                 reply.clear();
                 -errno.raw_os_error()
             }
         };
-        if let Err(error) = rustix::io::write(channel, reply.finish(request.unique, error)) {
-            tracing::debug!(%error, opcode = request.opcode, "a reply was not taken");
-            for ino in reply.counted() {
-                self.forget(*ino, 1);
-            }
-        }
-        reply.clear();
+        Some([reply.finish(request.unique, error), &[]])
     }
 
     /// Gives the answer to a request. The kernel lets go of a removed file before the caller of `unlink(2)` goes on, but says so

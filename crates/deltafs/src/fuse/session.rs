@@ -2,6 +2,7 @@
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, OnceLock};
 use std::thread::JoinHandle;
 
@@ -12,7 +13,8 @@ use rustix::mount::{FsMountFlags, FsOpenFlags, MountAttrFlags};
 use super::control::Control;
 use super::crew::Crew;
 use super::desk::{Desk, Service};
-use super::init::MAX_WRITE;
+use super::init::{self, MAX_WRITE};
+use super::ring;
 use crate::error::{Error, Result};
 use crate::sys;
 
@@ -29,18 +31,31 @@ pub struct Session {
 }
 
 impl Session {
-    /// Makes a mount that `threads` threads (at least one) serve. The service must have a directory `root` in the root of the mount, which is
-    /// node 1.
+    /// Makes a mount that `threads` threads (at least one) serve; or, where the kernel offers that requests come over `io_uring`, one for each
+    /// processor. The service must have a directory `root` in the root of the mount, which is node 1.
     ///
     /// # Errors
     /// If there is no `/dev/fuse`, it cannot be mounted, or the service does not answer for the directory.
     pub fn start<S: Service>(service: &Arc<S>, threads: usize) -> Result<Self> {
+        if let Some(queues) = ring::queues() {
+            match Self::begin(service, 1, queues) {
+                Err(error) => tracing::warn!(%error, "a mount goes without io_uring"),
+                started => return started,
+            }
+        }
+        Self::begin(service, threads.max(1), 0)
+    }
+
+    /// Makes a mount with so many threads for `/dev/fuse`, and for rings.
+    fn begin<S: Service>(service: &Arc<S>, threads: usize, queues: u16) -> Result<Self> {
         let device = Arc::new(open_device().map_err(failed("opening /dev/fuse"))?);
         let mount = mount(device.as_fd())?;
         let device_number =
             device_number(&mount).map_err(failed("asking for the mount's device number"))?;
         let control =
             Control::open(&mount).map_err(failed("opening the connection's control files"))?;
+        let over_rings = init::begin(&device, queues > 0);
+        let over_rings = over_rings.map_err(failed("beginning the connection"))?;
         let mut session = Self {
             device: Arc::clone(&device),
             prunes: OnceLock::new(),
@@ -49,33 +64,66 @@ impl Session {
             control,
             threads: Mutex::default(),
         };
-        let crew = Arc::<Crew>::default();
-        for index in 0..threads.max(1) {
-            let leads = index == 0;
-            let channel = if leads {
-                Arc::clone(&device)
-            } else {
-                let channel = open_channel(device.as_fd());
-                Arc::new(channel.map_err(failed("opening one more channel of /dev/fuse"))?)
-            };
-            let (service, crew) = (Arc::clone(service), Arc::clone(&crew));
-            let work = move || {
-                let mut desk = Desk::new(&*service, &channel);
-                match leads {
-                    true => crew.lead(&mut desk),
-                    false => crew.help(&mut desk),
-                }
-            };
-            let thread = std::thread::Builder::new()
-                .name("deltafs".to_owned())
-                .spawn(work)
-                .map_err(failed("starting a thread"))?;
-            session.threads.lock().push(thread);
+        session.serve(service, threads)?;
+        if over_rings {
+            session.serve_rings(service, queues)?;
         }
         let inner = super::outer::inner(&session.mount);
         session.mount = inner.map_err(failed("taking the volume's root out of the mount"))?;
         read_ahead(device_number);
         Ok(session)
+    }
+
+    /// Starts the threads that serve `/dev/fuse`.
+    fn serve<S: Service>(&self, service: &Arc<S>, threads: usize) -> Result<()> {
+        let crew = Arc::<Crew>::default();
+        for index in 0..threads {
+            let leads = index == 0;
+            let channel = if leads {
+                Arc::clone(&self.device)
+            } else {
+                let channel = open_channel(self.device.as_fd());
+                Arc::new(channel.map_err(failed("opening one more channel of /dev/fuse"))?)
+            };
+            let (service, crew) = (Arc::clone(service), Arc::clone(&crew));
+            self.start_thread(move || {
+                let mut desk = Desk::new(&*service, &channel);
+                match leads {
+                    true => crew.lead(&mut desk),
+                    false => crew.help(&mut desk),
+                }
+            })?;
+        }
+        Ok(())
+    }
+
+    /// Starts the threads that serve rings. The kernel lets all requests wait until each has begun.
+    fn serve_rings<S: Service>(&self, service: &Arc<S>, queues: u16) -> Result<()> {
+        for queue in 0..queues {
+            let (service, device) = (Arc::clone(service), Arc::clone(&self.device));
+            let control = self.control;
+            self.start_thread(move || {
+                let serve = AssertUnwindSafe(|| ring::serve(&*service, &device, queue));
+                let ended = catch_unwind(serve);
+                if !matches!(ended, Ok(Ok(()))) {
+                    tracing::error!(
+                        ?ended,
+                        queue,
+                        "a ring of a DeltaFS mount is not served any more, so the mount ends"
+                    );
+                    // Nobody else serves it: better an error than to wait for ever.
+                    let _ = control.abort();
+                }
+            })?;
+        }
+        Ok(())
+    }
+
+    fn start_thread(&self, work: impl FnOnce() + Send + 'static) -> Result<()> {
+        let thread = std::thread::Builder::new().name("deltafs".to_owned());
+        let thread = thread.spawn(work).map_err(failed("starting a thread"))?;
+        self.threads.lock().push(thread);
+        Ok(())
     }
 
     /// The mount of the directory `root`; an `O_PATH` descriptor.

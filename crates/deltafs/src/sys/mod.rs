@@ -1,5 +1,7 @@
 //! The system calls that have no safe face elsewhere.
 
+pub(crate) mod ring;
+
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::sync::OnceLock;

@@ -7,14 +7,12 @@ mod image;
 
 use std::collections::HashMap;
 use std::fs::{File, Metadata};
-use std::io::IoSlice;
-use std::os::fd::OwnedFd;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::sync::{Arc, Mutex};
 
 use anyhow::{Context, Result};
-use deltafs::transport::Service;
+use deltafs::transport::{Channel, Service};
 use rustix::io::Errno;
 
 use image::{ATTR_OUT, Content, Entry, Image};
@@ -107,29 +105,38 @@ impl<'a> Request<'a> {
     }
 }
 
-impl Service for Bare {
-    type Room = Vec<u8>;
+/// Where an answer is put together.
+#[derive(Default)]
+pub(super) struct Room {
+    header: [u8; 16],
+    body: Vec<u8>,
+}
 
-    fn answer(&self, request: &[u8], channel: &Arc<OwnedFd>, room: &mut Vec<u8>) {
+impl Service for Bare {
+    type Room = Room;
+
+    fn answer<'a>(
+        &'a self,
+        request: &[u8],
+        _: &Channel,
+        room: &'a mut Room,
+    ) -> Option<[&'a [u8]; 2]> {
         let request = Request(request);
-        let (Ok(opcode), Ok(unique)) = (request.u32(4), request.u64(8)) else {
-            return;
-        };
+        let (opcode, unique) = (request.u32(4).ok()?, request.u64(8).ok()?);
         if matches!(opcode, opcode::FORGET | opcode::BATCH_FORGET) {
-            return;
+            return None;
         }
-        room.clear();
-        let (error, body) = match self.body(opcode, &request, room) {
+        let Room { header, body } = room;
+        body.clear();
+        let (error, body) = match self.body(opcode, &request, body) {
             Ok(body) => (0, body),
             Err(errno) => (-errno.raw_os_error(), &[][..]),
         };
-        let mut header = [0; 16];
         let len = (header.len() + body.len()) as u32;
         header[..4].copy_from_slice(&len.to_ne_bytes());
         header[4..8].copy_from_slice(&error.to_ne_bytes());
         header[8..].copy_from_slice(&unique.to_ne_bytes());
-        // Nobody waits any more if it is not taken.
-        let _ = rustix::io::writev(channel, &[IoSlice::new(&header), IoSlice::new(body)]);
+        Some([header, body])
     }
 }
 
@@ -261,5 +268,57 @@ impl Made {
     fn file(&mut self, ino: u64) -> Result<&mut Entry, Errno> {
         let index = ino.checked_sub(MADE).ok_or(Errno::NOSYS)?;
         self.files.get_mut(index as usize).ok_or(Errno::NOENT)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::fd::AsRawFd;
+    use std::path::PathBuf;
+
+    use deltafs::transport::Session;
+
+    use super::*;
+
+    #[test]
+    fn it_shows_the_directory_and_takes_what_is_written() {
+        let base = tempfile::tempdir().unwrap();
+        let dir = base.path().join("shown/dir");
+        std::fs::create_dir_all(&dir).unwrap();
+        for file in 0..500 {
+            let name = format!("{file}{}", "x".repeat(file % 100));
+            std::fs::write(dir.join(name), vec![7; file * 3]).unwrap();
+        }
+        std::os::unix::fs::symlink("dir/1", base.path().join("shown/link")).unwrap();
+        let answers = Arc::new(Answers::read(base.path(), "shown").unwrap());
+        let kept = tempfile::tempfile().unwrap();
+        let bare = Arc::new(Bare::new(&answers, kept.try_clone().ok()));
+        let session = Session::start(&bare, 2).unwrap();
+        let root = PathBuf::from(format!("/proc/self/fd/{}", session.mount().as_raw_fd()));
+        let file = |root: &Path| std::fs::read(root.join("shown/dir/100")).unwrap();
+        assert_eq!(file(&root), file(base.path()));
+        let link = |root: &Path| std::fs::read_link(root.join("shown/link")).unwrap();
+        assert_eq!(link(&root), link(base.path()));
+        let list = |path: PathBuf| {
+            let mut names: Vec<_> = std::fs::read_dir(path)
+                .unwrap()
+                .map(|entry| entry.unwrap())
+                .map(|entry| (entry.file_name(), entry.metadata().unwrap().len()))
+                .collect();
+            names.sort();
+            names
+        };
+        assert_eq!(list(root.join("shown/dir")), list(dir));
+        assert_eq!(list(root.join("shown")), list(base.path().join("shown")));
+        assert!(!root.join("shown/absent").exists());
+
+        let made = root.join("made");
+        std::fs::write(&made, vec![1; 600_000]).unwrap();
+        assert_eq!(made.metadata().unwrap().len(), 600_000);
+        let mut bytes = vec![0; 600_000];
+        kept.read_exact_at(&mut bytes, 0).unwrap();
+        assert!(bytes.iter().all(|byte| *byte == 1));
+        std::fs::remove_file(&made).unwrap();
+        assert!(!made.exists());
     }
 }
