@@ -23,6 +23,7 @@ mod fuse;
 mod ids;
 mod invalidate;
 mod node;
+mod original;
 mod reclaim;
 mod sys;
 mod tree;

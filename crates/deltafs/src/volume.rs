@@ -420,6 +420,11 @@ impl Volume {
         }
     }
 
+    /// Looks at the view that is shown.
+    pub(crate) fn view<T>(&self, look: impl FnOnce(&View) -> T) -> T {
+        look(&self.server.view().read())
+    }
+
     /// Ends the mount and its threads. What still uses the mount gets `ENOTCONN`.
     pub fn shutdown(&self) {
         self.session.stop();

@@ -68,6 +68,21 @@ impl BaseInode {
         self.ino
     }
 
+    /// Its number on the host.
+    pub(crate) fn host_ino(&self) -> u64 {
+        self.host.1
+    }
+
+    /// Whether it has these numbers of device and inode on the host.
+    pub(crate) fn is_on_host(&self, host: HostId) -> bool {
+        self.host == host
+    }
+
+    /// The directory that it is in, and its name there; none for the root.
+    pub(crate) fn place(&self) -> Option<(&Arc<Self>, &Name)> {
+        self.parent.as_ref().map(|parent| (parent, &self.name))
+    }
+
     /// The inode as views show it until they change it.
     pub(crate) fn node(self: &Arc<Self>) -> Result<NodeRef, Errno> {
         if let Some(node) = &*self.node.lock() {

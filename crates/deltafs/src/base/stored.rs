@@ -151,7 +151,7 @@ impl BaseInode {
     }
 
     /// Where it is, from the root of the base, with a leading `/`.
-    fn path(&self) -> PathBuf {
+    pub(crate) fn path(&self) -> PathBuf {
         let mut names = Vec::new();
         let mut at = Some(self);
         while let Some(inode) = at {
