@@ -7,4 +7,4 @@ mod codec;
 mod message;
 pub mod wire;
 
-pub use message::{Event, Reply, Request, Setup, Spawn, Step};
+pub use message::{Event, FilePart, Reply, Request, Setup, Spawn, Step};

@@ -46,6 +46,15 @@ pub enum Request {
         /// Memory that it is to have for itself at once, as if it had written to it.
         touch: Vec<Range<u64>>,
     },
+    /// To a template: map these parts of files at these addresses, privately. Comes with the files. Answered by [`Reply::Done`].
+    HoldFiles(Vec<FilePart>),
+    /// To a template: give memory these `PROT_*` bits; answered by [`Reply::Done`].
+    Protect {
+        /// The bits.
+        prot: i32,
+        /// The memory.
+        ranges: Vec<Range<u64>>,
+    },
     /// To a template: undo mappings.
     Unmap(Vec<Range<u64>>),
     /// To a template: make this memory zeros.
@@ -53,6 +62,19 @@ pub enum Request {
     /// To a template: make another one that is like it, which serves the control socket that comes with this. Answered with
     /// its pid, as the template sees it.
     Derive,
+}
+
+/// A part of a file and where it is to be mapped.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct FilePart {
+    /// Where.
+    pub range: Range<u64>,
+    /// Where in the file it begins.
+    pub offset: u64,
+    /// `PROT_*` bits.
+    pub prot: i32,
+    /// Which of the descriptors that come with the message the file is.
+    pub file: u32,
 }
 
 /// How the sandbox is to be built.
@@ -208,6 +230,22 @@ impl Request {
                 w.ranges(ranges);
             }
             Self::Derive => w.u8(12),
+            Self::HoldFiles(parts) => {
+                w.u8(13);
+                w.u32(parts.len() as u32);
+                for part in parts {
+                    w.u64(part.range.start);
+                    w.u64(part.range.end);
+                    w.u64(part.offset);
+                    w.i32(part.prot);
+                    w.u32(part.file);
+                }
+            }
+            Self::Protect { prot, ranges } => {
+                w.u8(14);
+                w.i32(*prot);
+                w.ranges(ranges);
+            }
         }
         w.0
     }
@@ -250,6 +288,22 @@ impl Request {
             10 => Self::Unmap(r.ranges()?),
             11 => Self::Empty(r.ranges()?),
             12 => Self::Derive,
+            13 => {
+                let part = |r: &mut Reader<'_>| {
+                    Some(FilePart {
+                        range: r.u64()?..r.u64()?,
+                        offset: r.u64()?,
+                        prot: r.i32()?,
+                        file: r.u32()?,
+                    })
+                };
+                let count = r.count(32)?;
+                Self::HoldFiles((0..count).map(|_| part(&mut r)).collect::<Option<_>>()?)
+            }
+            14 => Self::Protect {
+                prot: r.i32()?,
+                ranges: r.ranges()?,
+            },
             _ => return None,
         };
         r.end().map(|()| request)
@@ -384,6 +438,16 @@ mod tests {
             },
             Request::Unmap(vec![4096..8192, 1 << 46..1 << 47]),
             Request::Empty(vec![]),
+            Request::HoldFiles(vec![FilePart {
+                range: 4096..8192,
+                offset: 1 << 40,
+                prot: 5,
+                file: 3,
+            }]),
+            Request::Protect {
+                prot: 1,
+                ranges: vec![4096..8192, 1 << 46..1 << 47],
+            },
             Request::Derive,
         ] {
             assert_eq!(Request::decode(&r.encode()), Some(r));

@@ -111,6 +111,8 @@ impl Init {
             | Request::Collapse(_)
             | Request::Unmap(_)
             | Request::Empty(_)
+            | Request::HoldFiles(_)
+            | Request::Protect { .. }
             | Request::Derive
             | Request::Fork { .. } => {
                 Err(Errno::INVAL).at(Step::Request, "doing a template's work")

@@ -186,6 +186,39 @@ pub(crate) fn map_at(range: std::ops::Range<u64>) -> io::Result<()> {
     Ok(())
 }
 
+/// Maps a part of a file privately at addresses where nothing is mapped.
+pub(crate) fn map_file_at(
+    range: std::ops::Range<u64>,
+    (file, offset): (BorrowedFd<'_>, u64),
+    prot: i32,
+) -> io::Result<()> {
+    let len = range.end.saturating_sub(range.start);
+    let offset = libc::off_t::try_from(offset).map_err(|_| io::ErrorKind::InvalidInput)?;
+    // SAFETY: what is mapped already stays as it is (MAP_FIXED_NOREPLACE), and nothing refers to the new memory.
+    let at = unsafe {
+        libc::mmap(
+            range.start as *mut libc::c_void,
+            len as usize,
+            prot,
+            libc::MAP_PRIVATE | libc::MAP_FIXED_NOREPLACE,
+            file.as_raw_fd(),
+            offset,
+        )
+    };
+    if at == libc::MAP_FAILED {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(())
+}
+
+/// Gives memory other `PROT_*` bits that nothing in this program refers to.
+pub(crate) fn protect(range: std::ops::Range<u64>, prot: i32) -> io::Result<()> {
+    let len = range.end.saturating_sub(range.start);
+    let at = range.start as *mut libc::c_void;
+    // SAFETY: the supervisor names only what it has had mapped.
+    check(unsafe { libc::mprotect(at, len as usize, prot) }.into()).map(drop)
+}
+
 /// Undoes mappings of memory that nothing in this program refers to.
 pub(crate) fn unmap(range: std::ops::Range<u64>) -> io::Result<()> {
     let len = range.end.saturating_sub(range.start);

@@ -15,7 +15,7 @@ use std::ops::Range;
 use std::os::fd::{AsFd, OwnedFd};
 
 use deltabox_init::wire::{self, MAX_MESSAGE};
-use deltabox_init::{Reply, Request, Step};
+use deltabox_init::{FilePart, Reply, Request, Step};
 use rustix::io::Errno;
 use rustix::net::RecvFlags;
 
@@ -67,6 +67,10 @@ fn answer_all(
             Some(Request::Hold(ranges)) => {
                 each(&ranges, sys::map_at, "mapping the memory to be held")
             }
+            Some(Request::HoldFiles(parts)) => hold_files(&parts, &got.fds),
+            Some(Request::Protect { prot, ranges }) => {
+                each(&ranges, |r| sys::protect(r, prot), "protecting memory")
+            }
             Some(Request::Unmap(ranges)) => each(&ranges, sys::unmap, "unmapping memory"),
             Some(Request::Empty(ranges)) => each(&ranges, sys::empty, "dropping memory"),
             Some(Request::Collapse(ranges)) => {
@@ -98,6 +102,16 @@ fn each(
 ) -> Result<Reply, Failure> {
     let all: io::Result<()> = ranges.iter().cloned().try_for_each(change);
     all.at(Step::Setup, doing).map(|()| Reply::Done)
+}
+
+fn hold_files(parts: &[FilePart], files: &[OwnedFd]) -> Result<Reply, Failure> {
+    let map = |part: &FilePart| {
+        let file = files.get(part.file as usize).ok_or(Errno::BADF)?;
+        sys::map_file_at(part.range.clone(), (file.as_fd(), part.offset), part.prot)
+    };
+    let all: io::Result<()> = parts.iter().try_for_each(map);
+    all.at(Step::Setup, "mapping a file to be held")
+        .map(|()| Reply::Done)
 }
 
 /// Who returns from making a copy of the template.
@@ -210,7 +224,11 @@ fn bear(birth: &Birth<'_>) -> Result<(), Failure> {
                 Err(failure) => failure.into(),
             };
             match wire::send_as(birth.control, &reply.encode(), birth.pid) {
-                Ok(()) if matches!(reply, Reply::Pid(_)) => sys::pause_for_ever(),
+                Ok(()) if matches!(reply, Reply::Pid(_)) => {
+                    // One that is born early and waits must not keep the supervisor from seeing the template's end.
+                    let _ = sys::close_from(0, false);
+                    sys::pause_for_ever()
+                }
                 _ => sys::exit(127),
             }
         }

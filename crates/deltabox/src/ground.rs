@@ -17,7 +17,7 @@ use crate::names;
 use crate::sandbox::{Directory, Sandbox};
 use crate::spec::SandboxSpec;
 use crate::state::Common;
-use crate::templates::Templates;
+use crate::templates::{Template, Templates};
 
 /// The first id that is given to sandboxes: far above those of users.
 const FIRST_ID: u32 = 1_000_000;
@@ -271,8 +271,8 @@ impl Ground {
     }
 
     /// Has the kernel look at the files that the processes of an image will have mapped, and read the parts that they will have
-    /// copies of. Errors do not matter: whoever needs a file will meet them again.
-    pub(crate) fn read_ahead(blank: &Blank, image: &TreeImage) {
+    /// copies of, unless they get those from a template. Errors do not matter: whoever needs a file will meet them again.
+    pub(crate) fn read_ahead(blank: &Blank, image: &TreeImage, template: Option<&Template>) {
         let parts = image.copied_parts().unwrap_or_default();
         for inode in image.mapped_inodes() {
             let flags = libc::O_RDONLY | libc::O_NONBLOCK;
@@ -280,6 +280,9 @@ impl Ground {
             let Ok(file) = blank.volume.open_inode_in(root, inode, flags) else {
                 continue;
             };
+            if template.is_some_and(|template| template.holding().has_file(inode)) {
+                continue;
+            }
             for part in parts.get(&inode).into_iter().flatten() {
                 let len = NonZeroU64::new(part.end - part.start);
                 let _ = rustix::fs::fadvise(&file, part.start, len, Advice::WillNeed);

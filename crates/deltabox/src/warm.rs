@@ -327,7 +327,8 @@ impl Pool {
         let (content, spec) = source.origin(id)?;
         let make_files = |ids| source.fork_volume(&content, ids);
         let blank = self.ground.nameless_blank(spec, make_files)?;
-        Ground::read_ahead(&blank, content.processes());
+        let template = self.ground.templates().peek(id);
+        Ground::read_ahead(&blank, content.processes(), template.as_deref());
         if hot
             && self.early.births
             && let Some(template) = self.ground.templates().of(id)

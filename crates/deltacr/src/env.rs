@@ -36,6 +36,22 @@ pub trait Environment: Sync {
     /// Opens an inode of the versioned filesystem by its number, also one that has no name any
     /// more. `flags` are `open(2)` flags.
     fn open_inode(&self, ino: u64, flags: i32) -> io::Result<OwnedFd>;
+    /// If what `/proc/PID/maps` shows with these numbers of device and inode is a file of the base that the versioned filesystem
+    /// is made over, mapped from the base itself: its path there. Such a file has the same inode number in both.
+    fn path_in_base(&self, device: u64, ino: u64) -> Option<Vec<u8>> {
+        let _ = (device, ino);
+        None
+    }
+    /// Opens the base's own file with this number, which is at `path`, for reading, whatever the versioned filesystem shows of it.
+    fn open_base(&self, ino: u64, path: &[u8]) -> io::Result<OwnedFd> {
+        let _ = (ino, path);
+        Err(io::ErrorKind::Unsupported.into())
+    }
+    /// Whether the versioned filesystem shows an inode just as the base has it: content, attributes and path.
+    fn shows_base(&self, ino: u64) -> bool {
+        let _ = ino;
+        false
+    }
     /// The pipe (by inode number, as `st_ino` tells) whose other end is outside the tree.
     fn external_pipe(&self, ino: u64) -> Option<ExternalId>;
     /// The inside end of an external pipe, made anew if the old one is gone.

@@ -1,7 +1,7 @@
 //! The files that an image refers to: the program, the working directory.
 
 use std::io;
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 
 use rustix::fs::{Mode, OFlags, ResolveFlags, fstat, openat2};
 use rustix::io::Errno;
@@ -9,7 +9,9 @@ use serde::{Deserialize, Serialize};
 
 use crate::env::Environment;
 use crate::ids::InnerPid;
+use crate::openings::{self, Wanted};
 use crate::procfs::Procfs;
+use crate::remote::Remote;
 
 /// A file that a process refers to: what it is, and where it was found.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -63,6 +65,22 @@ impl Place {
     /// Opens the file again; see [`open`].
     pub(crate) fn open(&self, env: &dyn Environment, flags: OFlags) -> io::Result<OwnedFd> {
         open(env, &self.path, self.inode, flags)
+    }
+
+    /// Has a process open the file again; returns the number of its descriptor.
+    pub(crate) fn open_inside(
+        &self,
+        env: &dyn Environment,
+        remote: &mut Remote,
+        flags: OFlags,
+    ) -> io::Result<i32> {
+        let (path, wanted) = (&self.path[..], self.inode);
+        let wanted = wanted.map(|inode| Wanted { path, inode, flags });
+        let opened = openings::open(remote, env, wanted.as_slice())?;
+        match opened.first() {
+            Some(Some(fd)) => Ok(*fd),
+            _ => Ok(remote.give_fds(&[self.open(env, flags)?.as_fd()])?[0]),
+        }
     }
 
     /// Its inode number, if it is on the versioned filesystem.

@@ -12,8 +12,8 @@ use crate::fd::Descriptors;
 use crate::files::Place;
 use crate::ids::InnerPid;
 use crate::mem::{
-    AddressSpace, Backing, Holding, Kept, PAGE, SharedMemory, VERSIONED, addresses_of, merged,
-    pages_of,
+    AddressSpace, BASE, Backing, Holding, Kept, PAGE, SharedMemory, VERSIONED, addresses_of,
+    merged, pages_of,
 };
 use crate::procfs::Stat;
 use crate::signals::Queue;
@@ -180,6 +180,17 @@ impl TreeImage {
             }
         }
         inodes
+    }
+
+    /// The files of the base that its processes have mapped from the base itself, by their numbers, which they have in the versioned
+    /// filesystem as well.
+    pub fn mapped_of_base(&self) -> BTreeSet<u64> {
+        let vmas = self.processes.values().flat_map(|p| &p.memory.vmas);
+        let files = vmas.filter_map(|vma| match &vma.backing {
+            Backing::File(file) if file.device == BASE => Some(file.inode),
+            _ => None,
+        });
+        files.collect()
     }
 
     /// The inodes of the versioned filesystem that its processes have open (in flight between sockets, too) or mapped, run, stand in or

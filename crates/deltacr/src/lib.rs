@@ -21,6 +21,7 @@ pub mod ids;
 mod image;
 mod interview;
 pub mod mem;
+mod openings;
 mod orphan;
 mod owners;
 mod procfs;

@@ -137,21 +137,25 @@ impl Reconcile<'_> {
         let mut scan = match scan {
             Some(scan) => scan,
             None => {
-                let layout = Layout::of(remote)?;
+                let layout = match template {
+                    // Those of a copy do not matter.
+                    Some(_) => Layout::default(),
+                    None => Layout::of(remote)?,
+                };
                 self.memory.scan(remote, self.tracker.as_ref(), layout)?
             }
         };
         if let Some(template) = template {
-            template.know(&mut scan);
+            template.know(&mut scan, target, self.env);
         }
         let pages = scan.changed_pages();
         let hot: Vec<u64> = self.image.threads.iter().flat_map(|t| t.hot()).collect();
         self.memory
             .restore(remote, self.tracker, scan, target, &hot)?;
         if template.is_some() {
-            let exe = self.image.exe.open(self.env, OFlags::RDONLY);
+            let exe = self.image.exe.open_inside(self.env, remote, OFlags::RDONLY);
             let exe = exe.during(remote.pid(), "opening the program")?;
-            layout::write_program(remote, &target.layout, exe.as_fd())?;
+            layout::write_program(remote, &target.layout, &target.auxv, exe)?;
         }
         Ok(pages)
     }

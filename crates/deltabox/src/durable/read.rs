@@ -89,7 +89,8 @@ impl Loaded {
     fn changed_program(&self, loader: &Loader) -> Option<PathBuf> {
         let changed = loader.changed_base();
         let mapped = self.processes.mapped_inodes();
-        let mut mapped = mapped.into_iter().filter(|ino| self.files.shows_base(*ino));
+        let mapped = mapped.into_iter().filter(|ino| self.files.shows_base(*ino));
+        let mut mapped = mapped.chain(self.processes.mapped_of_base());
         mapped.find_map(|ino| changed.get(&ino).cloned())
     }
 }

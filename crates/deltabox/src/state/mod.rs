@@ -404,6 +404,7 @@ impl Content {
             id,
             family,
             image: &self.processes,
+            files: &self.files,
         }
     }
 

@@ -54,6 +54,19 @@ impl Environment for Surroundings<'_> {
         self.volume.open_inode_in(self.root(), ino, flags)
     }
 
+    fn path_in_base(&self, device: u64, ino: u64) -> Option<Vec<u8>> {
+        self.volume.original_path(device, ino)
+    }
+
+    fn open_base(&self, ino: u64, path: &[u8]) -> io::Result<OwnedFd> {
+        let file = self.volume.open_original(ino, path)?;
+        Ok(file.try_clone()?.into())
+    }
+
+    fn shows_base(&self, ino: u64) -> bool {
+        self.volume.shows_original(ino)
+    }
+
     fn external_pipe(&self, ino: u64) -> Option<ExternalId> {
         self.shared.external_pipe(ino)
     }

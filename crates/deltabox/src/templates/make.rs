@@ -1,12 +1,14 @@
 //! Making a template: from the stored pages, or of another one.
 
+use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
 
 use deltacr::ids::HostPid;
-use deltacr::mem::{Derived, Holding};
+use deltacr::mem::{Derived, FileId, FileMapping, Holding};
 
+use super::files::BaseFiles;
 use super::pool::Part;
 use super::process::Process;
 use super::{Near, Origin, Template, Templates};
@@ -41,6 +43,34 @@ impl Templates {
         self.make_from_store(origin)
     }
 
+    fn maps_from_base(&self) -> bool {
+        self.from_base.load(Ordering::Relaxed)
+    }
+
+    /// Has a template map files of the base. Returns whether that is possible; if not, it is not tried again.
+    fn hold_files(
+        &self,
+        process: &Process,
+        files: &BaseFiles<'_>,
+        mapped: &[FileMapping],
+    ) -> io::Result<bool> {
+        let held = process.hold_files(mapped, files);
+        let shown = held.and_then(|()| files.show_in(HostPid(process.host()), mapped));
+        let possible = match shown {
+            Err(e)
+                if !matches!(
+                    e.raw_os_error(),
+                    Some(libc::EPERM | libc::EACCES | libc::ENODEV)
+                ) =>
+            {
+                return Err(e);
+            }
+            shown => shown.unwrap_or(false),
+        };
+        self.from_base.fetch_and(possible, Ordering::Relaxed);
+        Ok(possible)
+    }
+
     fn has_room(&self, parts: &[Part], new: u64) -> bool {
         self.state.lock().pool.could_hold(parts) && !memory::is_scarce(new)
     }
@@ -67,9 +97,12 @@ impl Templates {
     /// A copy of another template, changed.
     fn derive(&self, origin: Origin<'_>, near: &Near) -> Result<Option<Template>> {
         let other = &near.template;
+        let files = BaseFiles::of(origin.files);
+        let of_base = |file: &FileId| self.maps_from_base() && files.has(file);
         let process = other.process.derive().doing(DOING)?;
         let host = HostPid(process.host());
-        let Some(derived) = Derived::arrange(&other.holding, origin.image, host)? else {
+        let arranged = Derived::arrange(&other.holding, origin.image, host, &of_base)?;
+        let Some(derived) = arranged else {
             return Ok(None);
         };
         let bytes = derived.bytes();
@@ -80,8 +113,15 @@ impl Templates {
         }
         process.unmap(&derived.unmap).doing(DOING)?;
         process.hold(&derived.map).doing(DOING)?;
+        if !self
+            .hold_files(&process, &files, &derived.files)
+            .doing(DOING)?
+        {
+            return Ok(None);
+        }
         process.empty(&derived.empty).doing(DOING)?;
         derived.fill(host).doing(DOING)?;
+        process.seal(&derived.files).doing(DOING)?;
         Ok(Some(self.made(origin, derived.holding, process, parts)))
     }
 
@@ -90,7 +130,9 @@ impl Templates {
             let group = self.open_group()?;
             let process = Process::start(&group)?;
             let host = HostPid(process.host());
-            let Some(holding) = Holding::arrange(origin.image, host)? else {
+            let files = BaseFiles::of(origin.files);
+            let of_base = |file: &FileId| self.maps_from_base() && files.has(file);
+            let Some(holding) = Holding::arrange(origin.image, host, &of_base)? else {
                 continue;
             };
             let parts = vec![Part::new(holding.bytes())];
@@ -98,10 +140,15 @@ impl Templates {
                 return Ok(None);
             }
             process.hold(&holding.ranges()).doing(DOING)?;
+            let mapped = holding.files();
+            if !self.hold_files(&process, &files, &mapped).doing(DOING)? {
+                continue;
+            }
             let large = holding.large();
             holding.touch(host, &large).doing(DOING)?;
             process.collapse(&large).doing(DOING)?;
             holding.fill(host).doing(DOING)?;
+            process.seal(&mapped).doing(DOING)?;
             return Ok(Some(self.made(origin, holding, process, parts)));
         }
         Ok(None)

@@ -6,6 +6,7 @@
 //! A template need not be of the checkpoint that is forked: what differs is changed in the fork, or once for all forks, in a copy
 //! of the template. Only templates of one *family* are looked at, which are sandboxes that were forked of each other.
 
+mod files;
 mod make;
 mod pool;
 mod process;
@@ -15,12 +16,13 @@ use std::io;
 use std::ops::Range;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use deltacr::TreeImage;
 use deltacr::ids::InnerPid;
 use deltacr::mem::Holding;
+use deltafs::Snapshot;
 use parking_lot::Mutex;
 
 use crate::cgroup;
@@ -50,6 +52,7 @@ pub(crate) struct Origin<'a> {
     pub(crate) id: CheckpointId,
     pub(crate) family: Family,
     pub(crate) image: &'a TreeImage,
+    pub(crate) files: &'a Snapshot,
 }
 
 /// The most ranges that one message to a template tells.
@@ -143,6 +146,8 @@ pub(crate) struct Templates {
     /// The control group that they are in.
     group: PathBuf,
     births: Arc<AtomicU64>,
+    /// Whether files can be mapped from the base, as far as is known.
+    from_base: AtomicBool,
     state: Mutex<State>,
 }
 
@@ -162,6 +167,7 @@ impl Templates {
         Self {
             group,
             births: Arc::default(),
+            from_base: AtomicBool::new(true),
             state: Mutex::new(State {
                 pool: Pool::new(limits),
                 info,
@@ -228,8 +234,13 @@ impl Templates {
 
     /// Whether there is a template of a checkpoint.
     pub(crate) fn has(&self, id: CheckpointId) -> bool {
-        let state = self.state.lock();
-        state.pool.peek(id).is_some_and(|t| t.process.is_alive())
+        self.peek(id).is_some()
+    }
+
+    /// The template of a checkpoint, if there is one, not to be used but looked at.
+    pub(crate) fn peek(&self, id: CheckpointId) -> Option<Arc<Template>> {
+        let found = self.state.lock().pool.peek(id).cloned();
+        found.filter(|t| t.process.is_alive())
     }
 
     /// Makes a template of a checkpoint, if there is room for it.

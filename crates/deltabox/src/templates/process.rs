@@ -1,13 +1,17 @@
 //! One template's process, driven by messages.
 
+use std::collections::BTreeMap;
 use std::io;
 use std::ops::Range;
 use std::os::fd::{AsFd, OwnedFd};
 
-use deltabox_init::{Reply, Request};
+use deltabox_init::wire::MAX_FDS;
+use deltabox_init::{FilePart, Reply, Request};
+use deltacr::mem::FileMapping;
 use parking_lot::Mutex;
 
 use super::MOST_RANGES;
+use super::files::BaseFiles;
 use crate::container::{Container, Control, done, reap, socket_pair, start_idle};
 use crate::error::{Doing, Result};
 use crate::seccomp;
@@ -76,6 +80,54 @@ impl Process {
     /// Has it map memory.
     pub(super) fn hold(&self, ranges: &[Range<u64>]) -> io::Result<()> {
         self.order_parts(ranges, Request::Hold)
+    }
+
+    /// Has it map files. Those which pages are to be written to can be written to until they are [sealed](Self::seal).
+    pub(super) fn hold_files(
+        &self,
+        mappings: &[FileMapping],
+        files: &BaseFiles<'_>,
+    ) -> io::Result<()> {
+        let mut by_file: BTreeMap<u64, Vec<&FileMapping>> = BTreeMap::new();
+        for mapping in mappings {
+            by_file.entry(mapping.inode).or_default().push(mapping);
+        }
+        let by_file: Vec<_> = by_file.into_iter().collect();
+        for some in by_file.chunks(MAX_FDS) {
+            let opened = some.iter().map(|(inode, _)| files.opened(*inode));
+            let opened = opened.collect::<io::Result<Vec<_>>>()?;
+            let fds: Vec<_> = opened.iter().map(AsFd::as_fd).collect();
+            let parts = some.iter().zip(0..).flat_map(|((_, mappings), file)| {
+                mappings.iter().map(move |mapping| FilePart {
+                    range: mapping.range.clone(),
+                    offset: mapping.offset,
+                    prot: match mapping.filled {
+                        true => mapping.prot | libc::PROT_READ | libc::PROT_WRITE,
+                        false => mapping.prot,
+                    },
+                    file,
+                })
+            });
+            let parts: Vec<_> = parts.collect();
+            for part in parts.chunks(MOST_RANGES) {
+                let request = Request::HoldFiles(part.to_vec());
+                done(self.control.lock().ask(&request, &fds)?)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Has it give mapped files that pages were written to the protection that they are to have.
+    pub(super) fn seal(&self, mappings: &[FileMapping]) -> io::Result<()> {
+        let mut by_bits: BTreeMap<i32, Vec<Range<u64>>> = BTreeMap::new();
+        for mapping in mappings.iter().filter(|mapping| mapping.filled) {
+            let ranges = by_bits.entry(mapping.prot).or_default();
+            ranges.push(mapping.range.clone());
+        }
+        let mut by_bits = by_bits.into_iter();
+        by_bits.try_for_each(|(prot, ranges)| {
+            self.order_parts(&ranges, |ranges| Request::Protect { prot, ranges })
+        })
     }
 
     /// Has it undo mappings.

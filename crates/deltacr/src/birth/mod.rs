@@ -224,7 +224,7 @@ impl<'a> Delivery<'a> {
         for _ in 0..COPIES {
             let born = self.env.birth_from_template(pid, self.spare());
             let is_born = born.is_ok();
-            match born.and_then(|host| spawn::adopt_copy(pid, host)) {
+            match born.and_then(|host| spawn::adopt(pid, host, None)) {
                 Ok(remote) => {
                     self.born.copies.insert(pid);
                     self.admit(pid, remote, NONE)?;

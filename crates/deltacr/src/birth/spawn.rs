@@ -80,16 +80,9 @@ pub(crate) fn adopt(
     Ok(child)
 }
 
-/// Takes up a new-born copy of a template, which waits in `pause(2)`, without the descriptors that it has.
-pub(crate) fn adopt_copy(pid: InnerPid, host: HostPid) -> io::Result<Remote> {
-    let mut child = adopt(pid, host, None)?;
-    close_all(&mut child)?;
-    Ok(child)
-}
-
 /// Makes a child of `parent` that is a copy of it. The caller has seen to its number.
 pub(crate) fn twin(parent: &mut Remote, pid: InnerPid, exit_signal: i32) -> io::Result<Remote> {
-    let mut child = copy(parent, pid, exit_signal & 0xff)?;
+    let child = copy(parent, pid, exit_signal & 0xff)?;
     let found = child.host().inner()?;
     if found != pid {
         kill(&child, &[child.host()])?;
@@ -98,7 +91,6 @@ pub(crate) fn twin(parent: &mut Remote, pid: InnerPid, exit_signal: i32) -> io::
             format!("the number {pid} is taken, the child got {found}"),
         ));
     }
-    close_all(&mut child)?;
     Ok(child)
 }
 

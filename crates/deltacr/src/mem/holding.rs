@@ -3,18 +3,20 @@
 //!
 //! Each private anonymous mapping that holds pages has a *holding address* there, congruent to its final address modulo
 //! 2 MiB: then the fork moves page tables, not pages, when it takes its own into place (`mremap(2)`), and large pages stay
-//! large. Everything stays anonymous memory, shared copy-on-write.
+//! large. Everything stays anonymous memory, shared copy-on-write; and private mappings of [files] stay such.
 //!
 //! What is held need not be what is wanted: a process that was forked of a template is like any other from then on, and
 //! whatever differs is changed in it. A template may also be a copy of another one, changed in the same way.
 
 mod derive;
+mod files;
 mod room;
 
 use std::collections::BTreeMap;
 use std::io;
 use std::ops::Range;
 
+use crate::env::Environment;
 use crate::error::{During, Result};
 use crate::ids::{HostPid, InnerPid};
 use crate::image::TreeImage;
@@ -24,6 +26,8 @@ use crate::store::PageMap;
 use crate::sys::vm;
 
 pub use derive::Derived;
+use files::FilePart;
+pub use files::{FileMapping, OfBase};
 use room::{occupied, place, surplus};
 
 /// Bytes of a large page, and of what one page of a page table maps.
@@ -36,11 +40,13 @@ const PAGES: u64 = LARGE / PAGE;
 struct Piece {
     from: u64,
     to: Range<u64>,
+    /// None of anonymous memory.
+    file: Option<FilePart>,
 }
 
 impl Piece {
-    fn unplaced(to: Range<u64>) -> Self {
-        Self { from: 0, to }
+    fn unplaced(to: Range<u64>, file: Option<FilePart>) -> Self {
+        Self { from: 0, to, file }
     }
 
     /// Whether it would have to be where the kernel has its own mappings.
@@ -50,9 +56,11 @@ impl Piece {
 
     /// The part with these final addresses, which lie in it.
     fn part(&self, to: &Range<u64>) -> Self {
+        let by = to.start - self.to.start;
         Self {
-            from: self.from + (to.start - self.to.start),
+            from: self.from + by,
             to: to.clone(),
+            file: self.file.as_ref().map(|file| file.later(by)),
         }
     }
 
@@ -92,35 +100,40 @@ impl Held {
 
 impl Holding {
     /// Decides where the process `template` is to hold the memory of `image`. `None` if there is no room, or if the kernel has
-    /// placed its own mappings in that process where a process of the image needs others.
+    /// placed its own mappings in that process where a process of the image needs others. Files for which `of_base` says so are to be
+    /// mapped from the base.
     ///
     /// # Errors
     /// `/proc` cannot be read, or memory of the image is lost.
-    pub fn arrange(image: &TreeImage, template: HostPid) -> Result<Option<Self>> {
-        let (taken, fixed) =
-            occupied(template).during_tree("reading the mappings of a template")?;
-        Self::arrange_around(image, taken, &fixed)
+    pub fn arrange(
+        image: &TreeImage,
+        template: HostPid,
+        of_base: &OfBase<'_>,
+    ) -> Result<Option<Self>> {
+        let (own, fixed) = occupied(template).during_tree("reading the mappings of a template")?;
+        Self::arrange_around(image, own, &fixed, of_base)
     }
 
     fn arrange_around(
         image: &TreeImage,
-        mut taken: Vec<Range<u64>>,
+        own: Vec<Range<u64>>,
         fixed: &[Range<u64>],
+        of_base: &OfBase<'_>,
     ) -> Result<Option<Self>> {
         let mut processes = BTreeMap::new();
+        let mut finals = Vec::new();
         for (pid, process) in &image.processes {
             let memory = &process.memory;
             let pages = memory.pages.get()?;
-            taken.extend(memory.vmas.iter().map(Vma::range));
-            let held = memory.vmas.iter().filter(|vma| is_held(pages, vma));
-            let pieces: Vec<Piece> = held.map(|vma| Piece::unplaced(vma.range())).collect();
+            finals.extend(memory.vmas.iter().map(Vma::range));
+            let pieces = files::wanted(memory, pages, of_base);
             if pieces.iter().any(|piece| piece.conflicts(fixed)) {
                 return Ok(None);
             }
             processes.insert(*pid, Held::new(pieces, pages.clone()));
         }
         let pieces = processes.values_mut().flat_map(|held| &mut held.pieces);
-        let placed = place(pieces.collect(), taken);
+        let placed = place(pieces.collect(), own, finals);
         Ok(placed.then_some(Self { processes }))
     }
 
@@ -131,7 +144,22 @@ impl Holding {
 
     /// What the template is to map: private anonymous memory, readable and writable.
     pub fn ranges(&self) -> Vec<Range<u64>> {
-        self.pieces().map(|(_, piece)| piece.held()).collect()
+        self.anonymous().map(|(_, piece)| piece.held()).collect()
+    }
+
+    fn anonymous(&self) -> impl Iterator<Item = (&PageMap, &Piece)> {
+        self.pieces().filter(|(_, piece)| piece.file.is_none())
+    }
+
+    /// The files that the template is to map.
+    pub fn files(&self) -> Vec<FileMapping> {
+        files::mappings(self.pieces())
+    }
+
+    /// Whether it maps the base's own file with this number.
+    pub fn has_file(&self, inode: u64) -> bool {
+        let mut files = self.pieces().filter_map(|(_, piece)| piece.file.as_ref());
+        files.any(|file| file.is(inode))
     }
 
     /// Bytes that are held.
@@ -146,7 +174,7 @@ impl Holding {
     /// The ranges that can be large pages: every page in them is held. Ascending in each process; those that touch are one.
     pub fn large(&self) -> Vec<Range<u64>> {
         let mut large = Vec::new();
-        for (pages, piece) in self.pieces() {
+        for (pages, piece) in self.anonymous() {
             let runs = pages.runs(pages_of(&piece.to)).collect();
             for run in merged(runs, 0) {
                 let first = run.start.next_multiple_of(PAGES);
@@ -199,11 +227,13 @@ impl Holding {
         Ok(missing)
     }
 
-    /// Where it holds these addresses of a process, as far as it does.
+    /// Where it holds these addresses of a process, as far as it does and they can be written to.
     pub fn held_of(&self, pid: InnerPid, addresses: &Range<u64>) -> Vec<Range<u64>> {
         let pieces = self.processes.get(&pid).map_or(&[][..], |h| &h.pieces);
+        let writable = |p: &&Piece| p.file.as_ref().is_none_or(FilePart::is_writable);
         let parts = pieces
             .iter()
+            .filter(writable)
             .filter_map(|piece| Some(piece.part(&overlap(&piece.to, addresses)?).held()));
         parts.collect()
     }
@@ -214,8 +244,8 @@ impl Holding {
         held.is_some_and(|held| !held.pieces.is_empty())
     }
 
-    /// Makes a process that is a copy of the template keep nothing but its own memory, at its final addresses. It is to be
-    /// given `memory`.
+    /// Makes a process that is a copy of the template keep nothing but its own memory, at its final addresses, and no descriptors.
+    /// It is to be given `memory`.
     pub(crate) fn settle(&self, remote: &mut Remote, memory: &AddressSpace) -> Result<()> {
         let pid = remote.pid();
         let held = self.processes.get(&pid);
@@ -228,10 +258,13 @@ impl Holding {
         let doing = "taking over the memory of a template";
         remote.clear_of(wanted).during(pid, doing)?;
         let drop = surplus(remote, pieces).during(pid, doing)?;
-        let mut calls = drop
-            .iter()
-            .map(|r| (libc::SYS_munmap, vec![r.start, r.end - r.start]))
-            .chain(pieces.iter().map(|piece| {
+        let close = (libc::SYS_close_range, vec![0, u32::MAX.into(), 0]);
+        let mut calls = std::iter::once(close)
+            .chain(
+                drop.iter()
+                    .map(|r| (libc::SYS_munmap, vec![r.start, r.end - r.start])),
+            )
+            .chain(pieces.iter().filter(|p| p.from != p.to.start).map(|piece| {
                 let len = piece.to.end - piece.to.start;
                 let flags = (libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED) as u64;
                 let args = vec![piece.from, len, len, flags, piece.to.start];
@@ -256,20 +289,18 @@ impl Holding {
     }
 
     /// Corrects what was found in a process that has [settled](Self::settle): nothing is known of it, so all counts as
-    /// written; but what it took over is known.
-    pub(crate) fn know(&self, scan: &mut Scan) {
-        let Some(Held { pages, pieces }) = self.processes.get(&scan.pid) else {
+    /// written; but what it took over is known. It is to be given `memory`, whose bounds are set with its
+    /// [program](crate::mem::layout::write_program).
+    pub(crate) fn know(&self, scan: &mut Scan, memory: &AddressSpace, env: &dyn Environment) {
+        let Some(held) = self.processes.get(&scan.pid) else {
             return;
         };
+        let Held { pages, pieces } = held;
+        scan.layout = memory.layout;
+        scan.auxv.clone_from(&memory.auxv);
+        held.recognize(&mut scan.vmas, memory, env);
         let kept = |range: &Range<u64>| pieces.iter().any(|p| overlap(&p.to, range).is_some());
         scan.changes.retain(|(range, _)| !kept(range));
         scan.known = pages.clone();
     }
-}
-
-/// Whether a mapping is held: it is anonymous, and there are pages of it. A stack that grows by itself is not, for another process
-/// cannot have it where it is held; nor is what another process is not to have at all.
-fn is_held(pages: &PageMap, vma: &Vma) -> bool {
-    let kind = vma.is_private() && vma.is_anonymous() && !vma.grows_down && !vma.droppable;
-    kind && pages.runs(pages_of(&vma.range())).next().is_some()
 }

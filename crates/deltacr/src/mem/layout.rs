@@ -1,14 +1,11 @@
 //! The bounds that the kernel keeps of an address space: `prctl(PR_SET_MM_MAP)`.
 
-use std::io;
-use std::os::fd::BorrowedFd;
-
 use rustix::fs::CWD;
 use serde::{Deserialize, Serialize};
 
 use crate::error::{During, Error, Result};
 use crate::procfs;
-use crate::remote::{Batch, Remote};
+use crate::remote::{Batch, CallId, Remote};
 
 /// Bounds of a process' address space, as `/proc/PID/stat` shows and `prctl(PR_SET_MM_MAP)` sets
 /// them. All are addresses.
@@ -92,38 +89,38 @@ pub(crate) fn auxv(remote: &Remote) -> Result<Vec<u8>> {
         .during(remote.pid(), "reading the auxiliary vector")
 }
 
-/// Makes `program` what `/proc/PID/exe` leads to. Takes `CAP_CHECKPOINT_RESTORE` in the process' user namespace, and
-/// that nothing of the program that it was is mapped any more.
+/// Sets the bounds and the auxiliary vector, and makes `program`, a descriptor of the process', which is closed, what
+/// `/proc/PID/exe` leads to. Takes `CAP_CHECKPOINT_RESTORE` in the process' user namespace, and that nothing of the program that
+/// it was is mapped any more.
 pub(crate) fn write_program(
     remote: &mut Remote,
     layout: &Layout,
-    program: BorrowedFd<'_>,
+    auxv: &[u8],
+    program: i32,
 ) -> Result<()> {
-    let pid = remote.pid();
-    let doing = "setting the link to its program";
-    let fd = remote.give_fds(&[program]).during(pid, doing)?[0];
-    let set = write_map(remote, layout, None, fd as u32);
-    let mut close = Batch::new();
-    close.call(libc::SYS_close, &[fd.into()]);
-    remote.run(&close).during(pid, doing)?;
-    set.during(pid, doing)
+    let mut batch = Batch::new();
+    let set = add_map(&mut batch, layout, Some(auxv), program as u32);
+    batch.call(libc::SYS_close, &[program.into()]);
+    let set = remote
+        .run(&batch)
+        .and_then(|outcome| outcome.result(set).map(drop));
+    set.during(remote.pid(), "setting the link to its program")
 }
 
 /// Sets the bounds; `auxv` too, if it is given.
 pub(crate) fn write(remote: &mut Remote, layout: &Layout, auxv: Option<&[u8]>) -> Result<()> {
     let pid = remote.pid();
     // No change of the link to the executable, which would need a capability.
-    write_map(remote, layout, auxv, u32::MAX).during(pid, "setting the bounds of the address space")
+    let mut batch = Batch::new();
+    let set = add_map(&mut batch, layout, auxv, u32::MAX);
+    let set = remote
+        .run(&batch)
+        .and_then(|outcome| outcome.result(set).map(drop));
+    set.during(pid, "setting the bounds of the address space")
 }
 
 /// `PR_SET_MM_MAP`; `exe` is a descriptor of the process', or `u32::MAX`.
-fn write_map(
-    remote: &mut Remote,
-    layout: &Layout,
-    auxv: Option<&[u8]>,
-    exe: u32,
-) -> io::Result<()> {
-    let mut batch = Batch::new();
+fn add_map(batch: &mut Batch, layout: &Layout, auxv: Option<&[u8]>, exe: u32) -> CallId {
     let vector = batch.input(auxv.unwrap_or_default());
     let l = layout;
     let mut map: Vec<u8> = [
@@ -149,7 +146,7 @@ fn write_map(
     if auxv.is_some() {
         batch.link(map, &[(11 * 8, vector)]);
     }
-    let done = batch.call(
+    batch.call(
         libc::SYS_prctl,
         &[
             libc::PR_SET_MM.into(),
@@ -158,8 +155,7 @@ fn write_map(
             map.len().into(),
             0.into(),
         ],
-    );
-    remote.run(&batch)?.result(done).map(drop)
+    )
 }
 
 #[cfg(test)]

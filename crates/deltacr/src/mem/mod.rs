@@ -36,7 +36,7 @@ use serde::{Deserialize, Serialize};
 
 pub use gears::Gears;
 pub use harvest::{Kept, Work};
-pub use holding::{Derived, Holding};
+pub use holding::{Derived, FileMapping, Holding, OfBase};
 pub use layout::Layout;
 pub use pages_to_come::Pages;
 pub use scan::Scan;
@@ -55,13 +55,17 @@ use crate::store::PageStore;
 /// Stands for the device number of the sandbox's own filesystem.
 pub const VERSIONED: u64 = 0;
 
+/// Stands for the device number of the base of the sandbox's filesystem, for files that are mapped from the base itself. What the
+/// sandbox does to such a file is not seen by who has it mapped so.
+pub const BASE: u64 = u64::MAX;
+
 /// Bytes of a page.
 pub(crate) const PAGE: u64 = 4096;
 
 /// A file, by its inode. Two are equal if they are the same inode, whatever the path.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct FileId {
-    /// `st_dev`; [`VERSIONED`] for the sandbox's filesystem, which has another in each fork.
+    /// `st_dev`; [`VERSIONED`] for the sandbox's filesystem, which has another in each fork, and [`BASE`] for its base.
     pub device: u64,
     /// Inode number.
     pub inode: u64,

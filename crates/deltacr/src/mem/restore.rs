@@ -5,6 +5,8 @@ use std::ops::Range;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 
+use rustix::fs::OFlags;
+
 use crate::error::{During, Error, Result};
 use crate::mem::lazy;
 use crate::mem::pages::{common, outside, put_back};
@@ -12,9 +14,10 @@ use crate::mem::plan::{Move, Plan, Step, plan};
 use crate::mem::scan::Scan;
 use crate::mem::tracker::Reset;
 use crate::mem::{
-    AddressSpace, Backing, Memory, Tracker, Vma, addresses_of, layout, merged, overlap, pages_of,
-    tracker, vmas,
+    AddressSpace, Backing, Memory, Tracker, VERSIONED, Vma, addresses_of, layout, merged, overlap,
+    pages_of, tracker, vmas,
 };
+use crate::openings::{self, Wanted};
 use crate::remote::{Arg, Batch, CallId, Remote};
 use crate::store::PageMap;
 
@@ -62,7 +65,8 @@ impl Memory<'_> {
             pid: scan.pid,
             what: format!("the kernel does not map {:?} of that size", vma.backing),
         })?;
-        self.remap(remote, &plan)?;
+        // What was made just now may open all files that it is to have mapped.
+        self.remap(remote, &plan, scan.base.is_none())?;
         let pages = target.pages.get()?;
         let runs = runs_to_put_back(&scan, target, pages, &plan.fresh);
         let guards = guards_to_change(&scan, target, &plan.fresh);
@@ -128,7 +132,7 @@ impl Memory<'_> {
             .during(scan.pid, "looking for memory to be given back later")
     }
 
-    fn remap(&self, remote: &mut Remote, plan: &Plan<'_>) -> Result<()> {
+    fn remap(&self, remote: &mut Remote, plan: &Plan<'_>, new: bool) -> Result<()> {
         Remap::new(remote).all(&plan.unmap, &BTreeMap::new())?;
         move_specials(remote, &plan.moves)?;
         let (segments, change): (Vec<_>, Vec<_>) =
@@ -136,36 +140,57 @@ impl Memory<'_> {
         self.attach(remote, &segments)?;
         let mut rest = &change[..];
         while !rest.is_empty() {
-            let (files, steps) = self.open_files(remote, rest)?;
+            let (keys, steps) = file_keys(rest);
             let (now, later) = rest.split_at(steps);
-            let fds: Vec<_> = files.values().map(AsFd::as_fd).collect();
-            let doing = "passing mapped files";
-            let given = remote.give_fds(&fds).during(remote.pid(), doing)?;
-            let numbers = files.into_keys().zip(given).collect();
+            let mut numbers = match new {
+                true => self.open_inside(remote, &keys)?,
+                false => BTreeMap::new(),
+            };
+            self.pass(remote, &keys, &mut numbers)?;
             Remap::new(remote).all(now, &numbers)?;
             rest = later;
         }
         Ok(())
     }
 
-    /// Opens what the first steps map, and tells how many steps those are.
-    fn open_files(&self, remote: &Remote, steps: &[Step<'_>]) -> Result<(Files, usize)> {
-        let mut files = Files::new();
-        for (index, step) in steps.iter().enumerate() {
-            let Step::Map(_, vma) = step else { continue };
-            let Some(key) = FileKey::of(vma) else {
-                continue;
-            };
-            if files.contains_key(&key) {
-                continue;
+    /// Has the process open what it can of its files by itself.
+    fn open_inside(&self, remote: &mut Remote, keys: &Keys<'_>) -> Result<Numbers> {
+        let (mut names, mut wanted) = (Vec::new(), Vec::new());
+        for (key, vma) in keys {
+            if let Backing::File(file) = &vma.backing
+                && file.device == VERSIONED
+            {
+                names.push(*key);
+                wanted.push(Wanted {
+                    path: file.path.as_bytes(),
+                    inode: file.inode,
+                    // As `open` does.
+                    flags: if vma.shared {
+                        OFlags::RDWR
+                    } else {
+                        OFlags::RDONLY
+                    },
+                });
             }
-            if files.len() == FILES_AT_ONCE {
-                return Ok((files, index));
-            }
-            let file = self.open(vma).during(remote.pid(), &opening(vma))?;
-            files.insert(key, file);
         }
-        Ok((files, steps.len()))
+        let doing = "having it open the files to be mapped";
+        let opened = openings::open(remote, self.env, &wanted).during(remote.pid(), doing)?;
+        let opened = names.into_iter().zip(opened);
+        Ok(opened.filter_map(|(key, fd)| Some((key, fd?))).collect())
+    }
+
+    /// Opens the other files, and passes them to the process.
+    fn pass(&self, remote: &mut Remote, keys: &Keys<'_>, numbers: &mut Numbers) -> Result<()> {
+        let (mut names, mut files) = (Vec::new(), Vec::new());
+        for (key, vma) in keys.iter().filter(|(key, _)| !numbers.contains_key(*key)) {
+            names.push(*key);
+            files.push(self.open(vma).during(remote.pid(), &opening(vma))?);
+        }
+        let fds: Vec<_> = files.iter().map(AsFd::as_fd).collect();
+        let given = remote.give_fds(&fds);
+        let given = given.during(remote.pid(), "passing mapped files")?;
+        numbers.extend(names.into_iter().zip(given));
+        Ok(())
     }
 
     fn open(&self, vma: &Vma) -> std::io::Result<OwnedFd> {
@@ -202,7 +227,26 @@ enum FileKey {
     Shm(crate::mem::ShmKey),
 }
 
-type Files = BTreeMap<FileKey, OwnedFd>;
+/// Files to be mapped, each by a mapping of it.
+type Keys<'a> = BTreeMap<FileKey, &'a Vma>;
+/// The descriptors that the process has of them.
+type Numbers = BTreeMap<FileKey, i32>;
+
+/// The files that the first steps map, and how many steps those are.
+fn file_keys<'a>(steps: &[Step<'a>]) -> (Keys<'a>, usize) {
+    let mut keys = Keys::new();
+    for (index, step) in steps.iter().enumerate() {
+        let Step::Map(_, vma) = step else { continue };
+        let Some(key) = FileKey::of(vma) else {
+            continue;
+        };
+        if keys.len() == FILES_AT_ONCE && !keys.contains_key(&key) {
+            return (keys, index);
+        }
+        keys.entry(key).or_insert(vma);
+    }
+    (keys, steps.len())
+}
 
 impl FileKey {
     fn of(vma: &Vma) -> Option<Self> {

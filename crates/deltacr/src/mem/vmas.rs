@@ -13,7 +13,7 @@ use crate::env::Environment;
 use crate::error::{During, Error, Result};
 use crate::files;
 use crate::ids::{HostPid, InnerPid};
-use crate::mem::{Backing, FileId, Memory, ShmKey, VERSIONED, Vma, overlap, unsupported};
+use crate::mem::{BASE, Backing, FileId, Memory, ShmKey, VERSIONED, Vma, overlap, unsupported};
 use crate::remote::Remote;
 use crate::sys::pagemap::{self, Mapping};
 
@@ -218,9 +218,13 @@ impl Reader<'_> {
     }
 
     fn device_of(&self, found: &Mapping) -> u64 {
-        match found.device == self.memory.env.fs_device() {
-            true => VERSIONED,
-            false => found.device,
+        let env = self.memory.env;
+        if found.device == env.fs_device() {
+            VERSIONED
+        } else if !found.shared && env.path_in_base(found.device, found.inode).is_some() {
+            BASE
+        } else {
+            found.device
         }
     }
 
@@ -238,12 +242,17 @@ impl Reader<'_> {
     }
 
     fn identify_file(&self, name: &str, found: &Mapping) -> Result<FileId> {
-        let file = FileId {
+        let mut file = FileId {
             device: self.device_of(found),
             inode: found.inode,
             path: Arc::from(name),
         };
-        if file.device != VERSIONED
+        // A number may have been that of another file before.
+        let in_base = || self.memory.env.path_in_base(found.device, found.inode);
+        if file.device == BASE && in_base().as_deref() != Some(name.as_bytes()) {
+            file.device = found.device;
+        }
+        if ![VERSIONED, BASE].contains(&file.device)
             && let Err(e) = reopen(self.memory.env, &file, libc::O_RDONLY)
         {
             let why = match self.is_hugetlb(found) {
@@ -280,8 +289,10 @@ pub(crate) fn mapped_file(host: HostPid, range: &Range<u64>) -> String {
 pub(crate) fn reopen(env: &dyn Environment, file: &FileId, flags: i32) -> io::Result<OwnedFd> {
     let flags = OFlags::from_bits_retain(flags as u32) | OFlags::NONBLOCK;
     let path = file.path.trim_end_matches(" (deleted)").as_bytes();
-    if file.device == VERSIONED {
-        return files::open(env, path, Some(file.inode), flags);
+    match file.device {
+        VERSIONED => return files::open(env, path, Some(file.inode), flags),
+        BASE => return env.open_base(file.inode, path),
+        _ => {}
     }
     let opened = files::open(env, path, None, flags)?;
     let stat = fstat(opened.as_fd())?;

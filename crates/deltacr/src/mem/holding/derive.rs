@@ -4,13 +4,14 @@ use std::collections::BTreeMap;
 use std::io;
 use std::ops::Range;
 
-use super::{Held, Holding, Piece, is_held, occupied, place};
+use super::files::{self, FileMapping, OfBase};
+use super::{Held, Holding, Piece, occupied, place};
 use crate::error::{During, Result};
 use crate::ids::{HostPid, InnerPid};
 use crate::image::TreeImage;
 use crate::mem::pages::outside;
 use crate::mem::{PAGE, Vma, addresses_of, merged, overlap, pages_of};
-use crate::store::PageBytes;
+use crate::store::{PageBytes, PageMap};
 use crate::sys::vm;
 
 /// What becomes of a copy of a template, and how, in this order: ranges are unmapped, mapped, emptied; then it is [filled](Self::fill).
@@ -22,6 +23,8 @@ pub struct Derived {
     pub unmap: Vec<Range<u64>>,
     /// To be mapped: private anonymous memory, readable and writable.
     pub map: Vec<Range<u64>>,
+    /// Files to be mapped.
+    pub files: Vec<FileMapping>,
     /// To be made zeros.
     pub empty: Vec<Range<u64>>,
     changed: Vec<(InnerPid, Piece)>,
@@ -33,37 +36,55 @@ impl Derived {
     ///
     /// # Errors
     /// `/proc` cannot be read, or memory of the image is lost.
-    pub fn arrange(parent: &Holding, image: &TreeImage, copy: HostPid) -> Result<Option<Self>> {
-        let (taken, fixed) = occupied(copy).during_tree("reading the mappings of a template")?;
-        Self::arrange_around(parent, image, taken, &fixed)
+    pub fn arrange(
+        parent: &Holding,
+        image: &TreeImage,
+        copy: HostPid,
+        of_base: &OfBase<'_>,
+    ) -> Result<Option<Self>> {
+        let (own, fixed) = occupied(copy).during_tree("reading the mappings of a template")?;
+        Self::arrange_around(parent, image, (own, &fixed), of_base)
     }
 
     fn arrange_around(
         parent: &Holding,
         image: &TreeImage,
-        mut taken: Vec<Range<u64>>,
-        fixed: &[Range<u64>],
+        (own, fixed): (Vec<Range<u64>>, &[Range<u64>]),
+        of_base: &OfBase<'_>,
     ) -> Result<Option<Self>> {
         let mut fresh = Vec::new();
         let mut kept = Vec::new();
         for (pid, process) in &image.processes {
-            let (vmas, pages) = (&process.memory.vmas, process.memory.pages.get()?);
-            taken.extend(vmas.iter().map(Vma::range));
-            let wanted = vmas.iter().filter(|vma| is_held(pages, vma));
-            let wanted: Vec<_> = wanted.map(Vma::range).collect();
-            let there = parent.processes.get(pid).map_or(&[][..], |h| &h.pieces);
-            kept.extend(inherited(there, &wanted).map(|piece| (*pid, piece)));
-            let there: Vec<_> = there.iter().map(|piece| piece.to.clone()).collect();
-            let holds = |range: &Range<u64>| pages.runs(pages_of(range)).next().is_some();
-            let new = outside(&wanted, &there).into_iter().filter(holds);
-            fresh.extend(new.map(|to| (*pid, Piece::unplaced(to))));
+            let (memory, pages) = (&process.memory, process.memory.pages.get()?);
+            let wanted = files::wanted(memory, pages, of_base);
+            let inherited = match parent.processes.get(pid) {
+                Some(held) => inherited(held, &wanted, pages),
+                None => Vec::new(),
+            };
+            let there: Vec<_> = inherited.iter().map(|piece| piece.to.clone()).collect();
+            let holds = |piece: &Piece| {
+                piece.file.is_some() || pages.runs(pages_of(&piece.to)).next().is_some()
+            };
+            for piece in &wanted {
+                let new = outside(std::slice::from_ref(&piece.to), &there);
+                let new = new.iter().map(|to| piece.part(to)).filter(holds);
+                fresh.extend(new.map(|piece| (*pid, piece)));
+            }
+            kept.extend(inherited.into_iter().map(|piece| (*pid, piece)));
         }
         // Who takes its pieces into place must not run over one that is still where it is held.
-        let images = merged(taken_by(image), 0);
-        let crossed = |piece: &Piece| images.iter().any(|r| overlap(r, &piece.held()).is_some());
+        let finals = merged(taken_by(image), 0);
+        let crossed = |piece: &Piece| {
+            let moves = piece.from != piece.to.start;
+            moves && finals.iter().any(|r| overlap(r, &piece.held()).is_some())
+        };
         if kept.iter().any(|(_, piece)| crossed(piece))
             || fresh.iter().any(|(_, piece)| piece.conflicts(fixed))
-            || !place(fresh.iter_mut().map(|(_, piece)| piece).collect(), taken)
+            || !place(
+                fresh.iter_mut().map(|(_, piece)| piece).collect(),
+                own,
+                finals,
+            )
         {
             return Ok(None);
         }
@@ -80,7 +101,13 @@ impl Derived {
         let old = parent.pieces().map(|(_, piece)| piece.held());
         let still = kept.iter().map(|(_, piece)| piece.held()).collect();
         let unmap = outside(&merged(old.collect(), 0), &merged(still, 0));
-        let map = fresh.iter().map(|(_, piece)| piece.held()).collect();
+        let anonymous = fresh.iter().filter(|(_, piece)| piece.file.is_none());
+        let map = anonymous.map(|(_, piece)| piece.held()).collect();
+        let mut with_pages = Vec::new();
+        for (pid, piece) in &fresh {
+            with_pages.push((image.processes[pid].memory.pages.get()?, piece));
+        }
+        let files = files::mappings(with_pages.into_iter());
         let (mut empty, mut changed) = (Vec::new(), fresh.clone());
         for (pid, piece) in &kept {
             let (before, now) = (
@@ -109,6 +136,7 @@ impl Derived {
             holding: Holding { processes },
             unmap,
             map,
+            files,
             empty,
             changed,
         })
@@ -135,12 +163,27 @@ impl Derived {
     }
 }
 
-/// The parts of the pieces that are in wanted ranges.
-fn inherited(pieces: &[Piece], wanted: &[Range<u64>]) -> impl Iterator<Item = Piece> {
-    pieces.iter().flat_map(move |piece| {
-        let parts = wanted.iter().filter_map(|w| overlap(&piece.to, w));
-        parts.map(|part| piece.part(&part))
-    })
+/// The parts of what is held that are wanted as they are. What cannot be written to must hold the pages already.
+fn inherited(held: &Held, wanted: &[Piece], pages: &PageMap) -> Vec<Piece> {
+    let same_pages = |range: &Range<u64>| {
+        let mut same = true;
+        held.pages.diff(pages, pages_of(range), |_| same = false);
+        same
+    };
+    let mut inherited = Vec::new();
+    for there in &held.pieces {
+        for range in wanted
+            .iter()
+            .filter_map(|w| Some((w, overlap(&there.to, &w.to)?)))
+        {
+            let (wanted, range) = range;
+            let (part, file) = (there.part(&range), wanted.part(&range).file);
+            let fits = part.file == file
+                && file.is_none_or(|file| file.is_writable() || same_pages(&range));
+            inherited.extend(fits.then_some(part));
+        }
+    }
+    inherited
 }
 
 fn taken_by(image: &TreeImage) -> Vec<Range<u64>> {
