@@ -258,3 +258,38 @@ fn a_durable_checkpoint_of_a_fork_knows_the_files_of_the_base_again() {
         holds(&fork, id, "1111");
     }
 }
+
+#[test]
+fn what_has_taken_the_path_of_a_mapped_file_is_not_taken_for_it() {
+    let f = Fixture::new();
+    let source = f.sandbox();
+    let id = python(&source).info().id;
+    map(&source, id);
+    output(
+        &source,
+        "for n in fifo link other; do seq 2000 > /root/$n; done",
+    );
+    let lines = [
+        "open_all = lambda: [mmap.mmap(os.open('/root/' + n, os.O_RDONLY), 4096, prot=mmap.PROT_READ, \
+         flags=mmap.MAP_PRIVATE) for n in ('fifo', 'link', 'other')]",
+        "D = open_all()",
+    ];
+    for line in lines {
+        assert_eq!(ask(&source, id, line), "done");
+    }
+    // Whoever opens it would wait, come elsewhere, or find something else.
+    let replace = "cd /root; for n in fifo link other; do mv $n was-$n; done; \
+                   mkfifo fifo; ln -s /proc/self/mem link; echo other > other";
+    output(&source, replace);
+    let at = source.checkpoint(None).unwrap().id;
+    let shown = "[bytes(d[:4]) for d in D], len(os.listdir('/proc/self/fd'))";
+    let expected = ask(&source, id, shown);
+    assert!(
+        expected.starts_with("([b'1\\n2\\n', b'1\\n2\\n', b'1\\n2\\n'], "),
+        "{expected}"
+    );
+    for fork in fork(&f.host, &source, at, 2) {
+        assert_eq!(ask(&fork, id, shown), expected);
+        holds(&fork, id, "0000");
+    }
+}
