@@ -22,7 +22,7 @@ const PROCESSORS: &str = "/sys/devices/system/cpu/possible";
 /// With more processors than this, each volume would have too many threads.
 const MAX_QUEUES: u16 = 16;
 /// Requests that a queue may have at a time, besides those that wait for something.
-const PLACES: usize = 4;
+const PLACES: usize = 2;
 
 /// Answers that are given by other threads than the one that serves a ring.
 #[derive(Debug)]
