@@ -55,6 +55,8 @@ pub(crate) struct Orphan {
     all: Orphans,
     host: HostPid,
     pidfd: OwnedFd,
+    /// It has not begun yet.
+    waits: bool,
 }
 
 /// What an orphan is for.
@@ -68,7 +70,7 @@ pub(crate) struct Purpose<'a> {
 }
 
 impl Orphan {
-    /// Makes one from a stopped process; it runs when this returns.
+    /// Makes one from a stopped process. It waits to be [let go](Self::begin) by the calling thread, or for that thread's end.
     ///
     /// # Errors
     /// No process can be made in the sandbox, or the original died.
@@ -100,6 +102,7 @@ impl Orphan {
             all: all.clone(),
             host,
             pidfd: process::pidfd_open(host)?,
+            waits: true,
         };
         all.0.lock().insert(host);
         Ok(orphan)
@@ -109,6 +112,16 @@ impl Orphan {
     #[cfg(test)]
     pub(crate) fn host(&self) -> HostPid {
         self.host
+    }
+
+    /// Lets it do its work.
+    pub(crate) fn begin(&mut self) {
+        // One that was killed needs no letting go.
+        if std::mem::take(&mut self.waits)
+            && let Err(error) = ptrace::detach(self.host)
+        {
+            tracing::debug!(%error, "letting a process of the engine's begin");
+        }
     }
 
     /// Waits until it has ended by itself.
@@ -171,7 +184,6 @@ fn by_helper(
     let mut remote = Remote::new(pid, born, area)?;
     remote.aim(born, purpose.calls, purpose.place)?;
     ptrace::set_signal_mask(born, u64::MAX)?;
-    ptrace::detach(born)?;
     spawn::end_thread(&mut helper, host)?;
     Ok((pid, orphan))
 }

@@ -15,7 +15,7 @@ use crate::files::Place;
 use crate::hold::{Deaths, Held};
 use crate::ids::InnerPid;
 use crate::image::{ProcessImage, TreeImage};
-use crate::mem::{Scan, Vma};
+use crate::mem::{Scan, Tracker, Vma};
 use crate::reconcile::{self, Now, Reconcile};
 use crate::stopwatch::{Phases, Stopwatch};
 use crate::sysv::{self, Attached};
@@ -343,6 +343,10 @@ impl Engine {
         held.remember(&mut self.known);
         held.release()?;
         let running = Instant::now();
+        self.trackers
+            .values_mut()
+            .flatten()
+            .for_each(Tracker::run_on);
         watch.lap("resume");
         Ok(Done {
             running,

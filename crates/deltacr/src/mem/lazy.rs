@@ -5,7 +5,7 @@
 
 use std::io;
 use std::ops::Range;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use crate::env::Environment;
 use crate::error::{During, Result};
@@ -27,25 +27,33 @@ const MOST: usize = 64;
 /// Memory that is being given back while the process runs, until it stops the next time.
 #[derive(Debug)]
 pub(crate) struct Lazy {
-    pager: Pager,
+    /// `None` when all is back.
+    pager: Option<Pager>,
     sweeper: Option<Sweeper>,
     /// Where the pages of the state before are held.
     hold: Range<u64>,
 }
 
 impl Lazy {
-    /// Waits until all pages are back, and those of the state before are dropped.
+    /// The process runs: gives back what nobody waits for, and has the pages of the state before dropped. Before, either would
+    /// take a processor from who is still to let the process run. To be called by the thread that began it.
+    pub(crate) fn run_on(&mut self) {
+        self.pager.iter().for_each(Pager::begin);
+        self.sweeper.iter_mut().for_each(Sweeper::begin);
+    }
+
+    /// Waits until all pages are back, and those of the state before are dropped. From then on nobody serves the ranges.
     pub(crate) fn finish(&mut self) {
-        self.pager.finish();
+        self.pager = None;
         self.sweeper = None;
     }
 
-    /// Ends it while the process stands still: nothing is left of it there.
-    pub(crate) fn end(mut self, remote: &mut Remote) -> Result<()> {
+    /// Ends it while the process stands still: nothing is left of it there. `uffd` belongs to the address space that it had.
+    pub(crate) fn end(mut self, remote: &mut Remote, uffd: BorrowedFd<'_>) -> Result<()> {
         self.finish();
-        let Self { pager, hold, .. } = self;
+        let hold = self.hold;
         // It may have another program by now, which has something of its own there.
-        if !pager.end(&hold) {
+        if !uffd::is_alive(uffd, &hold) {
             return Ok(());
         }
         let mut batch = Batch::new();
@@ -147,7 +155,7 @@ fn push(ranges: &mut Vec<Range<u64>>, span: Range<u64>, mappings: &[Range<u64>])
     }
 }
 
-/// Empties the ranges of the plan, and begins to give their pages back. Those in `fresh` ranges are empty.
+/// Empties the ranges of the plan, and begins to serve who waits for their pages. Those in `fresh` ranges are empty.
 pub(crate) fn begin(
     remote: &mut Remote,
     tracker: &Tracker,
@@ -170,7 +178,7 @@ pub(crate) fn begin(
         !fresh.any(|f| f.start <= range.start && range.end <= f.end)
     });
     let full: Vec<_> = full.map(|(_, held)| held).collect();
-    let sweep = || Sweeper::start(remote, hold.start, &full, ours);
+    let sweep = || Sweeper::make(remote, hold.start, &full, ours);
     let sweeper = (!full.is_empty()).then(sweep).transpose();
     let sweeper = sweeper
         .inspect_err(|e| tracing::debug!(error = %e, "no sweeper for process {pid}"))
@@ -178,7 +186,7 @@ pub(crate) fn begin(
     let map = pages.get()?.clone();
     let pager = Pager::start(uffd, &ranges, map, pages.touched()).during(pid, doing)?;
     Ok(Lazy {
-        pager,
+        pager: Some(pager),
         sweeper,
         hold,
     })

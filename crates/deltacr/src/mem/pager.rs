@@ -1,6 +1,7 @@
 //! Giving pages back to a process that runs already: at once what it waits for, and all others in order.
 //!
-//! A thread waits for what the process touches, and meanwhile goes through all that is outstanding: first what was touched after
+//! A thread waits for what the process touches, and meanwhile, from when it is told that the process runs, goes through all that is
+//! outstanding: first what was touched after
 //! earlier rollbacks to the same state, in that order, then the rest in order of addresses. It depends on nothing
 //! but the page store: no lock that others hold for long, no file, nothing that the process could hold. The kernel itself sees to it
 //! that a page is put only where none is and where the process has not mapped something else.
@@ -39,8 +40,10 @@ pub(crate) struct Pager {
 #[derive(Debug)]
 struct Shared {
     work: Mutex<Work>,
+    /// Pages that nobody waits for are given back, too.
+    eager: AtomicBool,
     ending: AtomicBool,
-    /// Readable when the thread is to end.
+    /// Readable from when one of these is set.
     wake: OwnedFd,
 }
 
@@ -67,7 +70,8 @@ struct Space {
 }
 
 impl Pager {
-    /// Begins to give back the pages of these ranges, which are registered with the descriptor and empty. Notes what is touched.
+    /// Begins to serve who waits for pages of these ranges, which are registered with the descriptor and empty. Notes what is
+    /// touched.
     pub(crate) fn start(
         uffd: OwnedFd,
         ranges: &[Range<u64>],
@@ -87,6 +91,7 @@ impl Pager {
                 pages,
                 spaces: vec![space],
             }),
+            eager: AtomicBool::new(false),
             ending: AtomicBool::new(false),
             wake: eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?,
         });
@@ -101,24 +106,25 @@ impl Pager {
         })
     }
 
-    /// Gives back all that is outstanding.
-    pub(crate) fn finish(&self) {
-        while self.shared.turn() {}
+    /// Begins to give back what nobody waits for: the process runs.
+    pub(crate) fn begin(&self) {
+        self.shared.eager.store(true, Ordering::Release);
+        self.wake();
     }
 
-    /// Ends the serving: what is missing then is zero. All is given back before. Tells whether the process still has the
-    /// address space that it had, where nobody serves `idle`.
-    pub(crate) fn end(mut self, idle: &Range<u64>) -> bool {
-        self.stop();
-        let work = self.shared.work.lock();
-        uffd::is_alive(work.spaces[0].uffd.as_fd(), idle)
-    }
-
-    fn stop(&mut self) {
-        self.finish();
-        self.shared.ending.store(true, Ordering::Release);
-        // An event counter takes eight bytes until it overflows, which one write does not make it.
+    fn wake(&self) {
+        // An event counter takes eight bytes until it overflows, which two writes do not make it.
         let _ = rustix::io::write(&self.shared.wake, &1_u64.to_ne_bytes());
+    }
+
+    /// Gives back all that is outstanding, and ends the serving: what is missing then is zero. The process may be running.
+    ///
+    /// A child that is being made meanwhile misses nothing, either: while the kernel copies memory with missing pages, it refuses to take
+    /// any of them, and so does not come to an end of this, until it has told of the child.
+    fn stop(&mut self) {
+        while self.shared.turn(true) {}
+        self.shared.ending.store(true, Ordering::Release);
+        self.wake();
         if let Some(thread) = self.thread.take()
             && thread.join().is_err()
         {
@@ -138,23 +144,23 @@ impl Drop for Pager {
 impl Shared {
     fn run(&self) {
         while !self.ending.load(Ordering::Acquire) {
-            if !self.turn() {
+            if !self.turn(self.eager.load(Ordering::Acquire)) {
                 self.sleep();
             }
         }
     }
 
-    /// Does what is most urgent. `false` if nothing is outstanding.
-    fn turn(&self) -> bool {
-        let (outstanding, stuck) = {
+    /// Does what is most urgent; if `eager`, what nobody waits for, too. `false` if there is no more to do.
+    fn turn(&self, eager: bool) -> bool {
+        let (busy, stuck) = {
             let mut work = self.work.lock();
-            let stuck = work.turn();
-            (work.is_busy(), stuck)
+            let stuck = work.turn(eager);
+            (work.is_busy(eager), stuck)
         };
         if stuck {
             std::thread::sleep(PAUSE);
         }
-        outstanding
+        busy
     }
 
     /// Until somebody waits for a page.
@@ -167,17 +173,20 @@ impl Shared {
         let mut fds: Vec<_> = uffds.collect();
         fds.push(PollFd::new(&self.wake, PollFlags::IN));
         let _ = poll(&mut fds, None);
+        // Whoever woke it has set what it is woken for.
+        let mut count = [0; 8];
+        let _ = rustix::io::read(&self.wake, &mut count);
     }
 }
 
 impl Work {
-    /// Reads what is told, serves who waits, and gives back one part more. Tells whether the kernel refused for the moment.
-    fn turn(&mut self) -> bool {
+    /// Reads what is told, serves who waits, and, if `eager`, gives back one part more. Tells whether the kernel refused for the moment.
+    fn turn(&mut self, eager: bool) -> bool {
         let mut born = Vec::new();
         let mut stuck = false;
         self.spaces.retain_mut(|space| {
             space.listen(&mut born);
-            match space.serve(&self.pages) {
+            match space.serve(&self.pages, eager) {
                 Ok(()) => true,
                 Err(Errno::SRCH) => {
                     space.abandon();
@@ -194,8 +203,8 @@ impl Work {
         stuck
     }
 
-    fn is_busy(&self) -> bool {
-        let busy = |s: &Space| !s.outstanding.is_empty() || !s.awaited.is_empty();
+    fn is_busy(&self, eager: bool) -> bool {
+        let busy = |s: &Space| eager && !s.outstanding.is_empty() || !s.awaited.is_empty();
         self.spaces.iter().any(busy)
     }
 }
@@ -220,8 +229,8 @@ impl Space {
         }
     }
 
-    /// Serves who waits; then gives back one part more.
-    fn serve(&mut self, pages: &PageMap) -> Result<(), Errno> {
+    /// Serves who waits; then, if `eager`, gives back one part more.
+    fn serve(&mut self, pages: &PageMap, eager: bool) -> Result<(), Errno> {
         while let Some(&address) = self.awaited.last() {
             match self.outstanding.around(address) {
                 Some(part) => {
@@ -235,7 +244,7 @@ impl Space {
             }
             self.awaited.pop();
         }
-        if let Some(part) = self.due() {
+        if eager && let Some(part) = self.due() {
             self.give(&part, pages)?;
         }
         Ok(())

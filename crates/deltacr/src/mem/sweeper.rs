@@ -7,7 +7,7 @@ use crate::env::Environment;
 use crate::orphan::{Orphan, Orphans, Purpose};
 use crate::remote::{Batch, Remote};
 
-/// A process that drops pages, and ends. Waited for when dropped.
+/// A process that drops pages when it is told to, and ends. Waited for when dropped.
 #[derive(Debug)]
 pub(crate) struct Sweeper(Orphan);
 
@@ -17,7 +17,7 @@ impl Sweeper {
     ///
     /// # Errors
     /// No process can be made in the sandbox, or the original died.
-    pub(crate) fn start(
+    pub(crate) fn make(
         original: &mut Remote,
         place: u64,
         ranges: &[Range<u64>],
@@ -38,10 +38,16 @@ impl Sweeper {
         };
         Orphan::make(original, env, all, &purpose).map(Self)
     }
+
+    /// Lets it begin; to be called by the thread that made it.
+    pub(crate) fn begin(&mut self) {
+        self.0.begin();
+    }
 }
 
 impl Drop for Sweeper {
     fn drop(&mut self) {
+        self.begin();
         self.0.await_end();
     }
 }

@@ -88,6 +88,11 @@ impl Tracker {
         self.lazy.is_some()
     }
 
+    /// The process runs on from a rollback. To be called by the thread that made it.
+    pub(crate) fn run_on(&mut self) {
+        self.lazy.iter_mut().for_each(Lazy::run_on);
+    }
+
     /// Waits until all memory is back.
     pub(crate) fn finish(&mut self) {
         if let Some(lazy) = &mut self.lazy {
@@ -97,7 +102,8 @@ impl Tracker {
 
     /// The process stands still: what was given back while it ran is from now on like all its memory.
     pub(crate) fn end_lazy(&mut self, remote: &mut Remote) -> Result<()> {
-        self.lazy.take().map_or(Ok(()), |lazy| lazy.end(remote))
+        let lazy = self.lazy.take();
+        lazy.map_or(Ok(()), |lazy| lazy.end(remote, self.uffd.as_fd()))
     }
 
     /// Tells whether the kernel can track this range; it cannot with some of its special mappings.

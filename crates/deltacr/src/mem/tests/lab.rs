@@ -169,6 +169,7 @@ impl Bench {
         let scan = self.scan(remote, tracker);
         let begun = self.memory().restore(remote, tracker, scan, target, &[]);
         begun.unwrap();
+        tracker.as_mut().unwrap().run_on();
     }
 
     pub(super) fn restore(

@@ -3,7 +3,7 @@
 use super::*;
 use crate::mem::harvest::Written;
 use crate::orphan::{Orphan, Purpose};
-use crate::sys::pagemap::category;
+use crate::sys::pagemap::{Pagemap, category};
 
 #[test]
 fn a_checkpoint_in_second_gear_holds_what_was_when_it_was_taken() {
@@ -206,6 +206,48 @@ fn memory_that_is_given_back_later_is_right_whatever_touches_it_first() {
         assert!(ground.is(host, 1));
         assert_eq!(maps(), before, "no mapping of the engine's is left");
     }
+    stopped.release().unwrap();
+}
+
+#[test]
+fn before_a_process_runs_on_it_is_given_only_what_is_waited_for() {
+    let bench = Bench::low();
+    let (process, mut stopped, ground) = with_a_ground();
+    let host = process.host();
+    let remote = &mut stopped.remote;
+    let mut tracker = None;
+    let first = bench.capture(remote, &mut tracker);
+    ground.fill(remote, 2);
+    let scan = bench.scan(remote, &mut tracker);
+    let memory = bench.memory();
+    let begun = memory.restore(remote, &mut tracker, scan, &first, &[]);
+    begun.unwrap();
+    let tracker = tracker.as_mut().unwrap();
+    assert!(tracker.is_lazy());
+    let mut pagemap = Pagemap::open(host).unwrap();
+    let mut there = || {
+        let mut found = Vec::new();
+        let range = ground.start..ground.at(Ground::PAGES);
+        let scanned = pagemap.scan(range, category::PRESENT, 0, &mut found);
+        scanned.unwrap();
+        let lengths = found.iter().map(|run| run.end - run.start);
+        lengths.sum::<u64>() / 4096
+    };
+    std::thread::sleep(std::time::Duration::from_millis(30));
+    assert_eq!(there(), 0);
+    assert_eq!(page_of(host, ground.at(1000)), [1000, 1]);
+    std::thread::sleep(std::time::Duration::from_millis(30));
+    assert!((1..=64).contains(&there()), "{} pages", there());
+    // The old pages are there still: who drops them waits as well.
+    assert_eq!(bench.orphans.count(), 1);
+    tracker.run_on();
+    while there() < Ground::PAGES {
+        std::thread::sleep(std::time::Duration::from_millis(1));
+    }
+    tracker.finish();
+    assert_eq!(bench.orphans.count(), 0);
+    tracker.end_lazy(remote).unwrap();
+    assert!(ground.is(host, 1));
     stopped.release().unwrap();
 }
 
