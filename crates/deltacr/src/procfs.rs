@@ -91,6 +91,14 @@ impl OpenFiles {
         Ok(file)
     }
 
+    /// How many page faults the process has had that needed no device, if its `stat` is open.
+    pub(crate) fn page_faults(&self) -> io::Result<u64> {
+        let closed = || Err(io::ErrorKind::NotFound.into());
+        let text = read_all(&*self.get("stat", closed)?)?;
+        parse_faults(&text)
+            .ok_or_else(|| io::Error::new(io::ErrorKind::InvalidData, "unreadable stat"))
+    }
+
     /// What an earlier visit knew of the descriptors, for as long as this one looks at them.
     pub(crate) fn slots(&self) -> MutexGuard<'_, KnownSlots> {
         lock(&self.0.slots)
@@ -235,6 +243,13 @@ pub(crate) fn read_all(file: &File) -> io::Result<Vec<u8>> {
     }
 }
 
+/// The tenth field of `/proc/PID/stat`.
+fn parse_faults(text: &[u8]) -> Option<u64> {
+    let close = text.iter().rposition(|b| *b == b')')?;
+    let rest = std::str::from_utf8(text.get(close + 2..)?).ok()?;
+    rest.split_ascii_whitespace().nth(10 - 3)?.parse().ok()
+}
+
 /// `None` if it is not what the kernel writes. The name may hold any byte, `)` and newline included.
 pub(crate) fn parse_stat(text: &[u8]) -> Option<Stat> {
     let open = text.iter().position(|b| *b == b'(')?;
@@ -282,6 +297,7 @@ mod tests {
         #[test]
         fn no_stat_text_makes_the_reader_panic(text in proptest::collection::vec(any::<u8>(), 0..300)) {
             let _ = parse_stat(&text);
+            let _ = parse_faults(&text);
         }
     }
 }

@@ -340,6 +340,7 @@ const LOW: Gears = Gears {
     protect: 1,
     sort_later: 1,
     snapshot: 1,
+    ahead: 1,
     lazy: 1,
 };
 

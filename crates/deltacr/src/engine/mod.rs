@@ -154,6 +154,19 @@ impl Engine {
             .for_each(Tracker::finish);
     }
 
+    /// Does for a checkpoint what can be done while the processes run.
+    fn look_ahead(&mut self, env: &dyn Environment) {
+        let memory = self.means.memory(env);
+        let mut room = memory.gears.ahead;
+        for (host, tracker) in &mut self.trackers {
+            if let (Some(tracker), Some(known)) = (tracker, self.known.get(host))
+                && tracker.is_worth_a_look(&known.files, memory.gears.snapshot)
+            {
+                memory.look_ahead(*host, &known.files, tracker, &mut room);
+            }
+        }
+    }
+
     /// Stops all processes.
     fn hold(&mut self, env: &dyn Environment) -> Result<Held> {
         let grounds = open_once(&mut self.grounds, env)?;
@@ -175,6 +188,7 @@ impl Engine {
         cut: impl FnOnce(Deaths) -> Result<T> + Send,
     ) -> Result<Checkpoint<T>> {
         self.settle();
+        self.look_ahead(env);
         trace(|| {
             let mut tries = 0;
             let (mut held, captured, mut watch) = loop {

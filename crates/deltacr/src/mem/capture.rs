@@ -8,6 +8,7 @@ use std::sync::Arc;
 
 use crate::error::{During, Result};
 use crate::mem::advice::{Advised, Told};
+use crate::mem::ahead::Copies;
 use crate::mem::harvest::{Work, Written, count};
 use crate::mem::pages::outside;
 use crate::mem::pages_to_come::Promise;
@@ -53,7 +54,9 @@ impl Memory<'_> {
         }
         let advised = advised(remote, &mut scan)?;
         let (pages, promise) = Pages::to_come(scan.pid);
-        let work = self.read(remote, &scan, like, promise)?;
+        let copies = tracker.as_mut().map(|t| t.ahead_mut().take_copies());
+        let copies = copies.unwrap_or_default();
+        let work = self.read(remote, &scan, copies, like, promise)?;
         let state = Arc::new(AddressSpace {
             vmas: scan.vmas,
             guards: scan.guards,
@@ -79,15 +82,22 @@ impl Memory<'_> {
         &self,
         remote: &mut Remote,
         scan: &Scan,
+        copies: Copies,
         like: Option<&AddressSpace>,
         promise: Promise,
     ) -> Result<Work> {
         let mut pages = scan.known.clone();
         keep_private(&mut pages, &scan.vmas);
-        for (range, _) in changes(scan, Change::Dropped) {
+        let dropped = |(_, change): &&(Range<u64>, Change)| *change == Change::Dropped;
+        for (range, _) in scan.changes.iter().filter(dropped) {
             pages.remove(pages_of(range));
         }
-        let mut written = written(scan);
+        let is_copied = |change: Change| change == Change::Copied && !copies.is_empty();
+        let copied = runs(scan, is_copied).into_iter().map(|run| run.pages);
+        let copied = copied.collect();
+        let mut written = runs(scan, |change| {
+            change != Change::Dropped && !is_copied(change)
+        });
         let mut unread = None;
         if let Some(mut snapshot) = self.snapshot(remote, scan, &written)? {
             let told = shared(&mut snapshot, written);
@@ -106,6 +116,7 @@ impl Memory<'_> {
             pages,
             like: like.map(|like| like.pages.clone()),
             read: (written, fresh),
+            copied: (copied, copies),
             unread,
             promise,
         })
@@ -190,13 +201,11 @@ fn keep_private(pages: &mut PageMap, vmas: &[Vma]) {
     pages.remove(from..u64::MAX);
 }
 
-fn changes(scan: &Scan, which: Change) -> impl Iterator<Item = &(Range<u64>, Change)> {
-    scan.changes.iter().filter(move |(_, c)| *c == which)
-}
-
-fn written(scan: &Scan) -> Vec<Written> {
+/// The runs of pages with such changes.
+fn runs(scan: &Scan, which: impl Fn(Change) -> bool) -> Vec<Written> {
     let mut vmas = scan.vmas.iter().peekable();
-    changes(scan, Change::Written)
+    let changes = scan.changes.iter().filter(|(_, change)| which(*change));
+    changes
         .filter_map(|(range, _)| {
             while vmas.next_if(|v| v.end <= range.start).is_some() {}
             let vma = vmas.peek()?;

@@ -9,6 +9,8 @@ pub struct Gears {
     pub sort_later: u64,
     /// A checkpoint takes a copy-on-write snapshot, and copies after the process runs on.
     pub snapshot: u64,
+    /// A checkpoint copies before the stop what is more than this of the pages that a snapshot would share, of all processes.
+    pub ahead: u64,
     /// A rollback lets the process run on, and gives pages back then.
     pub lazy: u64,
 }
@@ -24,6 +26,8 @@ impl Default for Gears {
             // Copying a page takes 1.4 µs, and a snapshot 300 µs and 0.1 µs a page. But while the pages are copied
             // from the snapshot, a page that the process writes to is copied by its fault.
             snapshot: 2048,
+            // Sharing so many takes 2 ms. To copy a page ahead takes 1.2 µs, for which the caller waits, and nobody else.
+            ahead: 16384,
             // Writing a page back takes 1 µs, setting memory aside 500 µs; but a page that is touched before it is back
             // costs 30, and in all it is half as much again.
             lazy: 4096,

@@ -7,6 +7,7 @@ use std::ops::{AddAssign, Range};
 
 use crate::error::During;
 use crate::ids::InnerPid;
+use crate::mem::ahead::Copies;
 use crate::mem::pages_to_come::Promise;
 use crate::mem::{Gears, Pages, addresses_of, pages_of};
 use crate::snapshot::Snapshot;
@@ -156,6 +157,8 @@ pub struct Work {
     pub(crate) like: Option<Pages>,
     /// Pages that were read while it stood still.
     pub(crate) read: (Vec<Written>, Fresh),
+    /// Pages that were copied before it stood still, in anonymous mappings.
+    pub(crate) copied: (Vec<Range<u64>>, Copies),
     /// Pages that are to be read from a snapshot.
     pub(crate) unread: Option<(Vec<Written>, Snapshot)>,
     pub(crate) promise: Promise,
@@ -165,6 +168,7 @@ impl Work {
     /// Whether it is little, and waits for nothing that is not known yet.
     pub(crate) fn is_quick(&self, gears: &Gears) -> bool {
         self.unread.is_none()
+            && self.copied.0.is_empty()
             && self.like.as_ref().is_none_or(Pages::are_known)
             && (count(&self.read.0) as u64) < gears.sort_later
     }
@@ -177,6 +181,7 @@ impl Work {
             pages,
             like,
             read: (runs, mut fresh),
+            copied: (copied, copies),
             mut unread,
             promise,
         } = self;
@@ -184,11 +189,14 @@ impl Work {
         let like = like.and_then(|like| like.get().ok().cloned());
         let mut sorter = Sorter::new(pages, like);
         sorter.all(&runs, &mut fresh);
-        let harvested = match &mut unread {
+        let sorted = copies.newest(copied, |page, fresh, index| {
+            sorter.page(page, fresh, index, true);
+        });
+        let harvested = sorted.and_then(|()| match &mut unread {
             Some((runs, snapshot)) => harvest(&store, &mut sorter, runs, snapshot),
             None => Ok(()),
-        };
-        match harvested.during(pid, "copying the memory from its snapshot") {
+        });
+        match harvested.during(pid, "copying the memory") {
             Ok(()) => promise.keep(sorter.done()),
             Err(e) => {
                 tracing::warn!(error = %e, "a checkpoint's memory is lost");
@@ -237,7 +245,7 @@ fn expect(pagemap: &mut Pagemap, runs: &[Written]) -> io::Result<()> {
 }
 
 /// The runs, cut into lists of at most [`PORTION`] pages.
-fn portions(runs: &[Written]) -> Vec<Vec<Written>> {
+pub(crate) fn portions(runs: &[Written]) -> Vec<Vec<Written>> {
     let mut portions = Vec::new();
     let mut portion: Vec<Written> = Vec::new();
     let mut room = PORTION as u64;

@@ -6,6 +6,7 @@
 //! changed.
 
 mod advice;
+mod ahead;
 mod capture;
 mod gears;
 mod harvest;

@@ -100,6 +100,7 @@ impl Memory<'_> {
         *tracker = held;
         let mut reset = to_reset(&scan, target, &plan.fresh, &runs);
         reset.untracked = outside(&merged(reset.untracked, 0), &ranges);
+        reset.stale = outside(&reset.stale, &ranges);
         let base = Arc::clone(target);
         tracker::reset(
             remote,
@@ -460,5 +461,11 @@ fn to_reset(
     let untracked = target.vmas.iter().filter(touched).map(Vma::range).collect();
     let mut written = scan.reset.written.clone();
     written.extend(put_back.iter().map(addresses_of));
-    Reset { untracked, written }
+    // What is mapped anew has no marks.
+    let stale = outside(&merged(scan.reset.stale.clone(), 0), fresh);
+    Reset {
+        untracked,
+        written,
+        stale: common(&stale, &private_ranges(&target.vmas)),
+    }
 }

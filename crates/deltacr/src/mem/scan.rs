@@ -6,6 +6,7 @@ use std::sync::Arc;
 
 use crate::error::{During, Result};
 use crate::ids::InnerPid;
+use crate::mem::ahead::Ahead;
 use crate::mem::tracker::Reset;
 use crate::mem::{
     AddressSpace, Layout, Memory, PAGE, Tracker, Vma, addresses_of, layout, merged, overlap,
@@ -20,6 +21,10 @@ const SOME: u64 = category::PRESENT | category::SWAPPED | category::GUARD;
 /// What is told of each.
 const TELL: u64 =
     category::TRACKED | category::WRITTEN | category::SWAPPED | category::ZERO | category::GUARD;
+/// Not told by the kernel: counts as written, for it was before it was protected ahead of the stop.
+const TAKEN: u64 = 1 << 62;
+/// Not told by the kernel: was copied after that.
+const COPIED: u64 = 1 << 63;
 /// Parts of file mappings less than this far apart are looked at by one call.
 const NEAR: u64 = 4 * PAGE;
 
@@ -28,6 +33,8 @@ const NEAR: u64 = 4 * PAGE;
 pub(crate) enum Change {
     /// It may hold other contents now.
     Written,
+    /// So it may, but it was copied ahead of the stop, and not written since.
+    Copied,
     /// It shows what lies behind the mapping again.
     Dropped,
 }
@@ -47,7 +54,7 @@ pub struct Scan {
     pub(crate) known: PageMap,
     /// How many pages its private mappings have in memory.
     pub(crate) present: u64,
-    /// The runs of those that were not written, ascending.
+    /// The runs of those that were not written, or are copied, ascending.
     pub(crate) clean: Vec<Range<u64>>,
     /// Ranges of addresses in private mappings, ascending.
     pub(crate) changes: Vec<(Range<u64>, Change)>,
@@ -101,7 +108,9 @@ impl Memory<'_> {
                 pagemap: Pagemap::of(remote.proc_file("pagemap").during(pid, doing)?),
             },
         };
-        scanner.run(&vmas).during(pid, doing)?;
+        let none = Ahead::default();
+        let ahead = tracker.map_or(&none, Tracker::ahead);
+        scanner.run(&vmas, ahead).during(pid, doing)?;
         let mut scan = scanner.scan;
         scan.vmas = vmas;
         Ok(scan)
@@ -113,7 +122,7 @@ struct Scanner {
 }
 
 impl Scanner {
-    fn run(&mut self, vmas: &[Vma]) -> io::Result<()> {
+    fn run(&mut self, vmas: &[Vma], ahead: &Ahead) -> io::Result<()> {
         let Some(last) = vmas.last() else {
             return Ok(());
         };
@@ -122,6 +131,8 @@ impl Scanner {
         let mut coarse = Vec::new();
         let whole = vmas[0].start..last.end;
         self.scan.pagemap.scan(whole, SOME, TELL, &mut coarse)?;
+        let coarse = mark(coarse, ahead.taken(), TAKEN);
+        let coarse = mark(coarse, ahead.copied(), COPIED);
         let mut hulls = Vec::new();
         let mut runs = &coarse[..];
         for vma in vmas.iter().filter(|v| v.is_private()) {
@@ -133,6 +144,7 @@ impl Scanner {
                 .pagemap
                 .scan(hull, SOME, TELL | category::FILE, &mut fine)?;
         }
+        let fine = mark(fine, ahead.taken(), TAKEN);
         let (mut coarse, mut fine) = (&coarse[..], &fine[..]);
         for (vma, hull) in vmas.iter().filter(|v| v.is_private()).zip(hulls) {
             if vma.is_anonymous() {
@@ -158,11 +170,18 @@ impl Scanner {
         for run in runs {
             tracked &= run.facts & category::TRACKED != 0;
             self.scan.present += (run.end - run.start) / PAGE;
+            let here = run.start..run.end;
+            if run.facts & (category::TRACKED | category::WRITTEN) == 0 {
+                self.scan.reset.stale.push(here.clone());
+            }
+            if !self.is_written(&run) || run.facts & COPIED != 0 {
+                self.scan.clean.push(here.clone());
+            }
             if self.is_written(&run) {
-                self.scan.reset.written.push(run.start..run.end);
-                add(run.start..run.end);
-            } else {
-                self.scan.clean.push(run.start..run.end);
+                add(here.clone());
+                // What was taken ahead is protected.
+                let is_taken = run.facts & TAKEN != 0;
+                self.scan.reset.written.extend((!is_taken).then_some(here));
             }
         }
         if !tracked {
@@ -177,8 +196,7 @@ impl Scanner {
     }
 
     fn is_written(&self, run: &PageRun) -> bool {
-        let clean = run.facts & (category::WRITTEN | category::TRACKED) == category::TRACKED;
-        !clean || self.scan.base.is_none()
+        !is_clean(run) || run.facts & TAKEN != 0 || self.scan.base.is_none()
     }
 
     /// Decides about each page of a range, of which the kernel told these runs.
@@ -193,6 +211,8 @@ impl Scanner {
                 self.scan.guards.push(here);
             } else if run.facts & (category::FILE | category::ZERO) != 0 {
                 self.dropped(here);
+            } else if run.facts & (COPIED | category::SWAPPED) == COPIED {
+                self.scan.changes.push((here, Change::Copied));
             } else if self.is_written(&run) {
                 self.scan.changes.push((here, Change::Written));
             } else if run.facts & category::SWAPPED != 0 {
@@ -216,6 +236,44 @@ impl Scanner {
         let changes = known.map(|pages| (addresses_of(&pages), change));
         self.scan.changes.extend(changes);
     }
+}
+
+/// Whether the kernel says that the pages were not written since they were protected.
+fn is_clean(run: &PageRun) -> bool {
+    run.facts & (category::WRITTEN | category::TRACKED) == category::TRACKED
+}
+
+/// Adds a fact to what of the clean runs lies in these ranges (both ascending).
+fn mark(runs: Vec<PageRun>, ranges: &[Range<u64>], fact: u64) -> Vec<PageRun> {
+    if ranges.is_empty() {
+        return runs;
+    }
+    let mut marked = Vec::with_capacity(runs.len() + ranges.len());
+    let mut first = 0;
+    for run in runs {
+        while ranges.get(first).is_some_and(|r| r.end <= run.start) {
+            first += 1;
+        }
+        let near = ranges[first..].iter().take_while(|r| r.start < run.end);
+        let mut at = run.start;
+        for range in near.filter(|_| is_clean(&run)) {
+            let (start, end) = (range.start.max(run.start), range.end.min(run.end));
+            if at < start {
+                marked.push(PageRun {
+                    start: at,
+                    end: start,
+                    ..run
+                });
+            }
+            let facts = run.facts | fact;
+            marked.push(PageRun { start, end, facts });
+            at = end;
+        }
+        if at < run.end {
+            marked.push(PageRun { start: at, ..run });
+        }
+    }
+    marked
 }
 
 /// The parts of the runs that lie in a range. Runs that end before it are dropped: ranges are asked

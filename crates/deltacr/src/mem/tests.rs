@@ -21,6 +21,7 @@ use crate::stop::Stopped;
 use crate::store::PageStore;
 use crate::sys::ptrace;
 
+mod ahead;
 mod lab;
 mod second_gear;
 
@@ -98,15 +99,22 @@ fn random_step(remote: &mut Remote, dice: &mut Dice, ground: u64, file: u64) {
 
 #[test]
 fn random_changes_are_undone_to_any_earlier_state() {
-    undo_random_changes(&Bench::new());
+    undo_random_changes(&Bench::new(), false);
 }
 
 #[test]
 fn random_changes_are_undone_to_any_earlier_state_read_from_snapshots() {
-    undo_random_changes(&Bench::low());
+    undo_random_changes(&Bench::low(), false);
 }
 
-fn undo_random_changes(bench: &Bench) {
+#[test]
+fn random_changes_are_undone_to_any_earlier_state_that_was_looked_at_ahead() {
+    undo_random_changes(&Bench::new(), true);
+    undo_random_changes(&Bench::low(), true);
+}
+
+/// `ahead`: between the changes, something is done for the next capture, which may never come.
+fn undo_random_changes(bench: &Bench, ahead: bool) {
     let process = Process::sleeper();
     let mut stopped = process.seize();
     let remote = &mut stopped.remote;
@@ -136,6 +144,9 @@ fn undo_random_changes(bench: &Bench) {
     for round in 0..120 {
         for _ in 0..dice.roll(12) {
             random_step(remote, &mut dice, ground, fd);
+            if ahead && dice.roll(4) == 0 {
+                bench.look_ahead(remote, &mut tracker);
+            }
         }
         if dice.roll(3) == 0 {
             // What a fork's child or a new program starts with: nothing is known.
@@ -228,6 +239,47 @@ fn a_state_costs_what_was_written_since_the_one_before() {
     let pages = |state: &AddressSpace| state.pages.get().unwrap().clone();
     assert_eq!(pages(&third), pages(&second));
     assert_ne!(pages(&first), pages(&second));
+    stopped.release().unwrap();
+}
+
+#[test]
+fn what_is_written_after_a_moved_mapping_joined_another_is_noticed() {
+    let bench = Bench::new();
+    let process = Process::sleeper();
+    let mut stopped = process.seize();
+    let remote = &mut stopped.remote;
+    const PAGES: u64 = 100;
+    let map = |remote: &mut Remote| {
+        let args = [0, PAGES * 4096, RW, ANON, NO_FD, 0];
+        call(remote, libc::SYS_mmap, &args).unwrap()
+    };
+    let (ground, elsewhere) = (map(remote), map(remote));
+    remote
+        .write(ground, &vec![1; PAGES as usize * 4096])
+        .unwrap();
+    let mut tracker = None;
+    bench.capture(remote, &mut tracker);
+    let part = ground + 40 * 4096;
+    for ahead in [false, true] {
+        // A part goes away, is tracked where it is, and comes back: then the whole is one mapping again.
+        for (from, to) in [(part, elsewhere), (elsewhere, part)] {
+            let flags = (libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED) as u64;
+            let args = [from, 20 * 4096, 20 * 4096, flags, to];
+            call(remote, libc::SYS_mremap, &args).unwrap();
+            if from == part {
+                bench.capture(remote, &mut tracker);
+            }
+        }
+        for byte in 2..6 {
+            remote.write(ground, &[byte; 50]).unwrap();
+            if ahead {
+                bench.look_ahead(remote, &mut tracker);
+            }
+            let state = bench.capture(remote, &mut tracker);
+            let held = state.pages.get().unwrap().get(ground / 4096).unwrap();
+            assert_eq!(held[..50], [byte; 50], "{ahead}");
+        }
+    }
     stopped.release().unwrap();
 }
 

@@ -6,8 +6,10 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 
 use crate::error::{During, Result};
+use crate::mem::ahead::Ahead;
 use crate::mem::lazy::Lazy;
 use crate::mem::{AddressSpace, PAGE, merged, overlap};
+use crate::procfs::OpenFiles;
 use crate::remote::{Batch, Remote};
 use crate::sys::pagemap::{self, Pagemap};
 use crate::sys::uffd;
@@ -24,6 +26,10 @@ pub struct Tracker {
     base: Arc<AddressSpace>,
     /// What is given back while the process runs. Its ranges are not tracked: they count as written.
     lazy: Option<Lazy>,
+    /// What was taken from the record of written pages since the base.
+    ahead: Ahead,
+    /// How many page faults the process had had when it was last asked.
+    faults: u64,
 }
 
 impl Tracker {
@@ -52,6 +58,8 @@ impl Tracker {
             uffd,
             base,
             lazy: None,
+            ahead: Ahead::default(),
+            faults: 0,
         })
     }
 
@@ -70,6 +78,31 @@ impl Tracker {
             }
         }
         Ok(())
+    }
+
+    /// Whether the process, of which `files` are open, is likely to have written `least` pages since it was last asked: each
+    /// costs it a page fault. So do others, and those that were given back.
+    pub(crate) fn is_worth_a_look(&mut self, files: &OpenFiles, least: u64) -> bool {
+        let vmas = self.base.vmas.iter();
+        let plain = vmas.filter(|vma| vma.is_private() && vma.is_anonymous());
+        let bytes: u64 = plain.map(|vma| vma.end - vma.start).sum();
+        if bytes / PAGE < least {
+            return false;
+        }
+        let Ok(faults) = files.page_faults() else {
+            return false;
+        };
+        let before = std::mem::replace(&mut self.faults, faults);
+        self.lazy.is_some() || faults.saturating_sub(before) >= least
+    }
+
+    /// What was taken from the record of written pages since the base.
+    pub(crate) fn ahead(&self) -> &Ahead {
+        &self.ahead
+    }
+
+    pub(crate) fn ahead_mut(&mut self) -> &mut Ahead {
+        &mut self.ahead
     }
 
     /// Does not track this range any more.
@@ -106,6 +139,29 @@ impl Tracker {
         lazy.map_or(Ok(()), |lazy| lazy.end(remote, self.uffd.as_fd()))
     }
 
+    /// Tracks this range from now on, all pages of which count as written, whatever was known of them.
+    pub(crate) fn track_anew(&self, range: &Range<u64>, pagemap: &mut Pagemap) -> io::Result<()> {
+        if !self.track(range)? {
+            return Ok(());
+        }
+        let mut marked = Vec::new();
+        if let Err(error) = pagemap.marked(range.clone(), &mut marked) {
+            self.leave(range)?;
+            return Err(error);
+        }
+        marked.iter().for_each(|run| self.unmark(run));
+        Ok(())
+    }
+
+    /// From now on all pages of the range count as written.
+    fn unmark(&self, range: &Range<u64>) {
+        if uffd::unprotect(self.uffd.as_fd(), range).is_err() {
+            // A part of it is gone or cannot be tracked. So none of it is, which takes the marks from the rest; where that fails, there
+            // is nothing that is tracked.
+            let _ = self.leave(range);
+        }
+    }
+
     /// Tells whether the kernel can track this range; it cannot with some of its special mappings.
     fn track(&self, range: &Range<u64>) -> io::Result<bool> {
         match pagemap::track_writes(self.uffd.as_fd(), range) {
@@ -123,6 +179,9 @@ pub(crate) struct Reset {
     pub(crate) untracked: Vec<Range<u64>>,
     /// Runs of pages that count as written.
     pub(crate) written: Vec<Range<u64>>,
+    /// Runs of pages that are marked as not written, though nobody tracks them. A mapping that is moved loses its tracking and its marks; if it
+    /// joins another, that loses its tracking as well, but not its marks. Such a page may be written without losing its mark.
+    pub(crate) stale: Vec<Range<u64>>,
 }
 
 /// Makes the process, which is in state `base` and has this page map, count as unchanged from now on, but for its written
@@ -141,6 +200,8 @@ pub(crate) fn reset(
         uffd: t.uffd,
         base: Arc::clone(&base),
         lazy: t.lazy,
+        ahead: Ahead::default(),
+        faults: t.faults,
     });
     let new = match kept.filter(|t| t.extend(&reset.untracked).is_ok()) {
         Some(kept) => kept,
@@ -152,6 +213,9 @@ pub(crate) fn reset(
         }
     };
     let doing = "forgetting the written pages";
+    for run in merged(reset.stale, 0) {
+        new.unmark(&run);
+    }
     let written = merged(reset.written, 0);
     let bytes: u64 = written.iter().map(|run| run.end - run.start).sum();
     if bytes / PAGE >= protect {

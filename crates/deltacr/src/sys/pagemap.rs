@@ -59,6 +59,10 @@ struct ScanArg {
 
 const PAGEMAP_SCAN: libc::Ioctl = 0xc060_6610_u32 as libc::Ioctl;
 const WP_MATCHING: u64 = 1;
+/// Facts that a page must all have (with [`NOT`]: must not have), some of which it must have, and that are told of it.
+type Filter = (u64, u64, u64);
+/// Turns a filter round; no fact of a page.
+const NOT: u64 = 1 << 63;
 /// Runs that one call can tell.
 const RUNS: usize = 1024;
 
@@ -107,40 +111,89 @@ impl Pagemap {
         self.walk(range, WP_MATCHING, filter, |_| {})
     }
 
+    /// The same; adds the runs that were protected to `found`, ascending. What is not tracked is left out. If it fails, pages
+    /// may have been protected that are not told.
+    pub(crate) fn take_written(
+        &mut self,
+        range: Range<u64>,
+        found: &mut Vec<Range<u64>>,
+    ) -> io::Result<()> {
+        let there = category::PRESENT | category::SWAPPED;
+        let filter = (category::WRITTEN, there, category::WRITTEN);
+        self.walk(range, WP_MATCHING, filter, |runs| {
+            found.extend(runs.iter().map(|run| run.start..run.end));
+        })
+    }
+
+    /// Whether there is a page within `range` whose writes are not tracked.
+    pub(crate) fn has_untracked(&mut self, range: Range<u64>) -> io::Result<bool> {
+        let there = category::PRESENT | category::SWAPPED;
+        let filter = (NOT | category::TRACKED, there, 0);
+        let (found, _) = self.step(&range, 0, filter, 1)?;
+        Ok(found > 0)
+    }
+
+    /// Adds the runs of pages within `range` that are there and do not count as written to `found`, whether they are tracked or not.
+    pub(crate) fn marked(
+        &mut self,
+        range: Range<u64>,
+        found: &mut Vec<Range<u64>>,
+    ) -> io::Result<()> {
+        let there = category::PRESENT | category::SWAPPED;
+        let filter = (NOT | category::WRITTEN, there, 0);
+        self.walk(range, 0, filter, |runs| {
+            found.extend(runs.iter().map(|run| run.start..run.end));
+        })
+    }
+
     fn walk(
         &mut self,
         range: Range<u64>,
         flags: u64,
-        (all_of, any_of, tell): (u64, u64, u64),
+        filter: Filter,
         mut found: impl FnMut(&[PageRun]),
     ) -> io::Result<()> {
-        let mut start = range.start;
-        while start < range.end {
-            let mut arg = ScanArg {
-                size: size_of::<ScanArg>() as u64,
-                flags,
-                start,
-                end: range.end,
-                vec: self.runs.as_mut_ptr() as u64,
-                vec_len: RUNS as u64,
-                all_of,
-                any_of,
-                tell,
-                ..ScanArg::default()
-            };
-            // SAFETY: the argument has the layout that the kernel defines, and `vec` points to
-            // `vec_len` regions that live through the call.
-            let n = unsafe { libc::ioctl(self.file.as_raw_fd(), PAGEMAP_SCAN, &raw mut arg) };
-            if n < 0 {
-                return Err(io::Error::last_os_error());
-            }
-            found(&self.runs[..RUNS.min(n as usize)]);
-            if arg.walk_end <= start {
+        let mut rest = range;
+        while rest.start < rest.end {
+            let (n, end) = self.step(&rest, flags, filter, 0)?;
+            found(&self.runs[..n]);
+            if end <= rest.start {
                 return Err(io::Error::other("the kernel's page scan made no progress"));
             }
-            start = arg.walk_end;
+            rest.start = end;
         }
         Ok(())
+    }
+
+    /// One call, which may end early; after `most` pages if that is not zero. Tells how many runs it found, and where it ended.
+    fn step(
+        &mut self,
+        range: &Range<u64>,
+        flags: u64,
+        (all_of, any_of, tell): Filter,
+        most: u64,
+    ) -> io::Result<(usize, u64)> {
+        let mut arg = ScanArg {
+            size: size_of::<ScanArg>() as u64,
+            flags,
+            start: range.start,
+            end: range.end,
+            vec: self.runs.as_mut_ptr() as u64,
+            vec_len: RUNS as u64,
+            max_pages: most,
+            inverted: if all_of & NOT == 0 { 0 } else { all_of & !NOT },
+            all_of: all_of & !NOT,
+            any_of,
+            tell,
+            ..ScanArg::default()
+        };
+        // SAFETY: the argument has the layout that the kernel defines, and `vec` points to
+        // `vec_len` regions that live through the call.
+        let n = unsafe { libc::ioctl(self.file.as_raw_fd(), PAGEMAP_SCAN, &raw mut arg) };
+        if n < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        Ok((RUNS.min(n as usize), arg.walk_end))
     }
 }
 

@@ -22,6 +22,7 @@ const UFFDIO_UNREGISTER: libc::Ioctl = 0x8010_aa01_u32 as libc::Ioctl;
 const UFFDIO_WAKE: libc::Ioctl = 0x8010_aa02_u32 as libc::Ioctl;
 const UFFDIO_COPY: libc::Ioctl = 0xc028_aa03_u32 as libc::Ioctl;
 const UFFDIO_ZEROPAGE: libc::Ioctl = 0xc020_aa04_u32 as libc::Ioctl;
+const UFFDIO_WRITEPROTECT: libc::Ioctl = 0xc018_aa06_u32 as libc::Ioctl;
 
 /// `USERFAULTFD_IOC_NEW` of `/dev/userfaultfd` (Linux 6.1): needs no privilege but the open device, and the kernel's own accesses
 /// are served as well.
@@ -60,6 +61,12 @@ struct ApiArg {
 struct RangeArg {
     start: u64,
     len: u64,
+}
+
+#[repr(C)]
+struct ProtectArg {
+    range: RangeArg,
+    mode: u64,
 }
 
 #[repr(C)]
@@ -130,6 +137,15 @@ pub(crate) fn register(uffd: BorrowedFd<'_>, range: &Range<u64>) -> io::Result<(
 /// Leaves the range to itself, whatever it was registered for.
 pub(crate) fn unregister(uffd: BorrowedFd<'_>, range: &Range<u64>) -> io::Result<()> {
     ioctl(uffd, UFFDIO_UNREGISTER, &mut range_arg(range))
+}
+
+/// Takes the protection from all pages of a range whose writes are tracked: they count as written. Fails if a part of it is not tracked.
+pub(crate) fn unprotect(uffd: BorrowedFd<'_>, range: &Range<u64>) -> io::Result<()> {
+    let mut arg = ProtectArg {
+        range: range_arg(range),
+        mode: 0,
+    };
+    ioctl(uffd, UFFDIO_WRITEPROTECT, &mut arg)
 }
 
 /// Whether the address space that a descriptor belongs to is still there; `range` is to be left to itself.

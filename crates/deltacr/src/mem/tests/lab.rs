@@ -102,6 +102,7 @@ impl Bench {
             protect: 1,
             sort_later: 1,
             snapshot: 1,
+            ahead: 1,
             lazy: 1,
         })
     }
@@ -134,6 +135,15 @@ impl Bench {
         let layout = Layout::of(remote).unwrap();
         let scan = self.memory().scan(remote, tracker.as_ref(), layout);
         scan.unwrap()
+    }
+
+    /// Does for the next capture what can be done while the process runs.
+    pub(super) fn look_ahead(&self, remote: &Remote, tracker: &mut Option<Tracker>) {
+        if let Some(tracker) = tracker {
+            let mut room = self.gears.ahead;
+            self.memory()
+                .look_ahead(remote.host(), remote.files(), tracker, &mut room);
+        }
     }
 
     pub(super) fn capture(
