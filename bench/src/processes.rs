@@ -6,7 +6,7 @@ use std::path::PathBuf;
 
 use anyhow::{Context, Result, bail};
 
-/// The programs of the only sandbox of this process.
+/// The programs of a sandbox of this process.
 pub(crate) struct Programs {
     /// Their pids, as the host sees them.
     pub(crate) pids: Vec<i32>,
@@ -15,9 +15,25 @@ pub(crate) struct Programs {
 }
 
 impl Programs {
-    /// All descendants of this process that live in a pid namespace of their own and are not its init.
+    /// Those of the only sandbox: all descendants of this process that live in a pid namespace of their own and are not its init.
     pub(crate) fn find() -> Result<Self> {
-        let pids = inside_all()?;
+        Self::those(inside_all()?)
+    }
+
+    /// Those of the sandbox of this name, after which its control groups are called.
+    pub(crate) fn of(name: &str) -> Result<Self> {
+        let mut pids = Vec::new();
+        for pid in inside_all()? {
+            let mut groups = cgroup(pid)?;
+            groups.pop();
+            if groups.ends_with(name) {
+                pids.push(pid);
+            }
+        }
+        Self::those(pids)
+    }
+
+    fn those(pids: Vec<i32>) -> Result<Self> {
         let Some(first) = pids.first() else {
             bail!("the sandbox has no processes")
         };
