@@ -4,7 +4,7 @@ use std::ffi::CString;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 
-use deltabox_init::{Spawn, Step};
+use deltabox_init::{CAPABILITIES, Spawn, Step};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use rustix::process::{Pid, Resource, Rlimit, Signal, kill_process};
@@ -12,10 +12,6 @@ use rustix::process::{Pid, Resource, Rlimit, Signal, kill_process};
 use crate::serve::Init;
 use crate::sys::{self, Fork, ForkOptions};
 use crate::{At, Failure};
-
-/// Capabilities that processes in the sandbox may have, those of Docker's default: CHOWN, DAC_OVERRIDE, FOWNER, FSETID,
-/// KILL, SETGID, SETUID, SETPCAP, NET_BIND_SERVICE, NET_RAW, SYS_CHROOT, MKNOD, AUDIT_WRITE, SETFCAP.
-const CAPABILITIES: [i32; 14] = [0, 1, 3, 4, 5, 6, 7, 8, 10, 13, 18, 27, 29, 31];
 
 /// How long a new process may take until its program runs.
 const PATIENCE: Timespec = Timespec {

@@ -24,6 +24,8 @@ const TRAP: usize = libc::SIGTRAP as usize - 1;
 const IGNORE: [u8; 8] = (libc::SIG_IGN as u64).to_le_bytes();
 const RLIMITS: u32 = 16;
 const ITIMERS: u64 = 3;
+/// The size of `struct sigaction` of the kernel, and of `struct itimerval`.
+const RECORD: usize = 32;
 /// `membarrier(2)`: what a process is registered for, as a set of commands (Linux 6.3).
 const MEMBARRIER_GET_REGISTRATIONS: i32 = 1 << 9;
 /// `personality(2)`: ask only.
@@ -43,9 +45,9 @@ pub(crate) struct Attributes {
     /// Soft and hard limit of each resource.
     limits: Vec<[u64; 2]>,
     /// `struct sigaction` of the kernel, for signal 1 and on.
-    actions: Vec<Vec<u8>>,
+    actions: Vec<[u8; RECORD]>,
     /// `struct itimerval`: real, virtual, profiling.
-    timers: Vec<Vec<u8>>,
+    timers: Vec<[u8; RECORD]>,
     dumpable: u64,
     death_signal: i32,
     subreaper: i32,
@@ -67,8 +69,8 @@ impl Attributes {
 
     /// Notes that `SIGTRAP` is ignored, which asking for it has changed.
     pub(crate) fn ignore_trap(&mut self) {
-        if let Some(handler) = self.actions.get_mut(TRAP).and_then(|a| a.get_mut(..8)) {
-            handler.copy_from_slice(&IGNORE);
+        if let Some(handler) = self.actions.get_mut(TRAP) {
+            handler[..IGNORE.len()].copy_from_slice(&IGNORE);
         }
     }
 
@@ -109,10 +111,10 @@ pub(crate) fn prctl(batch: &mut Batch, option: i32, value: impl Into<Arg>) -> Ca
 }
 
 impl Questions {
-    /// Adds the questions to a batch: about 150 quick calls. Another 41 for the ambient capabilities, which nobody has who has
-    /// none that are inheritable.
-    pub(crate) fn ask(b: &mut Batch, ambient_too: bool) -> Self {
-        let credentials = credentials::Questions::ask(b, ambient_too);
+    /// Adds the questions to a batch: about 110 quick calls, and one for each capability that `bounding` says that may be in the bounding
+    /// set. Another 41 for the ambient capabilities, which nobody has who has none that are inheritable.
+    pub(crate) fn ask(b: &mut Batch, ambient_too: bool, bounding: u64) -> Self {
+        let credentials = credentials::Questions::ask(b, ambient_too, bounding);
         // The umask can only be read by setting it.
         let umask = b.call(libc::SYS_umask, &[0o77.into()]);
         b.call(libc::SYS_umask, &[umask.into()]);
@@ -128,7 +130,7 @@ impl Questions {
             .collect();
         let actions = (1..=SIGNALS)
             .map(|signal| {
-                let action = b.output(32);
+                let action = b.output(RECORD);
                 let args = [signal.into(), 0.into(), action.into(), SIGSET.into()];
                 b.call(libc::SYS_rt_sigaction, &args);
                 action
@@ -136,7 +138,7 @@ impl Questions {
             .collect();
         let timers = (0..ITIMERS)
             .map(|which| {
-                let timer = b.output(32);
+                let timer = b.output(RECORD);
                 b.call(libc::SYS_getitimer, &[which.into(), timer.into()]);
                 timer
             })
@@ -174,9 +176,9 @@ impl Questions {
 
     /// The kernel starts a real-time timer with an interval again when the process takes the signal of the last time; until
     /// then it shows nothing that is left.
-    fn timers(&self, o: &Outcome) -> Vec<Vec<u8>> {
-        let mut timers: Vec<_> = self.timers.iter().map(|d| o.bytes(*d).to_vec()).collect();
-        if let Some((interval, left)) = timers.first_mut().and_then(|t| t.split_at_mut_checked(16))
+    fn timers(&self, o: &Outcome) -> Vec<[u8; RECORD]> {
+        let mut timers = o.records(&self.timers);
+        if let Some((interval, left)) = timers.first_mut().map(|t| t.split_at_mut(RECORD / 2))
             && left.iter().all(|byte| *byte == 0)
         {
             left.copy_from_slice(interval);
@@ -185,7 +187,6 @@ impl Questions {
     }
 
     pub(crate) fn attributes(&self, o: &Outcome, remote: &Remote) -> io::Result<Attributes> {
-        let copies = |list: &[DataRef]| list.iter().map(|d| o.bytes(*d).to_vec()).collect();
         Ok(Attributes {
             credentials: self.credentials.answers(o)?,
             others: BTreeMap::new(),
@@ -196,7 +197,7 @@ impl Questions {
                 .iter()
                 .map(|d| [o.long(*d), o.long(d.at(8, 8))])
                 .collect(),
-            actions: copies(&self.actions),
+            actions: o.records(&self.actions),
             timers: self.timers(o),
             dumpable: o.result(self.dumpable)?,
             death_signal: o.int(self.death_signal),

@@ -109,8 +109,8 @@ pub(crate) struct Questions {
     groups: (DataRef, CallId),
     supplementary: (CallId, DataRef),
     capabilities: DataRef,
-    bounding: Vec<CallId>,
-    ambient: Vec<CallId>,
+    bounding: Vec<(i32, CallId)>,
+    ambient: Vec<(i32, CallId)>,
     securebits: CallId,
     no_new_privileges: CallId,
 }
@@ -152,19 +152,22 @@ fn capability_header() -> Vec<u8> {
 }
 
 impl Questions {
-    /// Adds the questions to a batch. Those for ambient capabilities only if there may be some.
-    pub(crate) fn ask(b: &mut Batch, ambient_too: bool) -> Self {
+    /// Adds the questions to a batch. Those for ambient capabilities only if there may be some, and of the bounding set those for
+    /// what `bounding` says that may be in it.
+    pub(crate) fn ask(b: &mut Batch, ambient_too: bool, bounding: u64) -> Self {
         let users = ids(b, libc::SYS_getresuid, libc::SYS_setfsuid);
         let groups = ids(b, libc::SYS_getresgid, libc::SYS_setfsgid);
         let list = b.output(4 * GROUPS_MAX);
         let count = b.call(libc::SYS_getgroups, &[GROUPS_MAX.into(), list.into()]);
         let capabilities = capabilities(b);
         let bounding = (0..CAPABILITIES)
-            .map(|capability| prctl(b, libc::PR_CAPBSET_READ, capability))
+            .filter(|capability| bounding & 1 << capability != 0)
+            .map(|capability| (capability, prctl(b, libc::PR_CAPBSET_READ, capability)))
             .collect();
+        let is_set = libc::PR_CAP_AMBIENT_IS_SET;
         let ambient = (0..CAPABILITIES)
             .filter(|_| ambient_too)
-            .map(|capability| ambient(b, libc::PR_CAP_AMBIENT_IS_SET, capability))
+            .map(|capability| (capability, ambient(b, is_set, capability)))
             .collect();
         let securebits = prctl(b, libc::PR_GET_SECUREBITS, 0);
         let no_new_privileges = prctl(b, libc::PR_GET_NO_NEW_PRIVS, 0);
@@ -186,12 +189,13 @@ impl Questions {
             Ok::<_, io::Error>([a, b, c, o.result(fourth)? as u32])
         };
         // What the kernel does not know nobody has.
-        let set = |calls: &[CallId]| {
-            let bits = calls.iter().zip(0..);
-            bits.fold(0, |set, (call, bit)| match o.result(*call) {
-                Ok(1) => set | 1 << bit,
-                _ => set,
-            })
+        let set = |calls: &[(i32, CallId)]| {
+            calls
+                .iter()
+                .fold(0, |set, (bit, call)| match o.result(*call) {
+                    Ok(1) => set | 1 << bit,
+                    _ => set,
+                })
         };
         let (count, list) = self.supplementary;
         let bytes = (o.result(count)? as usize * 4).min(list.len());
@@ -211,7 +215,7 @@ impl Questions {
 /// The credentials of one thread.
 pub(crate) fn read(remote: &mut Remote, thread: HostPid) -> io::Result<Credentials> {
     let mut batch = Batch::new();
-    let questions = Questions::ask(&mut batch, true);
+    let questions = Questions::ask(&mut batch, true, u64::MAX);
     questions.answers(&remote.run_in(thread, &batch)?)
 }
 

@@ -30,6 +30,7 @@ pub(crate) fn describe(
         program_break: brk,
         threads: mut answers,
         system_v: _,
+        whereabouts,
     } = answers;
     if process.ignores_trap {
         attributes.ignore_trap();
@@ -46,15 +47,17 @@ pub(crate) fn describe(
         threads.push(image);
     }
     pending.extend(remote.strays());
-    let cwd = Place::of(env, procfs, pid, "cwd").during(pid, "reading its directory")?;
+    let exe = Place::program(env, procfs, pid, remote.files());
+    let cwd = whereabouts.directory(env, procfs, pid);
+    let root = whereabouts.root(env, procfs, pid);
     let image = ProcessImage {
         stat: process.stat.clone(),
         birth: process.birth,
         command: procfs.command(pid, remote.files()),
         user_stop: process.user_stop,
-        exe: Place::of(env, procfs, pid, "exe").during(pid, "reading its program")?,
-        cwd,
-        root: Place::root(env, procfs, pid).during(pid, "reading its root directory")?,
+        exe: exe.during(pid, "reading its program")?,
+        cwd: cwd.during(pid, "reading its directory")?,
+        root: root.during(pid, "reading its root directory")?,
         attributes,
         timers: timers::capture(procfs, remote)?,
         pending,

@@ -33,6 +33,10 @@ pub trait Environment: Sync {
     fn fs_device(&self) -> u64;
     /// How many seccomp filters every process of the sandbox has from its birth on.
     fn seccomp_filters(&self) -> usize;
+    /// The capabilities that processes of the sandbox can have in their bounding sets when they run: a bit for each.
+    fn bounding_set(&self) -> u64 {
+        u64::MAX
+    }
     /// Opens an inode of the versioned filesystem by its number, also one that has no name any
     /// more. `flags` are `open(2)` flags.
     fn open_inode(&self, ino: u64, flags: i32) -> io::Result<OwnedFd>;

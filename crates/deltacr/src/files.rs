@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 use crate::env::Environment;
 use crate::ids::InnerPid;
 use crate::openings::{self, Wanted};
-use crate::procfs::Procfs;
+use crate::procfs::{FileId, OpenFiles, Procfs};
 use crate::remote::Remote;
 
 /// A file that a process refers to: what it is, and where it was found.
@@ -23,17 +23,37 @@ pub(crate) struct Place {
 }
 
 impl Place {
-    /// Where a process' `exe` or `cwd` points.
+    /// Where a process' `cwd` or `root` points.
     pub(crate) fn of(
         env: &dyn Environment,
         procfs: &Procfs,
         pid: InnerPid,
         link: &str,
     ) -> io::Result<Self> {
+        Self::found(env, procfs, (pid, link), procfs.file(pid, link)?)
+    }
+
+    /// What was found where this link of a process points.
+    pub(crate) fn found(
+        env: &dyn Environment,
+        procfs: &Procfs,
+        (pid, link): (InnerPid, &str),
+        found: FileId,
+    ) -> io::Result<Self> {
         Ok(Self {
-            inode: inode(env, procfs, pid, link)?,
+            inode: inode(env, found),
             path: procfs.link(pid, link)?,
         })
+    }
+
+    /// The program of a process, which has these files open.
+    pub(crate) fn program(
+        env: &dyn Environment,
+        procfs: &Procfs,
+        pid: InnerPid,
+        files: &OpenFiles,
+    ) -> io::Result<Self> {
+        Self::found(env, procfs, (pid, "exe"), procfs.program(pid, files)?)
     }
 
     /// The root directory of a process; `None` for the sandbox's own.
@@ -98,7 +118,7 @@ impl Place {
         self.inode.is_some_and(|inode| inodes.contains(&inode))
     }
 
-    /// Whether a process' `exe` or `cwd` points to this file, whatever its name.
+    /// Whether a process' `cwd` or `root` points to this file, whatever its name.
     pub(crate) fn is_of(
         &self,
         env: &dyn Environment,
@@ -106,7 +126,29 @@ impl Place {
         pid: InnerPid,
         link: &str,
     ) -> io::Result<bool> {
-        Ok(match (self.inode, inode(env, procfs, pid, link)?) {
+        self.is(env, procfs, (pid, link), procfs.file(pid, link)?)
+    }
+
+    /// Whether it is the program of a process, which has these files open.
+    pub(crate) fn is_program_of(
+        &self,
+        env: &dyn Environment,
+        procfs: &Procfs,
+        pid: InnerPid,
+        files: &OpenFiles,
+    ) -> io::Result<bool> {
+        self.is(env, procfs, (pid, "exe"), procfs.program(pid, files)?)
+    }
+
+    /// Whether it is what was found where this link of a process points, whatever its name.
+    pub(crate) fn is(
+        &self,
+        env: &dyn Environment,
+        procfs: &Procfs,
+        (pid, link): (InnerPid, &str),
+        found: FileId,
+    ) -> io::Result<bool> {
+        Ok(match (self.inode, inode(env, found)) {
             (Some(a), Some(b)) => a == b,
             (None, None) => self.path == procfs.link(pid, link)?,
             _ => false,
@@ -114,15 +156,9 @@ impl Place {
     }
 }
 
-/// The inode number of what a process' `exe`, `cwd` or `root` points to, if that is on the versioned filesystem.
-fn inode(
-    env: &dyn Environment,
-    procfs: &Procfs,
-    pid: InnerPid,
-    link: &str,
-) -> io::Result<Option<u64>> {
-    let file = procfs.file(pid, link)?;
-    Ok((file.device == env.fs_device()).then_some(file.inode))
+/// The inode number of a file, if that is on the versioned filesystem.
+fn inode(env: &dyn Environment, file: FileId) -> Option<u64> {
+    (file.device == env.fs_device()).then_some(file.inode)
 }
 
 /// Opens a file again. One of the versioned filesystem, which has an inode number here, is opened by its path if that

@@ -6,6 +6,7 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use crate::ids::HostPid;
+use crate::procfs;
 
 /// How often the state is looked at before the caller goes to sleep: freezing takes 30-60 µs.
 const GLANCES: usize = 30;
@@ -46,10 +47,7 @@ impl Freezer {
 
     /// The processes of the cgroup, ascending.
     pub(crate) fn members(&mut self) -> io::Result<Vec<HostPid>> {
-        self.members.rewind()?;
-        let mut text = Vec::with_capacity(4096);
-        // Not of the file itself, which would be asked for its size first: it has none.
-        (&self.members).take(u64::MAX).read_to_end(&mut text)?;
+        let text = procfs::read_all(&self.members)?;
         let lines = text.split(|b| *b == b'\n');
         let numbers = lines.filter_map(|line| std::str::from_utf8(line).ok()?.parse().ok());
         // What is outside of the reader's pid namespace is called 0.

@@ -193,15 +193,14 @@ impl TreeImage {
         files.collect()
     }
 
-    /// The inodes of the versioned filesystem that its processes have open (in flight between sockets, too) or mapped, run, stand in or
-    /// have as their root.
-    pub fn inodes_in_use(&self) -> BTreeSet<u64> {
-        let mut inodes = self.mapped_inodes();
+    /// The inodes of the versioned filesystem that its processes have open (in flight between sockets, too), stand in or have as their
+    /// root.
+    pub fn open_inodes(&self) -> BTreeSet<u64> {
+        let mut inodes: BTreeSet<u64> = self.descriptors.inodes().collect();
         for process in self.processes.values() {
             inodes.extend(process.cwd.inode());
             inodes.extend(process.root.as_ref().and_then(Place::inode));
         }
-        inodes.extend(self.descriptors.inodes());
         inodes
     }
 

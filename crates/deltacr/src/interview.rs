@@ -4,7 +4,7 @@
 
 use std::collections::BTreeMap;
 use std::io;
-use std::sync::LazyLock;
+use std::sync::{Arc, LazyLock, Mutex, PoisonError};
 
 use crate::attributes::{self, Attributes};
 use crate::error::{During, Result};
@@ -14,6 +14,7 @@ use crate::stop::{Stopped, StoppedThread};
 use crate::sys::process;
 use crate::sysv;
 use crate::threads;
+use crate::whereabouts::{self, Whereabouts};
 
 /// The questions to a process and its first thread.
 struct First {
@@ -21,6 +22,7 @@ struct First {
     process: attributes::Questions,
     thread: threads::Questions,
     system_v: sysv::Questions,
+    whereabouts: whereabouts::Questions,
 }
 
 /// The questions to any other thread.
@@ -30,30 +32,54 @@ struct Other {
 }
 
 impl First {
-    fn new(ambient_too: bool) -> Self {
+    fn new(ambient_too: bool, bounding: u64) -> Self {
         let mut batch = Batch::new();
-        let process = attributes::Questions::ask(&mut batch, ambient_too);
+        let process = attributes::Questions::ask(&mut batch, ambient_too, bounding);
         let thread = threads::Questions::ask(&mut batch);
         let system_v = sysv::Questions::ask(&mut batch);
+        let whereabouts = whereabouts::Questions::ask(&mut batch);
         Self {
             batch: Standing::new(batch),
             process,
             thread,
             system_v,
+            whereabouts,
         }
-    }
-
-    /// What is to be asked of this process.
-    fn of(host: HostPid) -> io::Result<&'static Self> {
-        Ok(match process::inheritable(host)? {
-            0 => &FIRST,
-            _ => &FIRST_WITH_AMBIENT,
-        })
     }
 }
 
-static FIRST: LazyLock<First> = LazyLock::new(|| First::new(false));
-static FIRST_WITH_AMBIENT: LazyLock<First> = LazyLock::new(|| First::new(true));
+/// What is to be asked of processes with bounding sets of at most these capabilities.
+pub(crate) struct Questionnaire {
+    bounding: u64,
+    plain: First,
+    with_ambient: First,
+}
+
+impl Questionnaire {
+    /// The one for such processes, which all who ask for it share.
+    pub(crate) fn of(bounding: u64) -> Arc<Self> {
+        // Two at most: sandboxes are all alike, and processes that are no sandbox's yet may have all capabilities.
+        static MADE: Mutex<Vec<Arc<Questionnaire>>> = Mutex::new(Vec::new());
+        let mut made = MADE.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(known) = made.iter().find(|known| known.bounding == bounding) {
+            return Arc::clone(known);
+        }
+        let new = Arc::new(Self {
+            bounding,
+            plain: First::new(false, bounding),
+            with_ambient: First::new(true, bounding),
+        });
+        made.push(Arc::clone(&new));
+        new
+    }
+
+    fn to(&self, host: HostPid) -> io::Result<&First> {
+        Ok(match process::inheritable(host)? {
+            0 => &self.plain,
+            _ => &self.with_ambient,
+        })
+    }
+}
 
 static OTHER: LazyLock<Other> = LazyLock::new(|| {
     let mut batch = Batch::new();
@@ -72,11 +98,13 @@ pub(crate) struct Answers {
     pub(crate) threads: BTreeMap<InnerPid, threads::Answers>,
     /// Whether there are System V semaphores, message queues or segments in the sandbox.
     pub(crate) system_v: bool,
+    /// Where it stands.
+    pub(crate) whereabouts: Whereabouts,
 }
 
 /// Questions that a process is answering.
-pub(crate) struct Interview {
-    questions: &'static First,
+pub(crate) struct Interview<'q> {
+    questions: &'q First,
     first: FlightId,
     others: Vec<(Thread, Option<FlightId>)>,
 }
@@ -96,17 +124,20 @@ impl From<&StoppedThread> for Thread {
     }
 }
 
-impl Interview {
+impl<'q> Interview<'q> {
     /// Sets the threads of a stopped process going.
-    pub(crate) fn begin(stopped: &mut Stopped) -> Result<Self> {
+    pub(crate) fn begin(stopped: &mut Stopped, questionnaire: &'q Questionnaire) -> Result<Self> {
         let pid = stopped.remote.pid();
-        Self::launch(stopped).during(pid, "asking for the attributes")
+        Self::launch(stopped, questionnaire).during(pid, "asking for the attributes")
     }
 
-    fn launch(Stopped { remote, threads }: &mut Stopped) -> io::Result<Self> {
+    fn launch(
+        Stopped { remote, threads }: &mut Stopped,
+        questionnaire: &'q Questionnaire,
+    ) -> io::Result<Self> {
         remote.clear_flights()?;
         let host = remote.host();
-        let questions = First::of(host)?;
+        let questions = questionnaire.to(host)?;
         let first = remote.launch(host, &questions.batch)?;
         let first = first.ok_or(io::ErrorKind::ArgumentListTooLong)?;
         let mut others = Vec::with_capacity(threads.len().saturating_sub(1));
@@ -164,6 +195,7 @@ impl Answers {
             process,
             thread,
             system_v,
+            whereabouts,
             ..
         } = questions;
         Ok(Self {
@@ -171,11 +203,13 @@ impl Answers {
             program_break: process.program_break(outcome)?,
             threads: BTreeMap::from([(remote.pid(), thread.answers(outcome)?)]),
             system_v: system_v.answers(outcome),
+            whereabouts: whereabouts.answers(outcome),
         })
     }
 }
 
-/// Asks a process and its threads, and waits for the answers.
+/// Asks a process and its threads, and waits for the answers. It may have any capabilities.
 pub(crate) fn ask(stopped: &mut Stopped) -> Result<Answers> {
-    Interview::begin(stopped)?.end(&mut stopped.remote)
+    let questionnaire = Questionnaire::of(u64::MAX);
+    Interview::begin(stopped, &questionnaire)?.end(&mut stopped.remote)
 }

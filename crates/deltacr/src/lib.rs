@@ -40,6 +40,7 @@ mod timers;
 mod tracer;
 mod twins;
 mod waits;
+mod whereabouts;
 
 pub use disk::{ImageInfo, verify_image};
 pub use engine::{Checkpoint, Engine, Rollback, Switched};

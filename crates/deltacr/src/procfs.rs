@@ -31,6 +31,8 @@ pub(crate) struct Procfs(Arc<Root>);
 
 struct Root {
     dir: OwnedFd,
+    /// The root directory of the sandbox.
+    above: FileId,
     /// Positions in it belong to whoever holds it.
     list: Mutex<OwnedFd>,
 }
@@ -68,6 +70,9 @@ pub(crate) struct OpenFiles(Arc<Opened>);
 struct Opened {
     files: Mutex<Vec<Named>>,
     slots: Mutex<KnownSlots>,
+    /// The program that it runs, which is another only with another address space: setting `exe` alone needs a capability that
+    /// nobody in a sandbox has.
+    program: Mutex<Option<FileId>>,
 }
 
 type Named = (&'static str, Arc<File>);
@@ -95,8 +100,8 @@ impl OpenFiles {
     pub(crate) fn page_faults(&self) -> io::Result<u64> {
         let closed = || Err(io::ErrorKind::NotFound.into());
         let text = read_all(&*self.get("stat", closed)?)?;
-        parse_faults(&text)
-            .ok_or_else(|| io::Error::new(io::ErrorKind::InvalidData, "unreadable stat"))
+        let faults = StatText::split(&text).and_then(|text| text.number(10));
+        faults.ok_or_else(|| io::Error::new(io::ErrorKind::InvalidData, "unreadable stat"))
     }
 
     /// What an earlier visit knew of the descriptors, for as long as this one looks at them.
@@ -108,6 +113,12 @@ impl OpenFiles {
     pub(crate) fn forget_memory(&self) {
         let mut files = lock(&self.0.files);
         files.retain(|(name, _)| !OF_MEMORY.contains(name));
+        self.forget_program();
+    }
+
+    /// The process runs another program, or is said to.
+    pub(crate) fn forget_program(&self) {
+        *lock(&self.0.program) = None;
     }
 }
 
@@ -140,7 +151,13 @@ impl Procfs {
             ));
         }
         let list = Mutex::new(openat(&dir, ".", flags | OFlags::RDONLY, Mode::empty())?);
-        Ok(Self(Arc::new(Root { dir, list })))
+        let above = file_at(env.root(), "", AtFlags::EMPTY_PATH)?;
+        Ok(Self(Arc::new(Root { dir, above, list })))
+    }
+
+    /// The root directory of the sandbox.
+    pub(crate) fn root(&self) -> FileId {
+        self.0.above
     }
 
     /// All processes that have a number, zombies and init among them.
@@ -176,8 +193,8 @@ impl Procfs {
         files: &OpenFiles,
     ) -> io::Result<(Stat, Layout)> {
         let text = read_all(&*files.get("stat", || self.open_file(&format!("{pid}/stat")))?)?;
-        parse_stat(&text)
-            .zip(Layout::parse(&text))
+        let text = StatText::split(&text);
+        text.and_then(|text| Stat::parse(&text).zip(Layout::parse(&text)))
             .ok_or_else(|| io::Error::new(io::ErrorKind::InvalidData, "unreadable stat"))
     }
 
@@ -188,12 +205,16 @@ impl Procfs {
 
     /// The file behind `cwd`, `root` or `exe`; its filesystem is not asked.
     pub(crate) fn file(&self, pid: InnerPid, link: &str) -> io::Result<FileId> {
-        let path = format!("{pid}/{link}");
-        let stat = statx(&self.0.dir, path, AtFlags::STATX_DONT_SYNC, StatxFlags::INO)?;
-        Ok(FileId {
-            device: rustix::fs::makedev(stat.stx_dev_major, stat.stx_dev_minor),
-            inode: stat.stx_ino,
-        })
+        file_at(&self.0.dir, &format!("{pid}/{link}"), AtFlags::empty())
+    }
+
+    /// The program of a process, which has these files open.
+    pub(crate) fn program(&self, pid: InnerPid, files: &OpenFiles) -> io::Result<FileId> {
+        let mut program = lock(&files.0.program);
+        match *program {
+            Some(known) => Ok(known),
+            None => Ok(*program.insert(self.file(pid, "exe")?)),
+        }
     }
 
     /// Where `cwd`, `root` or `exe` points, as the kernel tells it.
@@ -214,6 +235,15 @@ impl Procfs {
     }
 }
 
+/// The file of this path; its filesystem is not asked.
+fn file_at(dir: impl AsFd, path: &str, flags: AtFlags) -> io::Result<FileId> {
+    let stat = statx(dir, path, flags | AtFlags::STATX_DONT_SYNC, StatxFlags::INO)?;
+    Ok(FileId {
+        device: rustix::fs::makedev(stat.stx_dev_major, stat.stx_dev_minor),
+        inode: stat.stx_ino,
+    })
+}
+
 /// The content of a file of a proc filesystem, `dir` or the caller's own.
 pub(crate) fn read_file(dir: impl AsFd, path: &str) -> io::Result<Vec<u8>> {
     read_all(&open_file(dir, path)?)
@@ -224,56 +254,79 @@ fn open_file(dir: impl AsFd, path: &str) -> io::Result<File> {
     Ok(openat(dir, path, flags, Mode::empty())?.into())
 }
 
-/// The content of a file of a proc filesystem, from its beginning on.
+/// The content of a file of a proc or cgroup filesystem, from its beginning on.
 pub(crate) fn read_all(file: &File) -> io::Result<Vec<u8>> {
-    let mut bytes = vec![0; FILE_MAX];
-    let mut filled = 0;
+    let mut room = [0; FILE_MAX];
+    let mut bytes = Vec::new();
     loop {
-        let n = file.read_at(&mut bytes[filled..], filled as u64)?;
-        filled += n;
+        let n = file.read_at(&mut room, bytes.len() as u64)?;
+        bytes.extend_from_slice(&room[..n]);
         // A record that does not fit is left for the next call, and none is as long as half the room: what is read in one go
         // and leaves so much of it is all.
-        if n == 0 || filled < FILE_MAX / 2 {
-            bytes.truncate(filled);
+        if n == 0 || bytes.len() < FILE_MAX / 2 {
             return Ok(bytes);
-        }
-        if filled == bytes.len() {
-            bytes.resize(2 * filled, 0);
         }
     }
 }
 
-/// The tenth field of `/proc/PID/stat`.
-fn parse_faults(text: &[u8]) -> Option<u64> {
-    let close = text.iter().rposition(|b| *b == b')')?;
-    let rest = std::str::from_utf8(text.get(close + 2..)?).ok()?;
-    rest.split_ascii_whitespace().nth(10 - 3)?.parse().ok()
+/// The text of a `/proc/PID/stat` in its parts.
+pub(crate) struct StatText<'a> {
+    name: &'a [u8],
+    /// From the third field of proc_pid_stat(5) on.
+    fields: [&'a str; StatText::FIELDS],
 }
 
-/// `None` if it is not what the kernel writes. The name may hold any byte, `)` and newline included.
+impl<'a> StatText<'a> {
+    const FIELDS: usize = 50;
+
+    /// `None` if it is not what the kernel writes. The name may hold any byte, `)` and newline included.
+    pub(crate) fn split(text: &'a [u8]) -> Option<Self> {
+        let open = text.iter().position(|b| *b == b'(')?;
+        let close = text.iter().rposition(|b| *b == b')')?;
+        let name = text.get(open + 1..close)?;
+        let rest = std::str::from_utf8(text.get(close + 1..)?).ok()?;
+        let mut fields = [""; Self::FIELDS];
+        let mut there = rest.split_ascii_whitespace();
+        for field in &mut fields {
+            *field = there.next()?;
+        }
+        Some(Self { name, fields })
+    }
+
+    fn field(&self, number: usize) -> &'a str {
+        self.fields[number - 3]
+    }
+
+    /// The field that has this number in the manual.
+    pub(crate) fn number<T: std::str::FromStr>(&self, number: usize) -> Option<T> {
+        self.field(number).parse().ok()
+    }
+}
+
+impl Stat {
+    fn parse(text: &StatText<'_>) -> Option<Self> {
+        let number = |field| text.number::<i64>(field);
+        let pid = |field| text.number(field).map(InnerPid);
+        Some(Self {
+            name: text.name.to_vec(),
+            state: *text.field(3).as_bytes().first()?,
+            parent: pid(4)?,
+            group: pid(5)?,
+            session: pid(6)?,
+            tty: number(7)? as i32,
+            foreground: number(8)? as i32,
+            threads: text.number(20)?,
+            start: text.number(22)?,
+            exit_signal: number(38)? as i32,
+            exit_status: number(52)? as i32,
+            ignores_trap: number(33)? & 1 << (libc::SIGTRAP - 1) != 0,
+        })
+    }
+}
+
+/// See [`StatText::split`].
 pub(crate) fn parse_stat(text: &[u8]) -> Option<Stat> {
-    let open = text.iter().position(|b| *b == b'(')?;
-    let close = text.iter().rposition(|b| *b == b')')?;
-    let name = text.get(open + 1..close)?.to_vec();
-    let rest = std::str::from_utf8(text.get(close + 2..)?).ok()?;
-    // The first of these is field 3 of the manual.
-    let fields: Vec<&str> = rest.split_ascii_whitespace().collect();
-    let number = |field: usize| fields.get(field - 3)?.parse::<i64>().ok();
-    let pid = |field| Some(InnerPid(i32::try_from(number(field)?).ok()?));
-    Some(Stat {
-        name,
-        state: *fields.first()?.as_bytes().first()?,
-        parent: pid(4)?,
-        group: pid(5)?,
-        session: pid(6)?,
-        tty: number(7)? as i32,
-        foreground: number(8)? as i32,
-        threads: u32::try_from(number(20)?).ok()?,
-        start: fields.get(22 - 3)?.parse().ok()?,
-        exit_signal: number(38)? as i32,
-        exit_status: number(52)? as i32,
-        ignores_trap: number(33)? & 1 << (libc::SIGTRAP - 1) != 0,
-    })
+    Stat::parse(&StatText::split(text)?)
 }
 
 #[cfg(test)]
@@ -297,7 +350,6 @@ mod tests {
         #[test]
         fn no_stat_text_makes_the_reader_panic(text in proptest::collection::vec(any::<u8>(), 0..300)) {
             let _ = parse_stat(&text);
-            let _ = parse_faults(&text);
         }
     }
 }

@@ -156,6 +156,7 @@ impl Reconcile<'_> {
             let exe = self.image.exe.open_inside(self.env, remote, OFlags::RDONLY);
             let exe = exe.during(remote.pid(), "opening the program")?;
             layout::write_program(remote, &target.layout, &target.auxv, exe)?;
+            remote.files().forget_program();
         }
         Ok(pages)
     }

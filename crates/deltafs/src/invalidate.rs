@@ -23,6 +23,15 @@ pub(crate) struct Plan {
     pub(crate) look_up: Vec<(Ino, Name)>,
 }
 
+/// The inodes of a volume that something will have in use after a rollback.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct InUse {
+    /// Files that are mapped or run.
+    pub files: BTreeSet<u64>,
+    /// What is open (with `O_PATH` too), stood in, or somebody's root.
+    pub others: BTreeSet<u64>,
+}
+
 /// The part of a switch that may wait until the sandbox runs again: all but what is in use.
 #[derive(Debug)]
 pub(crate) struct Rest {
@@ -80,11 +89,9 @@ impl Switch<'_> {
 
     /// Whether one of the states has a directory of this number.
     fn has_dir(&self, ino: Ino) -> bool {
-        let is_dir = |view: &View| {
-            let node = view.node(ino);
-            node.is_ok_and(|node| node.meta.kind() == DIRECTORY)
-        };
-        is_dir(self.new) || is_dir(self.old)
+        // An inode that both have is of the same kind in both.
+        let node = self.new.node(ino).or_else(|_| self.old.node(ino));
+        node.is_ok_and(|node| node.meta.kind() == DIRECTORY)
     }
 
     /// Adds the directories above a directory, as both states have them.
@@ -242,10 +249,12 @@ impl Plan {
 
     /// What makes the kernel see the new state through what is `held`, the inodes that anything has open, has mapped or
     /// stands in, and how to know the directories among them; costs what is held, however much differs.
-    pub(crate) fn of_held(switch: Switch<'_>, held: &BTreeSet<Ino>) -> (Self, Rest) {
-        let dirs = held.iter().copied().filter(|ino| switch.has_dir(*ino));
+    pub(crate) fn of_held(switch: Switch<'_>, held: &InUse) -> (Self, Rest) {
+        let others = held.others.iter().copied();
+        let dirs = others.filter(|ino| switch.has_dir(*ino));
         let starts: HashSet<Ino> = dirs.chain([ROOT]).collect();
-        let mut told: HashSet<Ino> = held.iter().chain(&starts).copied().collect();
+        let inodes = held.files.iter().chain(&held.others).chain(&starts);
+        let mut told: HashSet<Ino> = inodes.copied().collect();
         // Somebody stands below them too, and may ask where.
         for dir in &starts {
             switch.add_above(*dir, &mut told);

@@ -35,6 +35,7 @@ pub use diff::{Change, ChangeKind, diff};
 pub use disk::{LayerInfo, Loader, verify_layer};
 pub use error::{Error, Result};
 pub use ids::IdMap;
+pub use invalidate::InUse;
 pub use reclaim::LeftBehind;
 pub use view::Quota;
 pub use volume::{Options, RollbackStats, Snapshot, Stats, Volume};

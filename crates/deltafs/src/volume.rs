@@ -1,6 +1,5 @@
 //! The public face: volumes and snapshots.
 
-use std::collections::BTreeSet;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
@@ -17,7 +16,7 @@ use crate::data::DataStore;
 use crate::error::{Error, Result};
 use crate::fuse::{Server, Session, Settler, refresh_size};
 use crate::ids::IdMap;
-use crate::invalidate::{Plan, Rest, Switch};
+use crate::invalidate::{InUse, Plan, Rest, Switch};
 use crate::node::{Ino, Name, ROOT};
 use crate::reclaim::{LeftBehind, Reclaimer};
 use crate::sys;
@@ -188,16 +187,15 @@ impl Volume {
     /// # Errors
     /// If the snapshot is of another tree of volumes (nothing was changed then), or the kernel does not take a notice.
     pub fn rollback(&self, to: &Snapshot) -> Result<RollbackStats> {
-        self.rollback_sparing(to, usize::MAX, BTreeSet::new)
+        self.rollback_sparing(to, usize::MAX, InUse::default)
     }
 
     /// As [`Volume::rollback`], but where more than `few` inodes differ, it costs what is in use, and the kernel is told of the rest
     /// after this returns; for fewer than [`Volume::FEW`] that does not pay. Until then whoever walks through a directory with such
     /// files waits, and for the first moment, in which the states are compared, whoever walks at all; so nobody can see the difference.
     ///
-    /// `held` is asked if it matters: it tells the numbers of all inodes of the volume that anything will have open (with `O_PATH` too) or
-    /// mapped, or stand in or have as its root, when it runs again. Inodes that are held in another way, as by a watch, do
-    /// not matter. Needs Linux 6.18 to have an effect.
+    /// `held` is asked if it matters. Inodes that are held in another way than it tells, as by a watch, do not matter. Needs Linux 6.18 to
+    /// have an effect.
     ///
     /// # Errors
     /// As [`Volume::rollback`].
@@ -205,7 +203,7 @@ impl Volume {
         &self,
         to: &Snapshot,
         few: usize,
-        held: impl FnOnce() -> BTreeSet<u64>,
+        held: impl FnOnce() -> InUse,
     ) -> Result<RollbackStats> {
         let _switch = self.switch.lock();
         let target = to.view();
@@ -242,7 +240,7 @@ impl Volume {
         old: &View,
         new: &View,
         few: usize,
-        held: impl FnOnce() -> BTreeSet<u64>,
+        held: impl FnOnce() -> InUse,
     ) -> (Plan, Option<Rest>) {
         let switch = Switch {
             old,

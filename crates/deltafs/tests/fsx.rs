@@ -3,14 +3,13 @@
 
 mod common;
 
-use std::collections::BTreeSet;
 use std::fs::{self, File, OpenOptions};
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::PathBuf;
 
 use common::mapper::{self, Mapper};
 use common::{Mounted, Random, fixture};
-use deltafs::{IdMap, Snapshot};
+use deltafs::{IdMap, InUse, Snapshot};
 use rustix::fs::FallocateFlags;
 
 const THREADS: usize = 4;
@@ -206,7 +205,10 @@ fn files_hold_what_was_written_whatever_is_rolled_back_under_them() {
     });
     let v = &f.volume;
     let mut players: Vec<Player> = (0..THREADS).map(|number| Player::new(v, number)).collect();
-    let held: BTreeSet<u64> = players.iter().map(|player| player.ino).collect();
+    let held = InUse {
+        files: players.iter().map(|player| player.ino).collect(),
+        ..InUse::default()
+    };
     let mut saved: Vec<(Snapshot, Vec<Known>)> = Vec::new();
     let mut random = Random(77);
     for round in 0..ROUNDS {

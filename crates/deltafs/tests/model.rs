@@ -15,7 +15,7 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use common::mapper::{self, Mapper};
-use common::{Fixture, Mounted, fixture};
+use common::{Fixture, Mounted, fixture, in_use};
 use deltafs::{IdMap, Loader, Options, Quota, Snapshot};
 use dump::Dump;
 use ops::Op;
@@ -200,7 +200,7 @@ impl Worlds {
         let held = || {
             let files = self.open.iter().map(|open| open.ino);
             let dirs = self.dirs.iter().map(|dir| dir.ino);
-            files.chain(dirs).collect()
+            in_use(files.chain(dirs))
         };
         let volume = &self.ours.volume;
         let few = if sparing { 0 } else { usize::MAX };

@@ -2,7 +2,6 @@
 
 mod common;
 
-use std::collections::BTreeSet;
 use std::fs;
 use std::os::unix::fs::FileExt;
 
@@ -73,7 +72,8 @@ fn more_callers_wait_for_a_rollback_than_a_queue_has_places() {
     write("second, and longer");
     let second = v.checkpoint();
     for (state, text) in [(&first, "first"), (&second, "second, and longer")].repeat(3) {
-        v.rollback_sparing(state, 0, BTreeSet::new).unwrap();
+        v.rollback_sparing(state, 0, deltafs::InUse::default)
+            .unwrap();
         std::thread::scope(|scope| {
             for dir in 0..DIRS {
                 scope.spawn(move || {

@@ -8,13 +8,13 @@ use std::os::unix::fs::{FileExt, MetadataExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 
 use common::mapper::{self, Mapper};
-use common::{content, fixture, names, open_rw};
+use common::{content, fixture, in_use, names, open_rw};
 use rustix::fs::{Mode, OFlags};
 
 /// Rolls back as if very many files differed, with nothing in use but `held`.
 fn roll_back_sparing(v: &common::Mounted, to: &deltafs::Snapshot, held: &[&File]) -> bool {
     let held = held.iter().map(|file| file.metadata().unwrap().ino());
-    let held = held.collect();
+    let held = in_use(held);
     v.rollback_sparing(to, 0, || held).unwrap().sparing
 }
 

@@ -57,7 +57,7 @@ fn threads_at_work_leave_every_checkpoint_as_it_was() {
             let (snapshot, tree) = &saved[random.below(saved.len() as u64) as usize];
             // Nothing is open between the rounds.
             let few = if random.below(2) == 0 { 0 } else { usize::MAX };
-            let held = std::collections::BTreeSet::new;
+            let held = deltafs::InUse::default;
             v.rollback_sparing(snapshot, few, held).unwrap();
             tree.compare(&Dump::of(&v.at("")));
         }

@@ -1,12 +1,11 @@
 //! Checkpoints and rollbacks of a volume, by the number of files changed and the depth of the chain of checkpoints.
 
-use std::collections::BTreeSet;
 use std::fs;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
 use anyhow::{Result, ensure};
-use deltafs::{Snapshot, Volume};
+use deltafs::{InUse, Snapshot, Volume};
 
 use super::SUITE;
 use super::sites::{Ground, Kind, Site};
@@ -136,7 +135,7 @@ impl Case {
             self.step(&site)?;
             let begun = Instant::now();
             // Nothing has any of the files open.
-            let held = BTreeSet::new;
+            let held = InUse::default;
             let volume = site.volume()?;
             volume.rollback_sparing(&target, Volume::FEW, held)?;
             switch.time(begun.elapsed());

@@ -20,7 +20,7 @@ use deltacr::ids::InnerPid;
 use deltacr::mem::Gears;
 use deltacr::store::PageStore;
 use deltacr::{Deaths, During, Engine, ProcessSummary, Rollback, Switched, TreeImage};
-use deltafs::{ChangeKind, LeftBehind, Snapshot, Volume};
+use deltafs::{ChangeKind, InUse, LeftBehind, Snapshot, Volume};
 use parking_lot::Mutex;
 
 use crate::compactor::Compactor;
@@ -138,7 +138,10 @@ impl<'a> Subject<'a> {
     /// Gives files and sessions the state of `target`. Returns what it leaves behind, and [`Switched::stale`].
     fn switch(self, target: &Content, epoch: u64) -> deltacr::Result<(LeftBehind, Vec<u64>)> {
         // What else is open now will be closed or gone before anything runs again.
-        let held = || target.processes.inodes_in_use();
+        let held = || InUse {
+            files: target.processes.mapped_inodes(),
+            others: target.processes.open_inodes(),
+        };
         let files = &target.files;
         let done = self.volume.rollback_sparing(files, Volume::FEW, held);
         let done = done.map_err(io::Error::other);

@@ -50,6 +50,11 @@ impl Environment for Surroundings<'_> {
         seccomp::FILTERS
     }
 
+    fn bounding_set(&self) -> u64 {
+        let bits = deltabox_init::CAPABILITIES.iter();
+        bits.fold(0, |set, capability| set | 1 << capability)
+    }
+
     fn open_inode(&self, ino: u64, flags: i32) -> io::Result<OwnedFd> {
         self.volume.open_inode_in(self.root(), ino, flags)
     }

@@ -74,6 +74,10 @@ struct Delivery<'a> {
 
 impl<'a> Delivery<'a> {
     fn families(&mut self) -> Result<()> {
+        let mut wanted = self.target.processes.keys();
+        if wanted.all(|pid| self.held.processes.contains_key(pid)) {
+            return Ok(());
+        }
         let present: Vec<InnerPid> = self.held.processes.keys().copied().collect();
         for pid in present {
             self.family(pid)?;

@@ -12,6 +12,7 @@ use crate::fd;
 use crate::hold::Held;
 use crate::ids::InnerPid;
 use crate::image::{ProcessImage, TreeImage};
+use crate::interview::Questionnaire;
 use crate::stopwatch::Stopwatch;
 use crate::sysv::{self, Attached, SystemV};
 use crate::twins;
@@ -38,7 +39,8 @@ impl Engine {
             self.trackers.get(&host).is_none_or(Option::is_none)
         })?;
         // While the processes answer, it is looked what can be seen without them.
-        let interviews = interview_all(held, |_| true)?;
+        let questionnaire = Questionnaire::of(env.bounding_set());
+        let interviews = interview_all(held, &questionnaire, |_| true)?;
         held.find_dead()?;
         let descriptors = fd::capture(&remotes(held), env, &self.means.shared)?;
         watch.lap("descriptors");

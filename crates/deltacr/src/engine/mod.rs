@@ -16,7 +16,7 @@ use crate::fd;
 use crate::hold::{Acquaintances, Deaths, Grounds, Held, HeldProcess};
 use crate::ids::{HostPid, InnerPid};
 use crate::image::TreeImage;
-use crate::interview::Interview;
+use crate::interview::{Interview, Questionnaire};
 use crate::mem::{Gears, Memory, Scan, SharedObjects, Tracker};
 use crate::orphan::Orphans;
 use crate::stopwatch::{Phases, Stopwatch};
@@ -357,13 +357,14 @@ fn open_once<'a>(
 }
 
 /// Asks the processes for what only they can tell, all at once.
-fn interview_all(
+fn interview_all<'q>(
     held: &mut Held,
+    questionnaire: &'q Questionnaire,
     wanted: impl Fn(&InnerPid) -> bool,
-) -> Result<Vec<(InnerPid, Interview)>> {
+) -> Result<Vec<(InnerPid, Interview<'q>)>> {
     let processes = held.processes.iter_mut().filter(|(pid, _)| wanted(pid));
     processes
-        .map(|(pid, process)| Ok((*pid, Interview::begin(&mut process.stopped)?)))
+        .map(|(pid, process)| Ok((*pid, Interview::begin(&mut process.stopped, questionnaire)?)))
         .collect()
 }
 

@@ -15,6 +15,7 @@ use crate::files::Place;
 use crate::hold::{Deaths, Held};
 use crate::ids::InnerPid;
 use crate::image::{ProcessImage, TreeImage};
+use crate::interview::Questionnaire;
 use crate::mem::{Scan, Tracker, Vma};
 use crate::reconcile::{self, Now, Reconcile};
 use crate::stopwatch::{Phases, Stopwatch};
@@ -49,8 +50,6 @@ impl Survey {
 struct Look {
     scan: Scan,
     same_program: bool,
-    same_directory: bool,
-    same_root: bool,
 }
 
 /// What a rollback did with the processes.
@@ -134,7 +133,8 @@ impl Engine {
         parted.during_tree("reading the seals of the shared memory")?;
         let mut stuck = BTreeSet::new();
         let keep = reconcile::keepers(held, target, &stuck);
-        let interviews = interview_all(held, |pid| keep.contains(pid))?;
+        let questionnaire = Questionnaire::of(env.bounding_set());
+        let interviews = interview_all(held, &questionnaire, |pid| keep.contains(pid))?;
         held.find_dead()?;
         let descriptors = fd::survey(&remotes(held), env, &self.means.shared)?;
         let mut answering = Vec::new();
@@ -161,13 +161,16 @@ impl Engine {
             }
             let mut look = look?;
             look.scan.layout.brk = answers.program_break;
+            let place = answers.whereabouts;
+            let directory = place.is_directory(&image.cwd, env, &held.procfs, pid);
+            let root = place.is_root(image.root.as_ref(), env, &held.procfs, pid);
             let now = Now {
                 attributes,
                 threads: answers.threads,
                 scan: Some(look.scan),
                 same_program: look.same_program,
-                same_directory: look.same_directory,
-                same_root: look.same_root,
+                same_directory: directory.during(pid, "reading its directory")?,
+                same_root: root.during(pid, "reading its root directory")?,
             };
             processes.insert(pid, now);
         }
@@ -192,14 +195,11 @@ impl Engine {
     ) -> Result<Look> {
         let scan = self.scan(env, held, pid)?;
         let (procfs, image) = (&held.procfs, &target.processes[&pid]);
-        let exe = image.exe.is_of(env, procfs, pid, "exe");
-        let cwd = image.cwd.is_of(env, procfs, pid, "cwd");
-        let root = Place::is_root_of(image.root.as_ref(), env, procfs, pid);
+        let files = held.processes[&pid].stopped.remote.files();
+        let exe = image.exe.is_program_of(env, procfs, pid, files);
         Ok(Look {
             scan,
             same_program: exe.during(pid, "reading its program")?,
-            same_directory: cwd.during(pid, "reading its directory")?,
-            same_root: root.during(pid, "reading its root directory")?,
         })
     }
 

@@ -86,11 +86,14 @@ impl ProcFds {
 
     /// Every open descriptor, in ascending order.
     pub(crate) fn slots(&self) -> io::Result<Vec<RawSlot>> {
+        let mut known = self.files.slots();
+        if let Some(slots) = self.slots_as_before(&known)? {
+            return Ok(slots);
+        }
         rustix::fs::seek(&self.fds, SeekFrom::Start(0))?;
         let mut buffer = [MaybeUninit::uninit(); 4096];
         let mut names = RawDir::new(&*self.fds, &mut buffer);
         let mut slots = Vec::new();
-        let mut known = self.files.slots();
         let mut before = std::mem::take(&mut *known);
         while let Some(entry) = names.next() {
             let entry = entry?;
@@ -104,6 +107,27 @@ impl ProcFds {
         }
         slots.sort_unstable_by_key(|slot| slot.fd);
         Ok(slots)
+    }
+
+    /// The descriptors, if they lead to the same files as at the last visit and there are no others: the kernel tells how many there are
+    /// as the size of the directory (Linux 6.2). They are few, then.
+    fn slots_as_before(&self, known: &KnownSlots) -> io::Result<Option<Vec<RawSlot>>> {
+        if known.0.values().any(|slot| slot.info.is_none()) {
+            return Ok(None);
+        }
+        let count = rustix::fs::statx(&*self.fds, "", AtFlags::EMPTY_PATH, StatxFlags::SIZE)?;
+        if count.stx_size != known.0.len() as u64 {
+            return Ok(None);
+        }
+        let slots = known.0.iter().map(|(fd, slot)| {
+            let info = read_info(slot.info.as_ref()?.as_fd()).ok()?;
+            (info.file == slot.which).then_some(RawSlot {
+                fd: *fd,
+                file: slot.file,
+                info,
+            })
+        });
+        Ok(slots.collect())
     }
 
     /// One of our own, if this is our table.
@@ -238,6 +262,7 @@ mod tests {
             .env("FILE", file.path())
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
+            .stderr(Stdio::null())
             .spawn()
             .unwrap();
         let mut input = shell.stdin.take().unwrap();
@@ -251,6 +276,24 @@ mod tests {
             let mut slots = fds.slots().unwrap().into_iter();
             slots.find(|slot| slot.fd == fd)
         };
+        // What the test was started with.
+        run(
+            "for fd in /proc/$$/fd/*; do fd=${fd##*/}; [ $fd -lt 3 ] || eval \"exec $fd<&-\"; done",
+        );
+        let numbers = || {
+            let slots = fds.slots().unwrap().into_iter();
+            slots.map(|slot| slot.fd).collect::<Vec<_>>()
+        };
+        assert_eq!(numbers(), [0, 1, 2]);
+        assert!(fds.slots_as_before(&fds.files.slots()).unwrap().is_some());
+        // As many, but others.
+        run("exec 3<&2 2<&-");
+        assert_eq!(numbers(), [0, 1, 3]);
+        run("exec 2<&3 3<&-");
+        assert_eq!(numbers(), [0, 1, 2]);
+        run("exec 2<$FILE");
+        assert_eq!(slot(2).unwrap().file.ino, meta.ino());
+        run("exec 2>/dev/null");
         run("exec 4</dev/null 5<$FILE 6</dev/zero 7<$FILE");
         let regular = |slot: RawSlot| (slot.file.ino, slot.file.format(), slot.info.pos);
         for fd in [5, 7] {

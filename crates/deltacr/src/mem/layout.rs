@@ -4,7 +4,7 @@ use rustix::fs::CWD;
 use serde::{Deserialize, Serialize};
 
 use crate::error::{During, Error, Result};
-use crate::procfs;
+use crate::procfs::{self, StatText};
 use crate::remote::{Batch, CallId, Remote};
 
 /// Bounds of a process' address space, as `/proc/PID/stat` shows and `prctl(PR_SET_MM_MAP)` sets
@@ -37,13 +37,8 @@ pub struct Layout {
 
 impl Layout {
     /// The bounds that a `/proc/PID/stat` shows: all but the program break. `None` if it is not what the kernel writes.
-    pub(crate) fn parse(stat: &[u8]) -> Option<Self> {
-        // The name of the process may contain anything, also parentheses and blanks.
-        let end = stat.iter().rposition(|b| *b == b')')?;
-        let rest = std::str::from_utf8(stat.get(end + 1..)?).ok()?;
-        let fields: Vec<&str> = rest.split_ascii_whitespace().collect();
-        // proc(5) counts from one, and the first field here is the third.
-        let field = |n: usize| fields.get(n - 3)?.parse::<u64>().ok();
+    pub(crate) fn parse(stat: &StatText<'_>) -> Option<Self> {
+        let field = |n| stat.number::<u64>(n);
         Some(Self {
             start_code: field(26)?,
             end_code: field(27)?,
@@ -73,7 +68,8 @@ impl Layout {
             .during(pid, "reading the program break")?;
         let stat = procfs::read_file(CWD, &format!("/proc/{host}/stat"));
         let stat = stat.during(pid, "reading the stat file")?;
-        let bounds = Self::parse(&stat).ok_or_else(|| Error::Corrupt {
+        let bounds = StatText::split(&stat).and_then(|stat| Self::parse(&stat));
+        let bounds = bounds.ok_or_else(|| Error::Corrupt {
             pid,
             what: "its stat file has not the fields that the kernel documents".to_owned(),
         })?;
@@ -168,10 +164,11 @@ mod tests {
         for n in 4..=52 {
             stat.extend(format!(" {n}").bytes());
         }
-        let layout = Layout::parse(&stat).unwrap();
+        let parse = |text: &[u8]| Layout::parse(&StatText::split(text)?);
+        let layout = parse(&stat).unwrap();
         assert_eq!(layout.start_code, 26);
         assert_eq!(layout.env_end, 51);
-        assert!(Layout::parse(b"7 (x) S 1 2").is_none());
-        assert!(Layout::parse(b"").is_none());
+        assert!(parse(b"7 (x) S 1 2").is_none());
+        assert!(parse(b"").is_none());
     }
 }

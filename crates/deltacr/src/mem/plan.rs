@@ -49,6 +49,10 @@ pub(crate) struct Plan<'a> {
 /// process does not have.
 pub(crate) fn plan<'a>(current: &[Vma], target: &'a [Vma]) -> Result<Plan<'a>, &'a Vma> {
     let mut plan = Plan::default();
+    // Mostly so: a step maps little that it leaves behind.
+    if current == target {
+        return Ok(plan);
+    }
     plan.specials(current, target)?;
     for part in parts(current, target) {
         match (part.current, part.target) {

@@ -426,6 +426,9 @@ type Ranges = Vec<Range<u64>>;
 
 /// The guard pages to install and to remove.
 fn guards_to_change(scan: &Scan, target: &AddressSpace, fresh: &[Range<u64>]) -> (Ranges, Ranges) {
+    if scan.guards.is_empty() && target.guards.is_empty() {
+        return (Ranges::new(), Ranges::new());
+    }
     let private = private_ranges(&target.vmas);
     let here = merged(common(&scan.guards, &outside(&private, fresh)), 0);
     let wanted = merged(target.guards.clone(), 0);

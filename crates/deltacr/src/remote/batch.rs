@@ -315,6 +315,16 @@ impl Outcome {
         &self.bytes[self.heap + data.offset..][..data.len]
     }
 
+    /// What calls wrote to outputs of one size.
+    pub(crate) fn records<const N: usize>(&self, outputs: &[DataRef]) -> Vec<[u8; N]> {
+        let record = |data: &DataRef| {
+            self.bytes(*data)
+                .try_into()
+                .expect("an output of this size")
+        };
+        outputs.iter().map(record).collect()
+    }
+
     /// A 32-bit integer that a call wrote.
     pub fn int(&self, data: DataRef) -> i32 {
         i32::from_le_bytes(self.bytes(data.at(0, 4)).try_into().expect("four bytes"))

@@ -9,6 +9,7 @@ use std::os::fd::{AsRawFd, BorrowedFd};
 use std::sync::Arc;
 
 use crate::ids::HostPid;
+use crate::mem::PAGE;
 
 /// Facts of a page, as `PAGEMAP_SCAN` tells them.
 pub(crate) mod category {
@@ -85,7 +86,7 @@ impl Pagemap {
     pub(crate) fn of(file: Arc<File>) -> Self {
         Self {
             file,
-            runs: vec![PageRun::default(); RUNS],
+            runs: Vec::with_capacity(RUNS),
         }
     }
 
@@ -129,8 +130,8 @@ impl Pagemap {
     pub(crate) fn has_untracked(&mut self, range: Range<u64>) -> io::Result<bool> {
         let there = category::PRESENT | category::SWAPPED;
         let filter = (NOT | category::TRACKED, there, 0);
-        let (found, _) = self.step(&range, 0, filter, 1)?;
-        Ok(found > 0)
+        self.step(&range, 0, filter, 1)?;
+        Ok(!self.runs.is_empty())
     }
 
     /// Adds the runs of pages within `range` that are there and do not count as written to `found`, whether they are tracked or not.
@@ -155,8 +156,8 @@ impl Pagemap {
     ) -> io::Result<()> {
         let mut rest = range;
         while rest.start < rest.end {
-            let (n, end) = self.step(&rest, flags, filter, 0)?;
-            found(&self.runs[..n]);
+            let end = self.step(&rest, flags, filter, 0)?;
+            found(&self.runs);
             if end <= rest.start {
                 return Err(io::Error::other("the kernel's page scan made no progress"));
             }
@@ -165,21 +166,23 @@ impl Pagemap {
         Ok(())
     }
 
-    /// One call, which may end early; after `most` pages if that is not zero. Tells how many runs it found, and where it ended.
+    /// One call, which may end early; after `most` pages if that is not zero. Leaves the runs that it found, and tells where it ended.
     fn step(
         &mut self,
         range: &Range<u64>,
         flags: u64,
         (all_of, any_of, tell): Filter,
         most: u64,
-    ) -> io::Result<(usize, u64)> {
+    ) -> io::Result<u64> {
+        // The kernel makes as much room of its own for them, which takes it longer than to look at a few pages.
+        let room = RUNS.min((range.end - range.start).div_ceil(PAGE) as usize);
         let mut arg = ScanArg {
             size: size_of::<ScanArg>() as u64,
             flags,
             start: range.start,
             end: range.end,
             vec: self.runs.as_mut_ptr() as u64,
-            vec_len: RUNS as u64,
+            vec_len: room as u64,
             max_pages: most,
             inverted: if all_of & NOT == 0 { 0 } else { all_of & !NOT },
             all_of: all_of & !NOT,
@@ -187,13 +190,15 @@ impl Pagemap {
             tell,
             ..ScanArg::default()
         };
-        // SAFETY: the argument has the layout that the kernel defines, and `vec` points to
-        // `vec_len` regions that live through the call.
+        // SAFETY: the argument has the layout that the kernel defines, and `vec` points to room for
+        // `vec_len` regions that lives through the call.
         let n = unsafe { libc::ioctl(self.file.as_raw_fd(), PAGEMAP_SCAN, &raw mut arg) };
         if n < 0 {
             return Err(io::Error::last_os_error());
         }
-        Ok((RUNS.min(n as usize), arg.walk_end))
+        // SAFETY: the kernel has written so many regions, of which any bits are valid, into the room for them.
+        unsafe { self.runs.set_len(room.min(n as usize)) };
+        Ok(arg.walk_end)
     }
 }
 

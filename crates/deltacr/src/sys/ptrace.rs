@@ -5,6 +5,7 @@
 
 use std::io;
 use std::mem;
+use std::sync::OnceLock;
 
 use serde::{Deserialize, Serialize};
 
@@ -111,7 +112,9 @@ pub(crate) fn set_registers(tid: HostPid, regs: &Registers) -> io::Result<()> {
 
 /// Reads the extended state (x87, SSE, AVX, PKRU, AMX), in the processor's XSAVE layout.
 pub(crate) fn xstate(tid: HostPid) -> io::Result<Vec<u8>> {
-    let mut bytes = vec![0; XSTATE_MAX];
+    // The same for all threads.
+    static LEN: OnceLock<usize> = OnceLock::new();
+    let mut bytes = vec![0; LEN.get().copied().unwrap_or(XSTATE_MAX)];
     let mut iov = libc::iovec {
         iov_base: bytes.as_mut_ptr().cast(),
         iov_len: bytes.len(),
@@ -122,8 +125,8 @@ pub(crate) fn xstate(tid: HostPid) -> io::Result<Vec<u8>> {
         NT_X86_XSTATE,
         &raw mut iov as usize,
     )?;
-    bytes.truncate(iov.iov_len);
-    bytes.shrink_to_fit();
+    let len = LEN.get_or_init(|| iov.iov_len);
+    bytes.truncate(*len);
     Ok(bytes)
 }
 

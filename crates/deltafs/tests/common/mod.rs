@@ -10,7 +10,7 @@ use std::io::{Read, Seek, SeekFrom};
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
-use deltafs::{IdMap, Options, Volume};
+use deltafs::{IdMap, InUse, Options, Volume};
 use rustix::fs::{Mode, OFlags};
 
 /// A base, a place for data, and a volume over them.
@@ -24,6 +24,14 @@ pub(crate) struct Fixture {
 pub(crate) struct Mounted {
     root: OwnedFd,
     pub(crate) volume: Volume,
+}
+
+/// Inodes that are in use, of whatever kind they are.
+pub(crate) fn in_use(inodes: impl Iterator<Item = u64>) -> InUse {
+    InUse {
+        others: inodes.collect(),
+        ..InUse::default()
+    }
 }
 
 impl Mounted {
