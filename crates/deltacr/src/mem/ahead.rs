@@ -178,7 +178,7 @@ impl Look {
     fn all(&mut self, store: &PageStore, tracker: &mut Tracker, room: u64) -> io::Result<()> {
         let mut before = u64::MAX;
         for round in 0.. {
-            let taken = self.take(tracker)?;
+            let taken = self.take()?;
             let new = pages_in(&taken);
             let ahead = tracker.ahead_mut();
             ahead.note(taken);
@@ -193,8 +193,9 @@ impl Look {
         Ok(())
     }
 
-    /// Protects what was written in private anonymous memory, and tracks what of it is not yet.
-    fn take(&mut self, tracker: &Tracker) -> io::Result<Vec<Range<u64>>> {
+    /// Protects what was written in private anonymous memory. What is not tracked is left to the stop: a mapping that is changed
+    /// just then would be tracked in part, and is two mappings to the kernel from then on, which the program could tell (`mremap`).
+    fn take(&mut self) -> io::Result<Vec<Range<u64>>> {
         let mut taken = Vec::new();
         let mut at = 0;
         while let Some(mapping) = pagemap::mapping(&self.maps, at)? {
@@ -204,11 +205,9 @@ impl Look {
             if !anonymous || range.end - range.start < LEAST {
                 continue;
             }
-            // Looked at first, for what is tracked already must keep its marks.
-            if self.pagemap.has_untracked(range.clone())? {
-                tracker.track_anew(&range, &mut self.pagemap)?;
+            if !self.pagemap.has_untracked(range.clone())? {
+                self.pagemap.take_written(range, &mut taken)?;
             }
-            self.pagemap.take_written(range, &mut taken)?;
         }
         Ok(taken)
     }
