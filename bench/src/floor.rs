@@ -86,6 +86,14 @@ impl Floor {
     }
 }
 
+/// Empties the record of what the programs have written so far, and of what they have read of their programs.
+pub(crate) fn forget_written(programs: &Programs) -> Result<()> {
+    for (_, pagemap) in pagemaps(programs)? {
+        sys::take_written(&pagemap)?;
+    }
+    Ok(())
+}
+
 /// The page maps of the processes, but for those that have ended since they were found.
 fn pagemaps(programs: &Programs) -> Result<Vec<(i32, File)>> {
     let mut all = Vec::with_capacity(programs.pids.len());
@@ -100,7 +108,7 @@ fn pagemaps(programs: &Programs) -> Result<Vec<(i32, File)>> {
     Ok(all)
 }
 
-/// Threads that we trace and that stand still. Should this process end, the kernel lets them go.
+/// Threads that we trace and that stand still. Let go when dropped, so that they can end.
 struct Stopped(Vec<i32>);
 
 impl Stopped {
@@ -117,11 +125,19 @@ impl Stopped {
         Ok(stopped)
     }
 
-    fn release(&self) -> Result<()> {
-        for tid in &self.0 {
-            sys::detach(*tid).with_context(|| format!("letting thread {tid} go"))?;
+    fn release(mut self) -> Result<()> {
+        while let Some(tid) = self.0.pop() {
+            sys::detach(tid).with_context(|| format!("letting thread {tid} go"))?;
         }
         Ok(())
+    }
+}
+
+impl Drop for Stopped {
+    fn drop(&mut self) {
+        for tid in &self.0 {
+            let _ = sys::detach(*tid);
+        }
     }
 }
 
