@@ -34,6 +34,7 @@ mod seccomp;
 mod session;
 mod sessions;
 mod sessions_image;
+mod sessions_table;
 mod spawn;
 mod spec;
 mod state;

@@ -1,6 +1,5 @@
 //! The sessions of one sandbox, and the thread that moves their output into their logs.
 
-use std::collections::BTreeMap;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
@@ -24,10 +23,8 @@ use crate::log::Log;
 use crate::readers::Readers;
 use crate::report::{SandboxState, SessionId, SessionInfo};
 use crate::session::{Exit, Session, State};
+use crate::sessions_table::Table;
 use crate::streams::{Channel, Streams};
-
-/// Ended sessions that are remembered.
-const REMEMBERED: usize = 256;
 
 /// Output that one stream may move before another has its turn, in bytes.
 const TURN: usize = 256 * 1024;
@@ -65,13 +62,6 @@ pub(crate) struct Shared {
     wake: OwnedFd,
     closing: AtomicBool,
     logs: PathBuf,
-}
-
-/// The sessions by number.
-#[derive(Default)]
-pub(crate) struct Table {
-    pub(crate) sessions: BTreeMap<SessionId, Arc<Session>>,
-    pub(crate) last: u64,
 }
 
 /// Owns the thread.
@@ -139,8 +129,8 @@ impl Sessions {
             tracing::error!("the stream thread of a sandbox has panicked");
         }
         let epoch = self.shared.epoch.load(Ordering::Acquire);
-        let sessions = std::mem::take(&mut self.shared.table.lock().sessions);
-        for session in sessions.values() {
+        let table = std::mem::take(&mut *self.shared.table.lock());
+        for session in table.sessions.values() {
             session.abandon(epoch);
         }
     }
@@ -210,7 +200,7 @@ impl Shared {
             .streams
             .watch(id, &self.poller)
             .doing(session.doing("watching the output of"))?;
-        table.sessions.insert(id, Arc::clone(&session));
+        table.insert(&session);
         table.forget_old();
         if new.timeout.is_some() {
             self.wake();
@@ -313,7 +303,7 @@ impl Shared {
         }
         let mut table = self.table.lock();
         let session = table
-            .sessions
+            .changing
             .values()
             .find(|s| s.pid == pid && s.state.lock().exit.is_none())
             .cloned();
@@ -347,7 +337,7 @@ impl Shared {
     /// Ends all sessions: the sandbox cannot go on.
     pub(crate) fn fail(&self, reason: String) {
         self.failed.lock().get_or_insert(reason);
-        let live: Vec<_> = self.table.lock().sessions.values().cloned().collect();
+        let live: Vec<_> = self.table.lock().changing.values().cloned().collect();
         for session in live {
             if session.state.lock().exit.is_none() {
                 self.end(&session, 128 + libc::SIGKILL);
@@ -358,7 +348,7 @@ impl Shared {
     /// Kills commands whose time is up; how long until the next one's is.
     fn kill_late(&self) -> Option<Duration> {
         let now = Instant::now();
-        let live: Vec<_> = self.table.lock().sessions.values().cloned().collect();
+        let live: Vec<_> = self.table.lock().changing.values().cloned().collect();
         let mut next: Option<Duration> = None;
         for session in live {
             let Some(deadline) = session.state.lock().deadline else {
@@ -464,7 +454,7 @@ impl Shared {
             self.container.sync()?;
         }
         self.take_events();
-        for session in self.table.lock().sessions.values() {
+        for session in self.table.lock().changing.values() {
             let mut state = session.state.lock();
             let State {
                 log, streams, kept, ..
@@ -473,20 +463,6 @@ impl Shared {
             session.changed.notify_all();
         }
         Ok(())
-    }
-}
-
-impl Table {
-    fn forget_old(&mut self) {
-        let ended: Vec<_> = self
-            .sessions
-            .values()
-            .filter(|s| s.state.lock().exit.is_some())
-            .map(|s| s.id)
-            .collect();
-        for id in ended.iter().take(ended.len().saturating_sub(REMEMBERED)) {
-            self.sessions.remove(id);
-        }
     }
 }
 

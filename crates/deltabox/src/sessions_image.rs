@@ -9,6 +9,8 @@ use std::time::{Duration, Instant};
 
 use deltacr::Deaths;
 use deltacr::env::ExternalId;
+use imbl::OrdMap;
+use imbl::ordmap::DiffItem;
 use parking_lot::{Condvar, Mutex};
 
 use crate::error::{Doing, Result};
@@ -17,13 +19,46 @@ use crate::readers::Readers;
 use crate::report::SessionId;
 use crate::session::{Exit, Session, State};
 use crate::sessions::Shared;
+use crate::sessions_table::Table;
 use crate::spawn::open_terminal;
 use crate::streams::{Channel, End, Streams};
 use crate::sys;
 
 /// All sessions of a sandbox as they were at one moment.
 #[derive(Clone, Default)]
-pub(crate) struct SessionsImage(pub(crate) Arc<BTreeMap<SessionId, Kept>>);
+pub(crate) struct SessionsImage {
+    sessions: OrdMap<SessionId, Arc<Session>>,
+    settled: OrdMap<SessionId, Arc<Kept>>,
+    changing: Arc<BTreeMap<SessionId, Arc<Kept>>>,
+}
+
+impl SessionsImage {
+    /// These sessions.
+    pub(crate) fn of(kept: BTreeMap<SessionId, Kept>) -> Self {
+        let sessions = kept.iter();
+        Self {
+            sessions: sessions
+                .map(|(id, kept)| (*id, Arc::clone(&kept.session)))
+                .collect(),
+            settled: OrdMap::new(),
+            changing: Arc::new(
+                kept.into_iter()
+                    .map(|(id, kept)| (id, Arc::new(kept)))
+                    .collect(),
+            ),
+        }
+    }
+
+    /// What was kept of each session, in no order.
+    pub(crate) fn iter(&self) -> impl Iterator<Item = (&SessionId, &Arc<Kept>)> {
+        self.settled.iter().chain(self.changing.iter())
+    }
+
+    /// What was kept of a session.
+    pub(crate) fn get(&self, id: SessionId) -> Option<&Arc<Kept>> {
+        self.changing.get(&id).or_else(|| self.settled.get(&id))
+    }
+}
 
 /// One session.
 pub(crate) struct Kept {
@@ -50,49 +85,64 @@ impl Shared {
     /// The sessions as they are. The processes are stopped and [`Shared::drain`] was called.
     pub(crate) fn image(&self) -> io::Result<SessionsImage> {
         let now = Instant::now();
-        let table = self.table.lock();
-        let keep = |session: &Arc<Session>| -> io::Result<Kept> {
-            let mut state = session.state.lock();
-            state.kept = true;
-            Ok(Kept {
-                session: Arc::clone(session),
-                view: state.log.view().clone(),
-                exit: state.exit,
-                left: state.deadline.map(|d| d.saturating_duration_since(now)),
-                timed_out: state.timed_out,
-                input: state.streams.unread_input()?,
-            })
-        };
-        let sessions = table.sessions.iter();
-        let kept: io::Result<_> = sessions.map(|(id, s)| Ok((*id, keep(s)?))).collect();
-        kept.map(|kept| SessionsImage(Arc::new(kept)))
+        let mut table = self.table.lock();
+        let mut changing = BTreeMap::new();
+        let sessions: Vec<_> = table.changing.values().cloned().collect();
+        for session in sessions {
+            let kept = Arc::new(Kept::of(&session, now)?);
+            match kept.is_settled() {
+                true => table.settle(session.id, &kept),
+                false => drop(changing.insert(session.id, kept)),
+            }
+        }
+        Ok(SessionsImage {
+            sessions: table.sessions.clone(),
+            settled: table.settled.clone(),
+            changing: Arc::new(changing),
+        })
     }
 
     /// Begins a rollback to `image`, after which the epoch is `epoch`: sessions born since end for their clients, all
-    /// readers are told, logs end where they ended then. Until [`Shared::finish_restore`], output is thrown away and
+    /// readers are told but those of sessions that are settled in both states, logs end where they ended then. Until [`Shared::finish_restore`], output is thrown away and
     /// deaths are not noted: they belong to the future that is given up. The caller holds [`Shared::whole`] and has
     /// stopped the processes; `external_pipe` and `open_external` answer for the image's sessions from here on.
     pub(crate) fn begin_restore(&self, image: &SessionsImage, epoch: u64) {
         self.restoring.store(true, Ordering::Release);
         self.epoch.store(epoch, Ordering::Release);
         let mut table = self.table.lock();
-        let before = std::mem::take(&mut table.sessions);
-        for (id, session) in &before {
-            if !image.0.contains_key(id) {
+        for item in table.sessions.diff(&image.sessions) {
+            if let DiffItem::Remove(_, session) = item {
                 session.abandon(epoch);
             }
         }
-        for (id, kept) in image.0.iter() {
+        let differing = table.settled.diff(&image.settled);
+        let back: Vec<_> = differing
+            .filter_map(|item| match item {
+                DiffItem::Add(_, kept) | DiffItem::Update { new: (_, kept), .. } => Some(kept),
+                DiffItem::Remove(..) => None,
+            })
+            .cloned()
+            .collect();
+        for kept in back.iter().chain(image.changing.values()) {
             kept.rewind(epoch);
-            table.sessions.insert(*id, Arc::clone(&kept.session));
         }
+        let changing = image.changing.iter();
+        *table = Table {
+            sessions: image.sessions.clone(),
+            settled: image.settled.clone(),
+            changing: changing
+                .map(|(id, kept)| (*id, Arc::clone(&kept.session)))
+                .collect(),
+            back,
+            last: table.last,
+        };
     }
 
     /// Ends what [`Shared::begin_restore`] began. The processes of the image are there, and still stopped.
     pub(crate) fn finish_restore(&self, image: &SessionsImage, deaths: Deaths) -> io::Result<()> {
         let done = self.settle(image, deaths);
         self.restoring.store(false, Ordering::Release);
-        if image.0.values().any(|kept| kept.left.is_some()) {
+        if image.changing.values().any(|kept| kept.left.is_some()) {
             // Deadlines have moved.
             self.wake();
         }
@@ -104,15 +154,19 @@ impl Shared {
             self.container.sync()?;
         }
         self.take_events();
-        for (id, kept) in image.0.iter() {
-            // In a fork these are not the sessions that the image was taken of.
-            let Some(session) = self.session(*id) else {
-                continue;
-            };
+        let (changing, back) = {
+            let mut table = self.table.lock();
+            let changing: Vec<_> = table.changing.values().cloned().collect();
+            (changing, std::mem::take(&mut table.back))
+        };
+        let back = back.iter().map(|kept| (Arc::clone(&kept.session), kept));
+        // In a fork these are not the sessions that the image was taken of.
+        let kept = |session: Arc<Session>| image.get(session.id).map(|kept| (session, kept));
+        for (session, kept) in changing.into_iter().filter_map(kept).chain(back) {
             let mut state = session.state.lock();
             state.streams.reset(&kept.input, &self.poller, true)?;
             if kept.exit.is_none() {
-                state.streams.watch(*id, &self.poller)?;
+                state.streams.watch(session.id, &self.poller)?;
             }
         }
         Ok(())
@@ -122,10 +176,9 @@ impl Shared {
     /// logs copied. Their pipes are made when the processes that hold them are.
     pub(crate) fn adopt(self: &Arc<Self>, image: &SessionsImage) -> Result<()> {
         let mut table = self.table.lock();
-        for (id, kept) in image.0.iter() {
+        for (_, kept) in image.iter() {
             let session = self.adopt_one(kept)?;
-            table.sessions.insert(*id, Arc::new(session));
-            table.last = table.last.max(id.0);
+            table.insert(&Arc::new(session));
         }
         Ok(())
     }
@@ -210,7 +263,7 @@ impl Shared {
 
     /// The session stream that the pipe with this inode number is.
     pub(crate) fn external_pipe(&self, ino: u64) -> Option<ExternalId> {
-        self.table.lock().sessions.values().find_map(|session| {
+        self.table.lock().changing.values().find_map(|session| {
             let channel = session.state.lock().streams.channel_of(ino)?;
             Some(ExternalId(channel.key(session.id)))
         })
@@ -231,7 +284,34 @@ impl Shared {
     }
 }
 
+/// One is the same as another only if it is that.
+impl PartialEq for Kept {
+    fn eq(&self, other: &Self) -> bool {
+        std::ptr::eq(self, other)
+    }
+}
+
 impl Kept {
+    /// What is to be kept of a session.
+    fn of(session: &Arc<Session>, now: Instant) -> io::Result<Self> {
+        let mut state = session.state.lock();
+        state.kept = true;
+        Ok(Self {
+            session: Arc::clone(session),
+            view: state.log.view().clone(),
+            exit: state.exit,
+            left: state.deadline.map(|d| d.saturating_duration_since(now)),
+            timed_out: state.timed_out,
+            input: state.streams.unread_input()?,
+        })
+    }
+
+    /// Whether nothing will change about it any more, unless a rollback takes it back to before its end.
+    fn is_settled(&self) -> bool {
+        let over = self.exit.is_some() && self.left.is_none() && self.input.is_empty();
+        over && self.session.state.lock().streams.are_closed()
+    }
+
     fn rewind(&self, epoch: u64) {
         let mut state = self.session.state.lock();
         state.log.restore(&self.view);

@@ -115,6 +115,19 @@ impl Streams {
             .find(|c| self.slot(*c).as_ref().is_some_and(|e| e.ino == ino))
     }
 
+    /// Whether nothing comes or goes by them any more.
+    pub(crate) fn are_closed(&self) -> bool {
+        let Self {
+            stdin,
+            stdout,
+            stderr,
+            master,
+        } = self;
+        [stdin, stdout, stderr, master]
+            .into_iter()
+            .all(Option::is_none)
+    }
+
     /// Closes all but the terminal.
     pub(crate) fn close_pipes(&mut self) {
         (self.stdin, self.stdout, self.stderr) = (None, None, None);

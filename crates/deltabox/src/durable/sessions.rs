@@ -54,10 +54,10 @@ pub(super) fn write(
     dir: &Path,
 ) -> Result<()> {
     let mut log = LogWriter::create(&dir.join(SESSIONS), FORMAT)?;
-    for (id, kept) in image.0.iter() {
+    for (id, kept) in image.iter() {
         let session = &kept.session;
         let doing = || session.doing("reading the output of");
-        let before = before.and_then(|before| Some(&before.0.get(id)?.view));
+        let before = before.and_then(|before| Some(&before.get(*id)?.view));
         let mut output = session.state.lock().log.since(&kept.view, before);
         log.append_value(
             SESSION,
@@ -135,7 +135,7 @@ impl<'a> SessionReader<'a> {
         for kept in image.values_mut() {
             kept.view = kept.session.state.lock().log.view().clone();
         }
-        Ok(SessionsImage(Arc::new(image)))
+        Ok(SessionsImage::of(image))
     }
 
     /// A session whose log shows what it showed in the checkpoint before, ready for more.
@@ -145,7 +145,7 @@ impl<'a> SessionReader<'a> {
         before: Option<&SessionsImage>,
     ) -> Result<(SessionId, Kept)> {
         let entry: Entry = record.value()?;
-        let before = before.and_then(|before| before.0.get(&entry.id));
+        let before = before.and_then(|before| before.get(entry.id));
         let view = match (entry.continues, before) {
             (false, _) => View::default(),
             (true, Some(before)) => before.view.clone(),
