@@ -89,7 +89,7 @@ fn a_process_that_waits_for_its_disk_is_named_and_goes_on() {
     // A name that no other process on the machine has.
     output(&sandbox, "cp /bin/dd /tmp/waits4disk");
     let frozen = disk.freeze();
-    let writer = "exec /tmp/waits4disk if=/dev/zero of=/tmp/file bs=1M count=8";
+    let writer = "exec /tmp/waits4disk if=/dev/zero of=/tmp/written4disk bs=1M count=8";
     let session = sandbox.spawn(sh(writer)).unwrap();
     await_waiting("waits4disk");
     let error = sandbox.checkpoint(None).unwrap_err().to_string();
@@ -97,8 +97,11 @@ fn a_process_that_waits_for_its_disk_is_named_and_goes_on() {
     assert_eq!(sandbox.tree().nodes.len(), 1, "a half checkpoint is shown");
     drop(frozen);
     assert_eq!(wait(&session).status, 0);
-    assert_eq!(output(&sandbox, "stat -c %s /tmp/file"), "8388608");
+    assert_eq!(output(&sandbox, "stat -c %s /tmp/written4disk"), "8388608");
     sandbox.checkpoint(None).unwrap();
     sandbox.rollback(before).unwrap();
-    assert_eq!(output(&sandbox, "ls /tmp | grep -c file || true"), "0");
+    assert_eq!(
+        output(&sandbox, "ls /tmp | grep -cx written4disk || true"),
+        "0"
+    );
 }
