@@ -178,7 +178,7 @@ impl Look {
     fn all(&mut self, store: &PageStore, tracker: &mut Tracker, room: u64) -> io::Result<()> {
         let mut before = u64::MAX;
         for round in 0.. {
-            let taken = self.take()?;
+            let taken = self.take(tracker)?;
             let new = pages_in(&taken);
             let ahead = tracker.ahead_mut();
             ahead.note(taken);
@@ -193,9 +193,8 @@ impl Look {
         Ok(())
     }
 
-    /// Protects what was written in private anonymous memory. What is not tracked is left to the stop: a mapping that is changed
-    /// just then would be tracked in part, and is two mappings to the kernel from then on, which the program could tell (`mremap`).
-    fn take(&mut self) -> io::Result<Vec<Range<u64>>> {
+    /// Protects what was written in private anonymous memory, and tracks what of it is not yet.
+    fn take(&mut self, tracker: &Tracker) -> io::Result<Vec<Range<u64>>> {
         let mut taken = Vec::new();
         let mut at = 0;
         while let Some(mapping) = pagemap::mapping(&self.maps, at)? {
@@ -205,11 +204,37 @@ impl Look {
             if !anonymous || range.end - range.start < LEAST {
                 continue;
             }
-            if !self.pagemap.has_untracked(range.clone())? {
-                self.pagemap.take_written(range, &mut taken)?;
+            // Looked at first, for what is tracked already must keep its marks.
+            if self.pagemap.has_untracked(range.clone())? && !self.track(&range, tracker)? {
+                continue;
             }
+            self.pagemap.take_written(range, &mut taken)?;
         }
         Ok(taken)
+    }
+
+    /// Tracks a mapping, unless it is changed just then: if it grows while a part of it is registered, the kernel makes two of it, and the
+    /// program could tell (`mremap`). They are made one again.
+    fn track(&mut self, range: &Range<u64>, tracker: &Tracker) -> io::Result<bool> {
+        let before = self.beside(range)?;
+        tracker.track_anew(range, &mut self.pagemap)?;
+        let whole = before.are_or_joined(&self.beside(range)?, range);
+        if !whole {
+            tracker.leave(range)?;
+        }
+        Ok(whole)
+    }
+
+    /// What is mapped right beside a range.
+    fn beside(&self, range: &Range<u64>) -> io::Result<Beside> {
+        let covering = |at| {
+            let found = pagemap::mapping(&self.maps, at)?;
+            Ok::<_, io::Error>(found.filter(|m| m.start <= at).map(|m| m.start..m.end))
+        };
+        Ok(Beside {
+            below: covering(range.start.saturating_sub(1))?,
+            above: covering(range.end)?,
+        })
     }
 
     /// Copies so many pages of these ranges. What cannot be read is left out.
@@ -242,7 +267,51 @@ impl Look {
     }
 }
 
+/// The mappings right below and above a range.
+#[derive(Debug)]
+struct Beside {
+    below: Option<Range<u64>>,
+    above: Option<Range<u64>>,
+}
+
+impl Beside {
+    /// Whether those are still the same, but that the range may have joined them.
+    fn are_or_joined(&self, after: &Self, range: &Range<u64>) -> bool {
+        let below = match (&self.below, &after.below) {
+            (Some(b), Some(a)) => a.start == b.start && (a.end == b.end || a.end >= range.end),
+            (b, a) => b == a,
+        };
+        let above = match (&self.above, &after.above) {
+            (Some(b), Some(a)) => a.end == b.end && (a.start == b.start || a.start <= range.start),
+            (b, a) => b == a,
+        };
+        below && above
+    }
+}
+
 fn pages_in(ranges: &[Range<u64>]) -> u64 {
     let lengths = ranges.iter().map(|range| range.end - range.start);
     lengths.sum::<u64>() / PAGE
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_mapping_that_became_two_is_told_from_one_that_joined_others() {
+        let beside = |below: Option<Range<u64>>, above: Option<Range<u64>>| Beside { below, above };
+        let (range, none) = (10..20, beside(None, None));
+        assert!(none.are_or_joined(&none, &range));
+        // It had grown, downwards or upwards, or others were mapped there.
+        assert!(!none.are_or_joined(&beside(None, Some(20..30)), &range));
+        assert!(!none.are_or_joined(&beside(Some(5..10), None), &range));
+        let both = beside(Some(5..10), Some(20..30));
+        assert!(both.are_or_joined(&both, &range));
+        assert!(both.are_or_joined(&beside(Some(5..20), Some(20..30)), &range));
+        assert!(both.are_or_joined(&beside(Some(5..10), Some(10..30)), &range));
+        assert!(both.are_or_joined(&beside(Some(5..30), Some(5..30)), &range));
+        assert!(!both.are_or_joined(&beside(Some(5..10), Some(20..25)), &range));
+        assert!(!both.are_or_joined(&none, &range));
+    }
 }

@@ -139,6 +139,20 @@ impl Tracker {
         lazy.map_or(Ok(()), |lazy| lazy.end(remote, self.uffd.as_fd()))
     }
 
+    /// Tracks this range from now on, all pages of which count as written, whatever was known of them.
+    pub(crate) fn track_anew(&self, range: &Range<u64>, pagemap: &mut Pagemap) -> io::Result<()> {
+        if !self.track(range)? {
+            return Ok(());
+        }
+        let mut marked = Vec::new();
+        if let Err(error) = pagemap.marked(range.clone(), &mut marked) {
+            self.leave(range)?;
+            return Err(error);
+        }
+        marked.iter().for_each(|run| self.unmark(run));
+        Ok(())
+    }
+
     /// From now on all pages of the range count as written.
     fn unmark(&self, range: &Range<u64>) {
         if uffd::unprotect(self.uffd.as_fd(), range).is_err() {

@@ -134,6 +134,19 @@ impl Pagemap {
         Ok(!self.runs.is_empty())
     }
 
+    /// Adds the runs of pages within `range` that are there and do not count as written to `found`, whether they are tracked or not.
+    pub(crate) fn marked(
+        &mut self,
+        range: Range<u64>,
+        found: &mut Vec<Range<u64>>,
+    ) -> io::Result<()> {
+        let there = category::PRESENT | category::SWAPPED;
+        let filter = (NOT | category::WRITTEN, there, 0);
+        self.walk(range, 0, filter, |runs| {
+            found.extend(runs.iter().map(|run| run.start..run.end));
+        })
+    }
+
     fn walk(
         &mut self,
         range: Range<u64>,
