@@ -298,10 +298,12 @@ impl Shared {
     }
 
     fn exited(&self, pid: i32, status: i32) {
+        let mut table = self.table.lock();
+        // Not before it is locked: whoever waits for the table may get it in the middle of a rollback, and the session of this
+        // pid is another one then.
         if self.restoring.load(Ordering::Acquire) {
             return;
         }
-        let mut table = self.table.lock();
         let session = table
             .changing
             .values()

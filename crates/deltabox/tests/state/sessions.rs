@@ -1,6 +1,7 @@
 //! Sessions belong to the state: they come, go and speak as the checkpoint had them.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use deltabox::{CommandSpec, Error, Events, Sandbox, Session, SessionEvent, WindowSize};
 
@@ -80,6 +81,39 @@ fn last(events: &mut Events) -> SessionEvent {
             None => panic!("the stream hangs"),
         }
     }
+}
+
+/// The death is noted by a thread that waits for whoever starts a command, so it may come in the middle of the rollback.
+#[test]
+fn a_death_that_is_noted_late_is_none_of_a_rolled_back_session() {
+    const ROUNDS: usize = 200;
+    let lab = Lab::new();
+    let sandbox = lab.sandbox();
+    let mut program = Program::start(&sandbox, &["cat"]).unwrap();
+    assert_eq!(program.ask("one").unwrap(), "one");
+    let (id, mark) = (sandbox.checkpoint(None).unwrap().id, program.mark());
+    let over = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        for _ in 0..3 {
+            scope.spawn(|| {
+                while !over.load(Ordering::Relaxed) {
+                    // Its end may be that of the future that it belongs to.
+                    let _ = sandbox.run(&["true"]);
+                }
+            });
+        }
+        let rounds: Outcome = (0..ROUNDS).try_for_each(|_| {
+            program
+                .session
+                .signal(libc::SIGKILL)
+                .map_err(|e| e.to_string())?;
+            sandbox.rollback(id).map_err(|e| e.to_string())?;
+            program.went_back(mark);
+            program.ask("two").map(drop)
+        });
+        over.store(true, Ordering::Relaxed);
+        rounds.unwrap();
+    });
 }
 
 #[test]
