@@ -163,17 +163,19 @@ impl Shared {
         table.sessions.values().map(|s| s.info()).collect()
     }
 
-    /// Adds the session whose process `start` starts and returns the pid of. The table is locked meanwhile, so that the
-    /// process's end is not handled before the session is there; `start` is told its number.
+    /// Adds the session whose process `start` starts and returns the pid of; `start` is told its number. The caller holds
+    /// [`Shared::whole`]. The table is not locked meanwhile: init, which is to answer, may have more deaths to report before than
+    /// there is room for, and whoever hears of them needs the table.
     pub(crate) fn add(
         self: &Arc<Self>,
         new: NewSession,
         start: impl FnOnce(SessionId) -> Result<i32>,
     ) -> Result<Arc<Session>> {
+        let id = self.table.lock().begin_start();
+        let started = start(id);
         let mut table = self.table.lock();
-        let id = SessionId(table.last + 1);
-        let pid = start(id)?;
-        table.last = id.0;
+        let died = table.starting.take().unwrap_or_default();
+        let pid = started?;
         let session = Arc::new(Session {
             id,
             argv: new.argv,
@@ -201,6 +203,9 @@ impl Shared {
             .watch(id, &self.poller)
             .doing(session.doing("watching the output of"))?;
         table.insert(&session);
+        if let Some(status) = died.get(&pid) {
+            self.end(&session, exit_code(*status));
+        }
         table.forget_old();
         if new.timeout.is_some() {
             self.wake();
@@ -312,6 +317,8 @@ impl Shared {
         if let Some(session) = session {
             self.end(&session, exit_code(status));
             table.forget_old();
+        } else if let Some(died) = &mut table.starting {
+            died.insert(pid, status);
         }
     }
 

@@ -135,6 +135,7 @@ impl Shared {
                 .collect(),
             back,
             last: table.last,
+            starting: None,
         };
     }
 

@@ -1,7 +1,7 @@
 //! The sessions of a sandbox by number. What a checkpoint keeps of them, and what a rollback looks at, does not grow with the
 //! commands that have ended.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 
 use imbl::OrdMap;
@@ -25,9 +25,17 @@ pub(crate) struct Table {
     /// Those of the settled ones that a rollback under way has brought back.
     pub(crate) back: Vec<Arc<Kept>>,
     pub(crate) last: u64,
+    /// While a command is started: who has died since, and with which status. One of them may be the command.
+    pub(crate) starting: Option<HashMap<i32, i32>>,
 }
 
 impl Table {
+    /// Begins to start the command of a new session: its number.
+    pub(crate) fn begin_start(&mut self) -> SessionId {
+        self.starting = Some(HashMap::new());
+        SessionId(self.last + 1)
+    }
+
     /// Adds a session.
     pub(crate) fn insert(&mut self, session: &Arc<Session>) {
         self.sessions.insert(session.id, Arc::clone(session));

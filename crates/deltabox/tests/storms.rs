@@ -377,3 +377,24 @@ fn a_trap_signal_that_is_ignored_goes_on_being_ignored() {
         "ls /proc | grep '^[0-9]*$' | while read p; do cat /proc/$p/comm; done | grep -c sleep";
     assert_eq!(output(&sandbox, sleeps), "1");
 }
+
+/// More deaths than there is room for between init and who hears of them, while commands are started.
+#[test]
+fn thousands_that_die_at_once_hold_up_no_command() {
+    let Some((_f, sandbox)) = python_sandbox() else {
+        return;
+    };
+    let script = "import os, sys\n\
+        for _ in range(3000): os.fork() or os._exit(0)\n\
+        print('ready', flush=True); sys.stdin.readline()";
+    let parent = sandbox.spawn(python(script)).unwrap();
+    let mut events = parent.events(0);
+    read_until(&mut events, "ready\n");
+    parent.write(b"die\n").unwrap();
+    // Its dead children are init's from some moment on.
+    while parent.info().exit.is_none() {
+        assert_eq!(output(&sandbox, "echo here"), "here");
+    }
+    assert_eq!(wait(&parent).status, 0);
+    assert_eq!(output(&sandbox, "echo here"), "here");
+}
