@@ -34,6 +34,7 @@ mod xattr;
 pub use diff::{Change, ChangeKind, diff};
 pub use disk::{LayerInfo, Loader, verify_layer};
 pub use error::{Error, Result};
+pub use fuse::io_uring_is_offered;
 pub use ids::IdMap;
 pub use invalidate::InUse;
 pub use reclaim::LeftBehind;

@@ -28,5 +28,6 @@ pub(crate) use notify::Notice;
 pub(crate) use server::Server;
 
 pub use desk::{Channel, Service};
+pub use ring::io_uring_is_offered;
 pub use session::Session;
 pub(crate) use settle::{Settler, refresh_size};

@@ -55,6 +55,12 @@ impl Late {
     }
 }
 
+/// Whether volumes that are mounted now are served over `io_uring`: the kernel has it (Linux 6.14), it is turned on
+/// (`fuse.enable_uring`), and there are not too many processors.
+pub fn io_uring_is_offered() -> bool {
+    queues().is_some()
+}
+
 /// How many queues there are, if requests can come over rings.
 pub(super) fn queues() -> Option<u16> {
     let state = std::fs::read_to_string(SWITCH).ok()?;
