@@ -64,6 +64,10 @@ const WP_MATCHING: u64 = 1;
 type Filter = (u64, u64, u64);
 /// Turns a filter round; no fact of a page.
 const NOT: u64 = 1 << 63;
+/// In memory or swapped out: what is not there has no mark that could tell whether it was written.
+const THERE: u64 = category::PRESENT | category::SWAPPED;
+/// Pages that were written.
+const WRITTEN: Filter = (category::WRITTEN, THERE, category::WRITTEN);
 /// Runs that one call can tell.
 const RUNS: usize = 1024;
 
@@ -107,9 +111,7 @@ impl Pagemap {
     /// Write-protects every page within `range` that is tracked, written and there, so that it
     /// counts as written only after the next write.
     pub(crate) fn protect_written(&mut self, range: Range<u64>) -> io::Result<()> {
-        let there = category::PRESENT | category::SWAPPED;
-        let filter = (category::WRITTEN, there, category::WRITTEN);
-        self.walk(range, WP_MATCHING, filter, |_| {})
+        self.walk(range, WP_MATCHING, WRITTEN, |_| {})
     }
 
     /// The same; adds the runs that were protected to `found`, ascending. What is not tracked is left out. If it fails, pages
@@ -119,17 +121,12 @@ impl Pagemap {
         range: Range<u64>,
         found: &mut Vec<Range<u64>>,
     ) -> io::Result<()> {
-        let there = category::PRESENT | category::SWAPPED;
-        let filter = (category::WRITTEN, there, category::WRITTEN);
-        self.walk(range, WP_MATCHING, filter, |runs| {
-            found.extend(runs.iter().map(|run| run.start..run.end));
-        })
+        self.walk(range, WP_MATCHING, WRITTEN, add_to(found))
     }
 
     /// Whether there is a page within `range` whose writes are not tracked.
     pub(crate) fn has_untracked(&mut self, range: Range<u64>) -> io::Result<bool> {
-        let there = category::PRESENT | category::SWAPPED;
-        let filter = (NOT | category::TRACKED, there, 0);
+        let filter = (NOT | category::TRACKED, THERE, 0);
         self.step(&range, 0, filter, 1)?;
         Ok(!self.runs.is_empty())
     }
@@ -140,11 +137,8 @@ impl Pagemap {
         range: Range<u64>,
         found: &mut Vec<Range<u64>>,
     ) -> io::Result<()> {
-        let there = category::PRESENT | category::SWAPPED;
-        let filter = (NOT | category::WRITTEN, there, 0);
-        self.walk(range, 0, filter, |runs| {
-            found.extend(runs.iter().map(|run| run.start..run.end));
-        })
+        let filter = (NOT | category::WRITTEN, THERE, 0);
+        self.walk(range, 0, filter, add_to(found))
     }
 
     fn walk(
@@ -200,6 +194,10 @@ impl Pagemap {
         unsafe { self.runs.set_len(room.min(n as usize)) };
         Ok(arg.walk_end)
     }
+}
+
+fn add_to(found: &mut Vec<Range<u64>>) -> impl FnMut(&[PageRun]) {
+    |runs| found.extend(runs.iter().map(|run| run.start..run.end))
 }
 
 /// A mapping, as `PROCMAP_QUERY` tells it.
