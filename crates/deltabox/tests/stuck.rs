@@ -57,17 +57,26 @@ impl Drop for Frozen<'_> {
     }
 }
 
-/// Waits until a process of this name waits for an answer about files.
+/// Where in the kernel a process or thread waits.
+fn wait_of(process: &Path) -> String {
+    std::fs::read_to_string(process.join("wchan")).unwrap_or_default()
+}
+
+fn entries(dir: &str) -> impl Iterator<Item = PathBuf> {
+    let entries = std::fs::read_dir(dir).unwrap().flatten();
+    entries.map(|entry| entry.path())
+}
+
+/// Waits until a process of this name waits for an answer about files, and who is to give it waits for the frozen disk.
 fn await_waiting(name: &str) {
     let begun = Instant::now();
-    let sleeps = |pid: &str| {
-        let read =
-            |file| std::fs::read_to_string(format!("/proc/{pid}/{file}")).unwrap_or_default();
-        read("comm").trim() == name && read("wchan").contains("request_wait_answer")
+    let asks = |process: &PathBuf| {
+        let comm = std::fs::read_to_string(process.join("comm")).unwrap_or_default();
+        comm.trim() == name && wait_of(process).contains("request_wait_answer")
     };
+    let waits = |thread: PathBuf| wait_of(&thread).contains("percpu_rwsem_wait");
     while begun.elapsed() < PATIENCE {
-        let mut processes = std::fs::read_dir("/proc").unwrap().flatten();
-        if processes.any(|entry| sleeps(&entry.file_name().to_string_lossy())) {
+        if entries("/proc/self/task").any(waits) && entries("/proc").any(|p| asks(&p)) {
             return;
         }
         std::thread::sleep(Duration::from_millis(20));

@@ -300,7 +300,7 @@ def threads_with_signals_and_priorities_of_their_own():
     def begin():
         signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR2])
         call(libc.syscall, 234, os.getpid(), threading.get_native_id(), signal.SIGUSR2)
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 7)
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 17)
         os.sched_setaffinity(threading.get_native_id(), [first])
 
     def end():
@@ -318,7 +318,7 @@ def threads_with_signals_and_priorities_of_their_own():
         equal(os.sched_getaffinity(thread.tid), {first}, "where it may run")
         # The kernel tells who waits for the end at the address that the thread was born with.
         thread.join()
-        equal(thread.done[1], ({signal.SIGUSR2}, 7), "pending signals and niceness")
+        equal(thread.done[1], ({signal.SIGUSR2}, 17), "pending signals and niceness")
 
     return mutate, check
 
