@@ -10,6 +10,7 @@ use std::os::unix::fs::{DirEntryExt, FileExt, FileTypeExt, MetadataExt, Permissi
 use common::{Mounted, fixture, fixture_with, names};
 use deltafs::IdMap;
 use rustix::fs::{CWD, FileType, Mode, OFlags, RenameFlags, XattrFlags};
+use rustix::io::Errno;
 
 const SHIFTED: IdMap = IdMap {
     outside_first: 1_000_000,
@@ -77,8 +78,8 @@ fn a_label_that_is_not_there_is_unsupported_and_can_be_set() {
     f.volume.write("file", "x");
     let file = f.volume.at("file");
     let get = |name: &str| rustix::fs::getxattr(&file, name, &mut [0; 64][..]);
-    assert_eq!(get("security.selinux"), Err(rustix::io::Errno::NOTSUP));
-    assert_eq!(get("security.other"), Err(rustix::io::Errno::NODATA));
+    assert_eq!(get("security.selinux"), Err(Errno::NOTSUP));
+    assert_eq!(get("security.other"), Err(Errno::NODATA));
     rustix::fs::setxattr(&file, "security.selinux", b"label", XattrFlags::empty()).unwrap();
     assert_eq!(get("security.selinux"), Ok(5));
 }
@@ -135,7 +136,7 @@ fn symbolic_links_of_the_base_do_not_lead_out_of_it() {
     for name in ["absolute/passwd", "up/passwd"] {
         let resolve = rustix::fs::ResolveFlags::IN_ROOT;
         let found = rustix::fs::openat2(&root, name, OFlags::RDONLY, Mode::empty(), resolve);
-        assert_eq!(found.unwrap_err(), rustix::io::Errno::NOENT, "{name}");
+        assert_eq!(found.unwrap_err(), Errno::NOENT, "{name}");
     }
 }
 
@@ -306,26 +307,30 @@ fn changing_the_owner_clears_set_user_id_and_capabilities() {
         0o755
     );
     let gone = rustix::fs::getxattr(v.at("program"), name, &mut [0; 64][..]);
-    assert_eq!(gone.unwrap_err(), rustix::io::Errno::NODATA);
+    assert_eq!(gone.unwrap_err(), Errno::NODATA);
+}
+
+/// The value of an attribute with an access list of these lines: tag, permissions, id.
+fn access_list(lines: &[(u16, u16, u32)]) -> Vec<u8> {
+    let mut list = 2_u32.to_le_bytes().to_vec();
+    for (tag, permissions, id) in lines {
+        list.extend(tag.to_le_bytes());
+        list.extend(permissions.to_le_bytes());
+        list.extend(id.to_le_bytes());
+    }
+    list
 }
 
 #[test]
 fn access_lists_are_enforced_by_the_kernel_and_inherited() {
-    let entry = |tag: u16, perm: u16, id: u32| {
-        let mut line = tag.to_le_bytes().to_vec();
-        line.extend(perm.to_le_bytes());
-        line.extend(id.to_le_bytes());
-        line
-    };
     let none = u32::MAX;
-    let lines = [
-        entry(1, 7, none),
-        entry(2, 7, 1_000_005),
-        entry(4, 0, none),
-        entry(16, 7, none),
-        entry(32, 0, none),
-    ];
-    let list = [2_u32.to_le_bytes().to_vec(), lines.concat()].concat();
+    let list = access_list(&[
+        (1, 7, none),
+        (2, 7, 1_000_005),
+        (4, 0, none),
+        (16, 7, none),
+        (32, 0, none),
+    ]);
     let f = fixture_with(|_| {}, SHIFTED, Vec::new());
     let v = &f.volume;
     fs::create_dir(v.at("dir")).unwrap();
@@ -353,6 +358,42 @@ fn access_lists_are_enforced_by_the_kernel_and_inherited() {
     fs::set_permissions(v.at("dir/file"), fs::Permissions::from_mode(0o600)).unwrap();
     rustix::fs::getxattr(v.at("dir/file"), "system.posix_acl_access", &mut found[..]).unwrap();
     assert_eq!(found[30], 0, "chmod sets the mask");
+}
+
+#[test]
+fn an_access_list_that_has_no_room_leaves_the_mode() {
+    let f = fixture(|base| fs::write(base.join("a"), "x").unwrap());
+    let path = f.volume.at("a");
+    fs::set_permissions(&path, fs::Permissions::from_mode(0o700)).unwrap();
+    let none = u32::MAX;
+    let list = access_list(&[
+        (1, 7, none),
+        (2, 4, 5),
+        (4, 0, none),
+        (16, 4, none),
+        (32, 0, none),
+    ]);
+    let set =
+        |name: &str, value: &[u8]| rustix::fs::setxattr(&path, name, value, XattrFlags::empty());
+    // As much as fits, down to attributes that are smaller than the list.
+    let mut count = 0;
+    for len in [16 << 10, 1 << 10, 16] {
+        let full = loop {
+            count += 1;
+            match set(&format!("user.{count}"), &vec![b'x'; len]) {
+                Ok(()) => {}
+                Err(errno) => break errno,
+            }
+        };
+        assert_eq!(full, Errno::NOSPC);
+    }
+    let list_set = set("system.posix_acl_access", &list);
+    assert_eq!(list_set, Err(Errno::NOSPC));
+    let mode = || fs::metadata(&path).unwrap().mode() & 0o777;
+    assert_eq!(mode(), 0o700);
+    rustix::fs::removexattr(&path, "user.1").unwrap();
+    set("system.posix_acl_access", &list).unwrap();
+    assert_eq!(mode(), 0o740);
 }
 
 #[test]

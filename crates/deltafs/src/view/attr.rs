@@ -159,15 +159,21 @@ impl View {
     ) -> Result<(), Errno> {
         let room = self.room();
         self.change(ino, |node| {
-            let before = (quota::blocks(node), node.xattrs.clone());
-            set_xattr(node, name, value, mode, kill_setgid)?;
-            let more = quota::blocks(node).saturating_sub(before.0);
-            if room.is_some_and(|room| more > room) {
-                node.xattrs = before.1;
-                return Err(Errno::NOSPC);
+            let blocks = quota::blocks(node);
+            let before = (node.meta.mode, node.xattrs.clone());
+            let set = set_xattr(node, name, value, mode, kill_setgid).and_then(|()| {
+                let more = quota::blocks(node).saturating_sub(blocks);
+                match room.is_some_and(|room| more > room) {
+                    true => Err(Errno::NOSPC),
+                    false => Ok(()),
+                }
+            });
+            match set {
+                Ok(()) => node.meta.ctime = Time::now(),
+                // The mode changes with the access list or not at all.
+                Err(_) => (node.meta.mode, node.xattrs) = before,
             }
-            node.meta.ctime = Time::now();
-            Ok(())
+            set
         })
     }
 
