@@ -162,7 +162,7 @@ mod tests {
         let ino = place.look_up("lib/deep/file");
         assert!(place.view.shows_original(ino));
         let mut written = place.view.branch();
-        written.write(ino, 0, b"x", false).unwrap();
+        written.write(ino, 0, b"x", None).unwrap();
         assert!(!written.shows_original(ino));
         let name = |name: &str| Name::from(name.as_bytes());
         let lib = place.look_up("lib");

@@ -40,7 +40,8 @@ impl Server {
 
     pub(super) fn set_attr(&self, request: Request<'_>, reply: &mut Reply) -> Result<(), Errno> {
         let change = self.attr_change(request)?;
-        let node = self.view().write().set_attr(request.node, &change)?;
+        let who = self.caller(&request);
+        let node = self.view().write().set_attr(request.node, &change, who)?;
         self.attributes(request.node, &node, reply);
         Ok(())
     }
@@ -109,10 +110,10 @@ impl Server {
         let (size, flags) = (args.u32()?, args.u32()?);
         args.skip(16)?;
         let data = args.take(size as usize)?;
-        let kill = flags & WRITE_KILL_SUIDGID != 0;
+        let unprivileged = (flags & WRITE_KILL_SUIDGID != 0).then(|| self.caller(&request));
         self.view()
             .write()
-            .write(request.node, offset, data, kill)?;
+            .write(request.node, offset, data, unprivileged)?;
         reply.u32(size).u32(0);
         Ok(())
     }

@@ -18,7 +18,7 @@ use super::wire::{IN_HEADER, Reply, Request, opcode};
 use crate::ids::IdMap;
 use crate::node::{Ino, Node, NodeRef};
 use crate::tree::Tree;
-use crate::view::{Caller, View};
+use crate::view::{Caller, View, may_lose_set_id};
 
 /// How often to try again what a quota refuses as long as removed files take of it,
 const ROOM_TRIES: u32 = 5;
@@ -213,15 +213,21 @@ impl Server {
 
     /// Answers with an inode, and counts that the kernel knows it.
     pub(super) fn entry(&self, ino: Ino, node: &NodeRef, reply: &mut Reply) {
-        let keep_attributes = !self.barrier.covers(ino);
+        let keep_attributes = self.attributes_last(ino, node);
         let generation = self.kernel.count(ino);
         reply.entry_out(ino, generation, keep_attributes, node, self.ids);
     }
 
     /// Answers with the attributes of an inode.
     pub(super) fn attributes(&self, ino: Ino, node: &Node, reply: &mut Reply) {
-        let keep_attributes = !self.barrier.covers(ino);
+        let keep_attributes = self.attributes_last(ino, node);
         reply.attr_out(ino, keep_attributes, node, self.ids);
+    }
+
+    /// Whether the kernel may keep the attributes of an inode. When it has written it takes the size and the times for changed but not
+    /// the mode, from which we may have taken set-id bits: it would go on to run the file with the rights of its owner.
+    fn attributes_last(&self, ino: Ino, node: &Node) -> bool {
+        !self.barrier.covers(ino) && !may_lose_set_id(&node.meta)
     }
 
     /// Has the kernel drop something. As for [`Notice::send`].

@@ -7,7 +7,7 @@ use rustix::io::Errno;
 use super::{Caller, View, as_file, quota};
 use crate::acl;
 use crate::data::BLOCK;
-use crate::node::{Ino, Meta, Node, NodeRef, Time};
+use crate::node::{Ino, Meta, Node, NodeRef, REGULAR, Time};
 use crate::xattr::SetMode;
 
 const SETUID: u32 = 0o4000;
@@ -38,7 +38,12 @@ pub(crate) struct AttrChange {
 
 impl View {
     /// Changes attributes.
-    pub(crate) fn set_attr(&mut self, ino: Ino, change: &AttrChange) -> Result<NodeRef, Errno> {
+    pub(crate) fn set_attr(
+        &mut self,
+        ino: Ino,
+        change: &AttrChange,
+        who: Caller,
+    ) -> Result<NodeRef, Errno> {
         if let Some(size) = change.size {
             self.change_file(ino, |file, to| file.truncate(to, size))?;
         }
@@ -50,18 +55,18 @@ impl View {
         self.change(ino, |node| {
             if change.size.is_some() {
                 node.meta.mtime = now;
-                drop_privileges(node, change.kill_privileges)?;
+                drop_privileges(node, change.kill_privileges.then_some(who))?;
             }
             if let Some(mode) = change.mode {
                 node.meta.mode = node.meta.kind() | (mode & PERMISSIONS);
                 acl::chmod(&mut node.xattrs, mode)?;
             }
             if change.uid.is_some() || change.gid.is_some() {
+                if !node.is_dir() {
+                    drop_privileges(node, Some(who))?;
+                }
                 node.meta.uid = change.uid.unwrap_or(node.meta.uid);
                 node.meta.gid = change.gid.unwrap_or(node.meta.gid);
-                if !node.is_dir() {
-                    drop_privileges(node, true)?;
-                }
             }
             node.meta.atime = change.atime.map_or(node.meta.atime, at);
             node.meta.mtime = change.mtime.map_or(node.meta.mtime, at);
@@ -71,16 +76,16 @@ impl View {
         self.node(ino)
     }
 
-    /// Writes into a file.
+    /// Writes into a file. `unprivileged` is who writes, if set-id bits are not to survive it.
     pub(crate) fn write(
         &mut self,
         ino: Ino,
         offset: u64,
         data: &[u8],
-        kill_privileges: bool,
+        unprivileged: Option<Caller>,
     ) -> Result<(), Errno> {
         self.change_file(ino, |file, to| file.write(to, offset, data))?;
-        self.content_changed(ino, kill_privileges)
+        self.content_changed(ino, unprivileged)
     }
 
     /// Makes a range of a file that of another, or of itself; see [`FileBody::copy_from`]. Tells how many bytes were copied.
@@ -99,7 +104,7 @@ impl View {
             file.copy_from(writer, source, offset, at, len)
         })?;
         if copied > 0 {
-            self.content_changed(to, !who.is_root())?;
+            self.content_changed(to, who.unprivileged())?;
         }
         Ok(copied)
     }
@@ -126,7 +131,7 @@ impl View {
             }
             Ok(())
         })?;
-        self.content_changed(ino, !who.is_root())
+        self.content_changed(ino, who.unprivileged())
     }
 
     /// Makes a range a hole (`FALLOC_FL_PUNCH_HOLE`), or zeros that may lengthen the file (`FALLOC_FL_ZERO_RANGE`).
@@ -144,7 +149,7 @@ impl View {
             }
             Ok(())
         })?;
-        self.content_changed(ino, !who.is_root())
+        self.content_changed(ino, who.unprivileged())
     }
 
     /// Sets an extended attribute. Setting the access list sets the mode too; `kill_setgid` says that the caller may
@@ -188,11 +193,11 @@ impl View {
         })
     }
 
-    fn content_changed(&mut self, ino: Ino, kill_privileges: bool) -> Result<(), Errno> {
+    fn content_changed(&mut self, ino: Ino, unprivileged: Option<Caller>) -> Result<(), Errno> {
         self.change(ino, |node| {
             node.meta.mtime = Time::now();
             node.meta.ctime = node.meta.mtime;
-            drop_privileges(node, kill_privileges)
+            drop_privileges(node, unprivileged)
         })
     }
 }
@@ -218,21 +223,24 @@ fn set_xattr(
     node.xattrs.set(name, value, mode)
 }
 
-/// A changed file loses its capabilities, and its set-id bits if the caller may not keep them.
-fn drop_privileges(node: &mut Node, kill_set_id: bool) -> Result<(), Errno> {
-    if kill_set_id {
-        node.meta.mode = without_set_id(&node.meta);
+/// A changed file loses its capabilities, and its set-id bits by whoever may not keep them.
+fn drop_privileges(node: &mut Node, by: Option<Caller>) -> Result<(), Errno> {
+    if let Some(who) = by {
+        node.meta.mode = without_set_id(&node.meta, who);
     }
     node.xattrs.remove(CAPABILITY)?;
     Ok(())
 }
 
-/// A set-group-id bit without group execution means mandatory locking and stays.
-fn without_set_id(meta: &Meta) -> u32 {
-    let group = if meta.mode & GROUP_EXECUTE != 0 {
-        SETGID
-    } else {
-        0
-    };
-    meta.mode & !(SETUID | group)
+/// Whether somebody who writes into it may take set-id bits away.
+pub(crate) fn may_lose_set_id(meta: &Meta) -> bool {
+    meta.kind() == REGULAR && meta.mode & (SETUID | SETGID) != 0
+}
+
+/// A set-group-id bit without group execution once meant mandatory locking: members of the group leave it. Of the groups that somebody
+/// is in the protocol tells one.
+fn without_set_id(meta: &Meta, who: Caller) -> u32 {
+    let member = who.is_root() || who.gid == meta.gid;
+    let stays = member && meta.mode & GROUP_EXECUTE == 0;
+    meta.mode & !(SETUID | if stays { 0 } else { SETGID })
 }

@@ -15,7 +15,7 @@ use std::sync::Arc;
 use imbl::{OrdMap, OrdSet};
 use rustix::io::Errno;
 
-pub(crate) use attr::{AttrChange, TimeChange};
+pub(crate) use attr::{AttrChange, TimeChange, may_lose_set_id};
 pub(crate) use namespace::{NewNode, RenameMode};
 pub use quota::Quota;
 use quota::Usage;
@@ -39,6 +39,11 @@ impl Caller {
     /// protocol tells of capabilities only where this is not asked.
     fn is_root(self) -> bool {
         self.uid == 0
+    }
+
+    /// The caller, unless set-id bits survive what it does.
+    fn unprivileged(self) -> Option<Self> {
+        (!self.is_root()).then_some(self)
     }
 }
 
