@@ -1,9 +1,12 @@
-//! Freeing what a switch leaves behind, and giving what was freed back to the disk, while the sandbox runs.
+//! What is done while the sandbox runs: freeing what a switch leaves behind, giving what was freed back to the disk, and writing what
+//! is in memory into the block file.
 
 use std::io;
 use std::sync::Arc;
-use std::sync::mpsc::{Sender, channel};
+use std::sync::Weak;
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
 
@@ -11,14 +14,22 @@ use crate::data::DataStore;
 use crate::fuse::Barrier;
 use crate::view::View;
 
+/// For how long what was written may stay in memory only: what is soon written again, or removed, is not written for nothing.
+const LINGER: Duration = Duration::from_secs(1);
+
 /// What the thread is told. The store may say so too, which the views hold; so it says nothing of them.
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum Call {
+    /// There are views to be dropped, or much was freed.
     Work,
+    /// Blocks are in memory that are to be written into the file.
+    WriteSoon,
+    /// The same, and memory is scarce.
+    WriteNow,
     End,
 }
 
-/// A thread that drops views and gives their blocks back to the disk. One for a tree of volumes.
+/// A thread that drops views, gives their blocks back to the disk, and writes blocks. One for a tree of volumes.
 #[derive(Debug)]
 pub(crate) struct Reclaimer {
     left: Arc<Mutex<Vec<View>>>,
@@ -32,22 +43,16 @@ impl Reclaimer {
     pub(crate) fn start(store: &Arc<DataStore>) -> io::Result<Self> {
         let (calls, orders) = channel();
         store.reclaim_by(calls.clone());
-        // Whatever is freed holds the store; nothing needs the thread to.
-        let store = Arc::downgrade(store);
         let left = Arc::<Mutex<Vec<View>>>::default();
-        let views = Arc::clone(&left);
-        let work = move || {
-            while let Ok(Call::Work) = orders.recv() {
-                let some = std::mem::take(&mut *views.lock());
-                drop(some);
-                if let Some(store) = store.upgrade() {
-                    store.trim();
-                }
-            }
+        let mut work = Work {
+            left: Arc::clone(&left),
+            // Whatever is freed holds the store; nothing needs the thread to.
+            store: Arc::downgrade(store),
+            due: None,
         };
         let thread = std::thread::Builder::new()
             .name("deltafs-reclaim".to_owned())
-            .spawn(work)?;
+            .spawn(move || work.until_end(&orders))?;
         Ok(Self {
             left,
             calls,
@@ -60,6 +65,53 @@ impl Reclaimer {
         self.left.lock().push(view);
         // The thread listens until it is told to end.
         let _ = self.calls.send(Call::Work);
+    }
+}
+
+/// What the thread knows.
+#[derive(Debug)]
+struct Work {
+    left: Arc<Mutex<Vec<View>>>,
+    store: Weak<DataStore>,
+    /// When what is in memory is to be written.
+    due: Option<Instant>,
+}
+
+impl Work {
+    fn until_end(&mut self, orders: &Receiver<Call>) {
+        loop {
+            match self.next(orders) {
+                Ok(Call::Work) => self.free(),
+                Ok(Call::WriteSoon) => {
+                    self.due = self.due.or_else(|| Some(Instant::now() + LINGER))
+                }
+                Ok(Call::WriteNow) | Err(RecvTimeoutError::Timeout) => self.write_back(),
+                Ok(Call::End) | Err(RecvTimeoutError::Disconnected) => break,
+            }
+        }
+        // Snapshots may outlive all volumes, and nothing would write for them later.
+        self.left.lock().clear();
+        self.write_back();
+    }
+
+    fn next(&self, orders: &Receiver<Call>) -> Result<Call, RecvTimeoutError> {
+        match self.due {
+            Some(due) => orders.recv_timeout(due.saturating_duration_since(Instant::now())),
+            None => orders.recv().map_err(|_| RecvTimeoutError::Disconnected),
+        }
+    }
+
+    fn free(&self) {
+        let some = std::mem::take(&mut *self.left.lock());
+        drop(some);
+        if let Some(store) = self.store.upgrade() {
+            store.trim();
+        }
+    }
+
+    fn write_back(&mut self) {
+        let left = self.store.upgrade().is_some_and(|store| store.write_back());
+        self.due = left.then(|| Instant::now() + LINGER);
     }
 }
 
@@ -114,7 +166,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let store = DataStore::create(dir.path()).unwrap();
         let _reclaimer = Reclaimer::start(&store).unwrap();
-        let blocks = store.allocate(20_000, 1);
+        let blocks = store.allocate(20_000, 1).unwrap();
         let mib = vec![7; 256 * BLOCK_LEN];
         for some in blocks.chunks_exact(256) {
             store.write(&mib, some[0].position()).unwrap();

@@ -49,11 +49,12 @@ pub struct Volume {
     /// The open root directory, from the first time that it was needed.
     root: OnceLock<OwnedFd>,
     threads: usize,
-    reclaimer: Arc<Reclaimer>,
     /// Checkpoints and rollbacks come one after another.
     switch: Mutex<()>,
     /// Finishes the last rollback.
     settler: Settler,
+    /// Dropped after everything that holds blocks: what nobody needs any more it does not write.
+    reclaimer: Arc<Reclaimer>,
 }
 
 /// A state of a volume, kept at no cost but that of what changes later. Dropping the last clone frees what only it held.
@@ -101,6 +102,8 @@ pub struct RollbackStats {
 pub struct Stats {
     /// Bytes of file data that the views and snapshots of the whole tree of volumes hold.
     pub data_bytes: u64,
+    /// Those of them that are in memory, to be written to the disk within seconds.
+    pub buffered_bytes: u64,
     /// Inodes of this volume that differ from the base.
     pub changed_inodes: usize,
     /// Inodes of the base that were looked up, in the whole tree of volumes.
@@ -149,9 +152,9 @@ impl Volume {
             session,
             root: OnceLock::new(),
             threads,
-            reclaimer,
             switch: Mutex::default(),
             settler,
+            reclaimer,
         })
     }
 
@@ -412,6 +415,7 @@ impl Volume {
         let tree = self.server.tree();
         Stats {
             data_bytes: tree.data.used_bytes(),
+            buffered_bytes: tree.data.buffered_bytes(),
             changed_inodes: self.server.view().read().nodes().len(),
             base_inodes: tree.base.known(),
             kernel_inodes: self.server.kernel().len(),

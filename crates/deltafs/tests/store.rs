@@ -4,6 +4,8 @@ mod common;
 
 use std::fs::{self, File, OpenOptions};
 use std::os::unix::fs::{FileExt, MetadataExt};
+use std::thread::sleep;
+use std::time::Duration;
 
 use common::{Fixture, Mounted, fixture};
 use deltafs::{IdMap, Options, Volume};
@@ -50,15 +52,33 @@ fn a_store_that_fails_is_an_error_of_the_device_and_changes_nothing() {
         (found.len(), found.blocks())
     };
     let shape = look(&file);
+    while volume.stats().buffered_bytes > 0 {
+        sleep(Duration::from_millis(10));
+    }
     forget_cached(&store);
     store.volume.shutdown();
 
     let failed = |what: std::io::Result<()>| what.unwrap_err().raw_os_error() == Some(libc::EIO);
     assert!(failed(file.write_all_at(&[3; 100], 5000)));
-    assert!(failed(file.write_all_at(&[3; 9000], 1 << 16)));
+    assert_eq!(look(&file), shape);
+    // What has its space already is taken until the store refuses it, and nothing of it is lost then.
+    let mut end = 1 << 16;
+    let refused = loop {
+        match file.write_all_at(&[4; 4096], end) {
+            Ok(()) => end += 4096,
+            Err(error) => break Err(error),
+        }
+        sleep(Duration::from_millis(50));
+    };
+    assert!(failed(refused) && end > 1 << 16);
+    let shape = look(&file);
+    assert!(failed(file.write_all_at(&[3; 9000], end)));
     assert!(failed(fs::write(volume.at("new"), "x")));
     rustix::fs::fadvise(&file, 0, None, Advice::DontNeed).unwrap();
     assert!(failed(file.read_exact_at(&mut [0; 100], 5000)));
+    let mut taken = vec![0; end as usize - (1 << 16)];
+    file.read_exact_at(&mut taken, 1 << 16).unwrap();
+    assert!(taken.iter().all(|byte| *byte == 4));
     assert_eq!(look(&file), shape);
     // What needs no data goes on.
     assert_eq!(volume.read("base"), "base");

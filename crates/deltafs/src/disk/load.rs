@@ -147,7 +147,12 @@ impl Loader {
 
 /// Copies all blocks of a layer into the block file, checked.
 fn copy_blocks(store: &Arc<DataStore>, from: &BlockReader, epoch: u64) -> Result<Vec<Block>> {
-    let slots = store.allocate(usize::try_from(from.len()).unwrap_or(usize::MAX), epoch);
+    let failed = |source| Error::Blocks {
+        what: "from a layer into the block file",
+        source,
+    };
+    let count = usize::try_from(from.len()).unwrap_or(usize::MAX);
+    let slots = store.allocate(count, epoch).map_err(failed)?;
     let mut buffer = vec![0; COPY as usize * BLOCK_LEN];
     let mut first = 0;
     for some in slots.chunks(COPY as usize) {
@@ -159,11 +164,7 @@ fn copy_blocks(store: &Arc<DataStore>, from: &BlockReader, epoch: u64) -> Result
         for run in some.chunk_by(|a, b| a.position() + BLOCK == b.position()) {
             let (run_bytes, more) = rest.split_at(run.len() * BLOCK_LEN);
             rest = more;
-            let written = store.write(run_bytes, run[0].position());
-            written.map_err(|source| Error::Blocks {
-                what: "from a layer into the block file",
-                source,
-            })?;
+            store.write(run_bytes, run[0].position()).map_err(failed)?;
         }
     }
     Ok(slots)

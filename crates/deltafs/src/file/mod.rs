@@ -140,7 +140,8 @@ impl FileBody {
             .clone()
             .filter(|block| self.own_slot(*block, to.epoch).is_none())
             .count();
-        let mut fresh = to.store.allocate(missing, to.epoch).into_iter();
+        let fresh = to.store.allocate(missing, to.epoch).map_err(errno)?;
+        let mut fresh = fresh.into_iter();
         let mut added = Vec::with_capacity(missing);
         let mut out = Output::new(to.store, data);
         for block in blocks {
@@ -240,7 +241,7 @@ impl FileBody {
         let holes: Vec<u64> = (range.start / BLOCK..range.end.div_ceil(BLOCK))
             .filter(|block| self.is_hole(*block))
             .collect();
-        let slots = to.store.reserve(holes.len() as u64, to.epoch)?;
+        let slots = to.store.reserve(holes.len(), to.epoch)?;
         for (block, slot) in holes.into_iter().zip(slots) {
             self.set(block, Own::Data(slot));
         }
