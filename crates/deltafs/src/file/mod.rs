@@ -135,36 +135,25 @@ impl FileBody {
         if data.is_empty() {
             return Ok(());
         }
-        let blocks = offset / BLOCK..end.div_ceil(BLOCK);
-        let missing = blocks
-            .clone()
-            .filter(|block| self.own_slot(*block, to.epoch).is_none())
-            .count();
-        let fresh = to.store.allocate(missing, to.epoch).map_err(errno)?;
-        let mut fresh = fresh.into_iter();
-        let mut added = Vec::with_capacity(missing);
+        let targets = self.targets(to, offset / BLOCK..end.div_ceil(BLOCK))?;
         let mut out = Output::new(to.store, data);
-        for block in blocks {
-            let start = offset.max(block * BLOCK);
-            let stop = end.min((block + 1) * BLOCK);
+        for target in &targets {
+            let start = offset.max(target.block * BLOCK);
+            let stop = end.min((target.block + 1) * BLOCK);
             let piece = (start - offset) as usize..(stop - offset) as usize;
-            if let Some(slot) = self.own_slot(block, to.epoch) {
-                out.push(slot.position() + start % BLOCK, piece)?;
-            } else if let Some(slot) = fresh.next() {
-                if piece.len() == BLOCK_LEN {
-                    out.push(slot.position(), piece)?;
-                } else {
-                    let mut whole = self.read_block(to.store, block)?;
-                    let at = (start % BLOCK) as usize;
-                    whole[at..at + piece.len()].copy_from_slice(&data[piece]);
-                    to.store.write(&whole, slot.position()).map_err(errno)?;
-                }
-                added.push((block, slot));
+            if target.fresh && piece.len() < BLOCK_LEN {
+                let mut whole = self.read_block(to.store, target.block)?;
+                let at = (start % BLOCK) as usize;
+                whole[at..at + piece.len()].copy_from_slice(&data[piece]);
+                let written = to.store.write(&whole, target.slot.position());
+                written.map_err(errno)?;
+            } else {
+                out.push(target.slot.position() + start % BLOCK, piece)?;
             }
         }
         out.flush()?;
-        for (block, slot) in added {
-            self.set(block, Own::Data(slot));
+        for target in targets.into_iter().filter(|target| target.fresh) {
+            self.set(target.block, Own::Data(target.slot));
         }
         self.size = self.size.max(end);
         Ok(())
@@ -292,18 +281,36 @@ impl FileBody {
                 .is_some_and(|ranges| ranges.is_empty())
     }
 
-    fn own_slot(&self, block: u64, epoch: u64) -> Option<&Block> {
-        match self.blocks.get(&block) {
-            Some(Own::Data(slot)) if slot.epoch() == epoch => Some(slot),
+    /// Where blocks of the file are written: in place if no snapshot can see that, and otherwise to new places, which are not the
+    /// file's yet.
+    fn targets(&self, to: Writer<'_>, blocks: Range<u64>) -> Result<Vec<Target>, Errno> {
+        let in_place = self.blocks.range(blocks.clone());
+        let in_place = in_place.filter_map(|(block, own)| match own {
+            Own::Data(slot) if slot.epoch() == to.epoch => Some((*block, Arc::clone(slot))),
             _ => None,
-        }
+        });
+        let in_place: Vec<(u64, Block)> = in_place.collect();
+        let missing = (blocks.end - blocks.start) as usize - in_place.len();
+        let fresh = to.store.allocate(missing, to.epoch).map_err(errno)?;
+        let (mut in_place, mut fresh) = (in_place.into_iter().peekable(), fresh.into_iter());
+        let target = |block| {
+            let own = in_place.next_if(|(at, _)| *at == block);
+            Some(Target {
+                block,
+                fresh: own.is_none(),
+                slot: own.map(|(_, slot)| slot).or_else(|| fresh.next())?,
+            })
+        };
+        Ok(blocks.filter_map(target).collect())
     }
 
     fn set(&mut self, block: u64, own: Own) {
-        self.forget(block);
-        self.data_blocks += u64::from(matches!(own, Own::Data(_)));
-        self.covering += u64::from(self.covers(block));
-        self.blocks.insert(block, own);
+        let is_data = |own: &Own| u64::from(matches!(own, Own::Data(_)));
+        self.data_blocks += is_data(&own);
+        match self.blocks.insert(block, own) {
+            Some(before) => self.data_blocks -= is_data(&before),
+            None => self.covering += u64::from(self.covers(block)),
+        }
     }
 
     fn forget(&mut self, block: u64) {
@@ -376,6 +383,15 @@ impl FileBody {
         plan.fetch(store, &mut whole).map_err(errno)?;
         Ok(whole)
     }
+}
+
+/// Where a block of a file is written.
+struct Target {
+    /// Its number in the file.
+    block: u64,
+    slot: Block,
+    /// It holds nothing yet, and is not the file's.
+    fresh: bool,
 }
 
 /// Joins pieces of one buffer that lie next to each other in the block file into single writes.
