@@ -12,8 +12,8 @@ const PART_OF_MEMORY: u64 = 64;
 /// and never more than this.
 const MOST_BYTES: u64 = 256 << 20;
 
-/// So many pages (16 MiB) are kept when nobody needs them: to have the kernel give and clear one takes longer than to fill it.
-const SPARE: usize = 4096;
+/// This part of all pages is kept when nobody needs them: to have the kernel give and clear one takes five times as long as to fill it.
+const PART_SPARE: usize = 4;
 
 /// A bounded supply of pages.
 #[derive(Debug)]
@@ -104,7 +104,7 @@ impl Drop for Page {
         let bytes = std::mem::take(&mut self.bytes);
         let mut state = self.pool.state.lock();
         state.taken -= 1;
-        if state.spare.len() < SPARE {
+        if state.spare.len() < self.pool.most / PART_SPARE {
             state.spare.push(bytes);
         }
     }
