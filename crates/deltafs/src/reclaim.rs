@@ -15,7 +15,7 @@ use crate::fuse::Barrier;
 use crate::view::View;
 
 /// For how long what was written may stay in memory only: what is soon written again, or removed, is not written for nothing.
-const LINGER: Duration = Duration::from_secs(1);
+const LINGER: Duration = Duration::from_secs(5);
 
 /// What the thread is told. The store may say so too, which the views hold; so it says nothing of them.
 #[derive(Clone, Copy, Debug)]
