@@ -1,8 +1,11 @@
 //! A random walk over a tree of checkpoints: every state that is gone back to must be the one that was recorded.
+//!
+//! `DELTABOX_ROUNDS=200` for a long walk, with other dice if `DELTABOX_SEED` is set.
 
 use deltabox::{CheckpointId, Sandbox};
 
 use crate::lab::{Lab, PYTHON, Program, write_file};
+use crate::work::number;
 
 /// A generator of the same numbers on every run (xorshift).
 pub(crate) struct Dice(u64);
@@ -143,7 +146,8 @@ fn walk(seed: u64, rounds: usize) {
 
 #[test]
 fn every_node_of_a_random_walk_is_given_back_as_it_was() {
-    walk(20_260_522, 25);
+    let seed = number("DELTABOX_SEED", 20_260_522);
+    walk(seed as u64, number("DELTABOX_ROUNDS", 25));
 }
 
 #[test]
