@@ -28,25 +28,32 @@ fn semaphores_and_queues_made_since_go_with_a_rollback() {
     }
 }
 
-/// In place, and made again after its death.
+/// In place, and made again after its death; also one that may only enter what everybody may.
 #[test]
 fn a_process_stands_in_a_removed_directory_again() {
-    let lab = Lab::new();
-    let sandbox = lab.sandbox();
-    let script = "mkdir /gone && cd /gone && rmdir /gone && echo ready && \
-        while read -r line; do eval \"$line\"; ls; readlink /proc/self/cwd; done";
-    let mut program = Program::start(&sandbox, &["bash", "-c", script]).unwrap();
-    assert_eq!(program.hear().unwrap(), "ready");
-    let id = sandbox.checkpoint(None).unwrap().id;
-    sandbox.rollback(id).unwrap();
-    assert_eq!(program.ask("true").unwrap(), "/gone (deleted)");
-    assert_eq!(program.ask("cd /").unwrap(), "bin");
-    sandbox.rollback(id).unwrap();
-    assert_eq!(program.ask("true").unwrap(), "/gone (deleted)");
-    output(&sandbox, "kill -9 -1 || true");
-    sandbox.rollback(id).unwrap();
-    assert_eq!(program.ask("true").unwrap(), "/gone (deleted)");
-    assert_eq!(output(&sandbox, "ls -d /gone 2>&1 | grep -c cannot"), "1");
+    for user in ["0", "65534"] {
+        let lab = Lab::new();
+        let sandbox = lab.sandbox();
+        let script = "mkdir /tmp/gone && cd /tmp/gone && rmdir /tmp/gone && echo ready && \
+            while read -r line; do eval \"$line\"; ls; readlink /proc/self/cwd; done";
+        let argv = ["setpriv", "--reuid", user, "bash", "-c", script];
+        let mut program = Program::start(&sandbox, &argv).unwrap();
+        assert_eq!(program.hear().unwrap(), "ready");
+        let id = sandbox.checkpoint(None).unwrap().id;
+        let mark = program.mark();
+        let back = |program: &mut Program, id| {
+            assert_eq!(sandbox.rollback(id).unwrap().fallback, None, "user {user}");
+            program.went_back(mark);
+            assert_eq!(program.ask("true").unwrap(), "/tmp/gone (deleted)");
+        };
+        back(&mut program, id);
+        assert_eq!(program.ask("cd /").unwrap(), "bin");
+        back(&mut program, id);
+        output(&sandbox, "kill -9 -1 || true");
+        back(&mut program, id);
+        let gone = output(&sandbox, "ls -d /tmp/gone 2>&1 | grep -c cannot");
+        assert_eq!(gone, "1");
+    }
 }
 
 #[test]

@@ -25,6 +25,12 @@ const KEPT: i32 = libc::O_ACCMODE
 
 /// How many names are tried for a directory that is there for a moment.
 const NAMES: u32 = 100;
+/// Who the processes are that enter it is not looked at: whoever is in a removed directory can only look.
+const FOR_ALL: Mode = Mode::RWXU
+    .union(Mode::RGRP)
+    .union(Mode::XGRP)
+    .union(Mode::ROTH)
+    .union(Mode::XOTH);
 /// What `O_TMPFILE` has beside `O_DIRECTORY`. A file that was made so keeps both among its flags.
 const TEMPORARY: i32 = libc::O_TMPFILE & !libc::O_DIRECTORY;
 
@@ -125,8 +131,11 @@ fn make_and_remove(env: &dyn Environment, path: &[u8]) -> io::Result<OwnedFd> {
     let (above, name) = path.split_at(slash.map_or(0, |at| at + 1));
     let directory = libc::O_PATH | libc::O_DIRECTORY;
     let above = open(env, above, directory)?;
-    rustix::fs::mkdirat(&above, name, Mode::RWXU)?;
-    let opened = open(env, path, directory);
+    rustix::fs::mkdirat(&above, name, FOR_ALL)?;
+    // Whatever the service's umask is.
+    let opened = rustix::fs::chmodat(&above, name, FOR_ALL, AtFlags::empty())
+        .map_err(io::Error::from)
+        .and_then(|()| open(env, path, directory));
     rustix::fs::unlinkat(&above, name, AtFlags::REMOVEDIR)?;
     opened
 }
