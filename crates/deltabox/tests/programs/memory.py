@@ -700,19 +700,41 @@ def guard_pages():
     """Put into mappings without parting them (`MADV_GUARD_INSTALL`)."""
     at = mapping(8 * PAGE)
     fill(at, "guarded", 8 * PAGE)
+    return guards_in(at, made_since=True)
+
+
+@case
+def guard_pages_in_a_private_mapping_of_a_file():
+    # The kernel does not come back from making some where writes are tracked.
+    return guards_in(mapping(8 * PAGE, flags=PRIVATE, descriptor=guarded_file()), made_since=False)
+
+
+@case
+def guard_pages_in_a_shared_mapping_of_a_file():
+    return guards_in(mapping(8 * PAGE, flags=SHARED, descriptor=guarded_file()), made_since=True)
+
+
+def guarded_file():
+    open("/playground/guarded", "wb").write(pattern("guarded", 8 * PAGE))
+    return os.open("/playground/guarded", os.O_RDWR)
+
+
+def guards_in(at, made_since):
+    """Into eight pages of the pattern."""
     try:
         call(libc.madvise, at + 2 * PAGE, PAGE, 102)
-    except OSError:  # a kernel before 6.13
+    except OSError:  # a kernel before 6.13, before 6.15 for mappings of files
         return (lambda: None,) * 2
 
     def mutate():
         call(libc.madvise, at + 2 * PAGE, PAGE, 103)
-        call(libc.madvise, at + 5 * PAGE, PAGE, 102)
+        if made_since:
+            call(libc.madvise, at + 5 * PAGE, PAGE, 102)
 
     def dies_of(page):
         pid = os.fork()
         if pid == 0:
-            ctypes.memset(at + page * PAGE, 1, 1)
+            ctypes.memmove(at + page * PAGE, pattern("guarded", PAGE), PAGE)
             os._exit(0)
         return os.waitpid(pid, 0)[1]
 

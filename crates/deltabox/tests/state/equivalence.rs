@@ -315,6 +315,8 @@ theme! { memory:
     mappings_that_grow_beside_others
     memory_that_may_be_dropped
     guard_pages
+    guard_pages_in_a_private_mapping_of_a_file
+    guard_pages_in_a_shared_mapping_of_a_file
 }
 
 /// Cases once more, with everything done in the second gear.

@@ -76,6 +76,9 @@ impl Memory<'_> {
         let ranges = ranges.to_vec();
         let runs = outside(&runs, &ranges.iter().map(pages_of).collect::<Vec<_>>());
         put_back(remote, target, pages, &runs)?;
+        if let Some(tracks) = &held {
+            unmark_files(tracks, &target.vmas, &guards.0);
+        }
         set_guards(remote, &guards.0, true)?;
         if let Some(later) = later {
             let mut tracks = match held {
@@ -429,10 +432,20 @@ fn guards_to_change(scan: &Scan, target: &AddressSpace, fresh: &[Range<u64>]) ->
     if scan.guards.is_empty() && target.guards.is_empty() {
         return (Ranges::new(), Ranges::new());
     }
-    let private = private_ranges(&target.vmas);
-    let here = merged(common(&scan.guards, &outside(&private, fresh)), 0);
+    let mapped: Vec<_> = target.vmas.iter().map(Vma::range).collect();
+    let here = merged(common(&scan.guards, &outside(&mapped, fresh)), 0);
     let wanted = merged(target.guards.clone(), 0);
     (outside(&wanted, &here), outside(&here, &wanted))
+}
+
+/// Takes the marks of tracking from where guard pages are to be installed in private mappings of files: the kernel keeps such a mark when it
+/// empties a page there, finds that the page is not empty, and tries again for ever.
+fn unmark_files(tracker: &Tracker, vmas: &[Vma], install: &[Range<u64>]) {
+    let files = vmas.iter().filter(|v| v.is_private() && !v.is_anonymous());
+    let files: Vec<_> = files.map(Vma::range).collect();
+    for range in common(install, &files) {
+        tracker.unmark(&range);
+    }
 }
 
 fn set_guards(remote: &mut Remote, ranges: &[Range<u64>], install: bool) -> Result<()> {

@@ -131,6 +131,8 @@ impl Scanner {
         let mut coarse = Vec::new();
         let whole = vmas[0].start..last.end;
         self.scan.pagemap.scan(whole, SOME, TELL, &mut coarse)?;
+        let guards = coarse.iter().filter(|run| is_guard(run));
+        self.scan.guards = guards.map(|run| run.start..run.end).collect();
         let coarse = mark(coarse, ahead.taken(), TAKEN);
         let coarse = mark(coarse, ahead.copied(), COPIED);
         let mut hulls = Vec::new();
@@ -206,10 +208,7 @@ impl Scanner {
             self.dropped(at..run.start);
             at = run.end;
             let here = run.start..run.end;
-            if run.facts & category::GUARD != 0 {
-                self.dropped(here.clone());
-                self.scan.guards.push(here);
-            } else if run.facts & (category::FILE | category::ZERO) != 0 {
+            if is_guard(&run) || run.facts & (category::FILE | category::ZERO) != 0 {
                 self.dropped(here);
             } else if run.facts & (COPIED | category::SWAPPED) == COPIED {
                 self.scan.changes.push((here, Change::Copied));
@@ -236,6 +235,10 @@ impl Scanner {
         let changes = known.map(|pages| (addresses_of(&pages), change));
         self.scan.changes.extend(changes);
     }
+}
+
+fn is_guard(run: &PageRun) -> bool {
+    run.facts & category::GUARD != 0
 }
 
 /// Whether the kernel says that the pages were not written since they were protected.

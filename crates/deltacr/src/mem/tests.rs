@@ -284,6 +284,48 @@ fn what_is_written_after_a_moved_mapping_joined_another_is_noticed() {
 }
 
 #[test]
+fn guard_pages_in_a_mapping_of_a_file_are_given_back() {
+    let mut bench = Bench::new();
+    bench.gears.protect = 1;
+    let process = Process::sleeper();
+    let mut stopped = process.seize();
+    let remote = &mut stopped.remote;
+    forget_rseq(remote);
+    let file = tempfile::NamedTempFile::new_in("/tmp").unwrap();
+    fs::write(&file, [7; 8 * 4096]).unwrap();
+    let fd = remote.give_fds(&[file.as_file().as_fd()]).unwrap()[0] as u64;
+    let paths = [(file.as_file().metadata().unwrap().ino(), file.path().into())];
+    bench.host.paths.lock().extend(paths);
+    bench.host.learn(process.host());
+    for flags in [libc::MAP_PRIVATE, libc::MAP_SHARED] {
+        let args = [0, 8 * 4096, RW, flags as u64, fd, 0];
+        let ground = call(remote, libc::SYS_mmap, &args).unwrap();
+        let guards = |remote: &mut Remote, advice: u64| {
+            call(remote, libc::SYS_madvise, &[ground, 2 * 4096, advice])
+        };
+        if guards(remote, 102).is_err() {
+            // Before Linux 6.15.
+            break;
+        }
+        let mut tracker = None;
+        let [(with, before), again] =
+            [(); 2].map(|()| (bench.capture(remote, &mut tracker), dump(remote)));
+        assert_eq!(with.guards, again.0.guards, "looked at once more");
+        guards(remote, 103).unwrap();
+        // Reads them all, and marks what it has read.
+        assert!(dump(remote) != before);
+        remote.write(ground, &[8; 4096]).unwrap();
+        let without = (bench.capture(remote, &mut tracker), dump(remote));
+        for (state, before) in [&(with, before), &without, &again] {
+            bench.restore(remote, &mut tracker, state);
+            assert_same(before, &dump(remote));
+        }
+        call(remote, libc::SYS_munmap, &[ground, 8 * 4096]).unwrap();
+    }
+    stopped.release().unwrap();
+}
+
+#[test]
 fn shared_memory_goes_back_with_the_processes_that_map_it() {
     let bench = Bench::new();
     let process = Process::sleeper();

@@ -154,7 +154,7 @@ impl Tracker {
     }
 
     /// From now on all pages of the range count as written.
-    fn unmark(&self, range: &Range<u64>) {
+    pub(crate) fn unmark(&self, range: &Range<u64>) {
         if uffd::unprotect(self.uffd.as_fd(), range).is_err() {
             // A part of it is gone or cannot be tracked. So none of it is, which takes the marks from the rest; where that fails, there
             // is nothing that is tracked.
