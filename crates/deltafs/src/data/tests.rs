@@ -134,6 +134,38 @@ fn who_has_much_in_memory_is_asked_to_write_when_it_is_scarce() {
     );
 }
 
+/// Nobody may write to a file that cannot be changed, through a descriptor from before either (`FS_IMMUTABLE_FL`).
+#[test]
+fn what_cannot_be_written_back_stays_in_memory_until_it_can() {
+    let place = store(16);
+    let store = &place.store;
+    let lock = |locked: bool| {
+        let mut flags = rustix::fs::ioctl_getflags(&store.file)?;
+        flags.set(rustix::fs::IFlags::IMMUTABLE, locked);
+        rustix::fs::ioctl_setflags(&store.file, flags)
+    };
+    let blocks = store.allocate(4, 1).unwrap();
+    let write = |n: usize, byte| store.write(&[byte; BLOCK_LEN], blocks[n].position());
+    write(0, 1).unwrap();
+    write(1, 1).unwrap();
+    if let Err(error) = lock(true) {
+        eprintln!("not tested: the temporary directory's filesystem has no such flag ({error})");
+        return;
+    }
+    assert!(store.write_back());
+    assert!(write(2, 2).is_err(), "nothing more is taken into memory");
+    write(1, 3).unwrap();
+    assert_eq!(place.in_memory(), 2);
+    assert_eq!((read(&blocks[0])[0], read(&blocks[1])[0]), (1, 3));
+    assert!(store.write_back());
+    lock(false).unwrap();
+    assert!(!store.write_back());
+    assert_eq!(place.in_memory(), 0);
+    assert_eq!((read(&blocks[0])[0], read(&blocks[1])[0]), (1, 3));
+    write(2, 4).unwrap();
+    assert_eq!((place.in_memory(), read(&blocks[2])[0]), (1, 4));
+}
+
 /// What a store is asked for.
 #[derive(Clone, Copy, Debug)]
 enum Step {
