@@ -4,9 +4,13 @@ mod common;
 
 use std::fs::{self, File, OpenOptions};
 use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt, PermissionsExt};
+use std::time::{Duration, Instant};
 
 use common::{Mounted, fixture};
 use deltafs::{Change, ChangeKind, IdMap, diff};
+
+/// Long enough for a busy machine; only what never comes takes this long.
+const PATIENCE: Duration = Duration::from_secs(60);
 
 #[test]
 fn holes_are_found_over_the_base_and_punched() {
@@ -80,8 +84,8 @@ fn direct_io_sees_what_buffered_io_wrote_and_the_other_way_round() {
     assert_eq!(&byte, b"d");
 }
 
-#[test]
-fn a_full_disk_is_told_to_the_writer_and_snapshots_stay_good() {
+/// A volume whose data is on a disk of one MiB of its own, and its base.
+fn on_a_small_disk() -> (Mounted, tempfile::TempDir) {
     use rustix::mount::{
         FsMountFlags, FsOpenFlags, MountAttrFlags, fsconfig_create, fsconfig_set_string, fsmount,
         fsopen,
@@ -92,16 +96,47 @@ fn a_full_disk_is_told_to_the_writer_and_snapshots_stay_good() {
     fsconfig_create(fd).unwrap();
     let small = fsmount(fd, FsMountFlags::FSMOUNT_CLOEXEC, MountAttrFlags::empty()).unwrap();
     let base = tempfile::tempdir().unwrap();
-    let v = Mounted::new(
-        deltafs::Volume::create(deltafs::Options {
-            base: File::open(base.path()).unwrap().into(),
-            hidden: Vec::new(),
-            ids: IdMap::IDENTITY,
-            data_dir: format!("/proc/self/fd/{}", std::os::fd::AsRawFd::as_raw_fd(&small)).into(),
-            threads: 1,
-        })
-        .unwrap(),
-    );
+    let options = deltafs::Options {
+        base: File::open(base.path()).unwrap().into(),
+        hidden: Vec::new(),
+        ids: IdMap::IDENTITY,
+        data_dir: format!("/proc/self/fd/{}", std::os::fd::AsRawFd::as_raw_fd(&small)).into(),
+        threads: 1,
+    };
+    (
+        Mounted::new(deltafs::Volume::create(options).unwrap()),
+        base,
+    )
+}
+
+#[test]
+fn what_was_removed_is_free_space_to_who_asks_writes_or_reserves() {
+    let (v, _base) = on_a_small_disk();
+    let free = || rustix::fs::statvfs(v.at("")).unwrap().f_bavail;
+    let all = free();
+    let size = all * 4096;
+    for reserved in [false, true, false] {
+        if reserved {
+            let file = File::create(v.at("most")).unwrap();
+            let flags = rustix::fs::FallocateFlags::empty();
+            rustix::fs::fallocate(&file, flags, 0, size).unwrap();
+        } else {
+            v.write("most", vec![1; size as usize]);
+        }
+        assert_eq!(free(), 0);
+        fs::remove_file(v.at("most")).unwrap();
+        // The kernel tells of the last use of a file some time later.
+        let begun = Instant::now();
+        while free() < all {
+            assert!(begun.elapsed() < PATIENCE, "{} of {all}", free());
+            std::thread::sleep(Duration::from_millis(1));
+        }
+    }
+}
+
+#[test]
+fn a_full_disk_is_told_to_the_writer_and_snapshots_stay_good() {
+    let (v, _base) = on_a_small_disk();
     v.write("good", vec![1; 300_000]);
     let snapshot = v.checkpoint();
     let full = fs::write(v.at("big"), vec![2; 2_000_000]).unwrap_err();

@@ -140,7 +140,15 @@ impl DataStore {
 
     /// Takes `count` places that read as zeros and whose disk space is reserved.
     pub(crate) fn reserve(self: &Arc<Self>, count: usize, epoch: u64) -> Result<Vec<Block>, Errno> {
-        Ok(self.slots(self.secure(count)?, epoch))
+        let places = match self.secure(count) {
+            // The free places that have their space already are not blank.
+            Err(Errno::NOSPC | Errno::DQUOT) => {
+                self.give_back();
+                self.secure(count)?
+            }
+            other => other?,
+        };
+        Ok(self.slots(places, epoch))
     }
 
     fn slots(self: &Arc<Self>, places: Vec<u64>, epoch: u64) -> Vec<Block> {
@@ -282,14 +290,18 @@ impl DataStore {
 
     /// Gives the disk space of freed blocks back, if enough of them have come together.
     pub(crate) fn trim(&self) {
-        let freed = {
+        {
             let places = &mut self.state.lock().places;
             if places.ready() < PUNCH_BATCH {
                 places.asked = false;
                 return;
             }
-            places.take_all()
-        };
+        }
+        self.give_back();
+    }
+
+    fn give_back(&self) {
+        let freed = self.state.lock().places.take_all();
         let (mut punched, mut kept) = (Vec::new(), Vec::new());
         for run in runs(&freed) {
             let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
@@ -329,9 +341,13 @@ impl DataStore {
         Ok(disk.f_bavail.saturating_mul(disk.f_frsize))
     }
 
-    /// Size and free space of the filesystem that the data is on.
+    /// Size and free space of the filesystem that the data is on. Free places of the file are free space.
     pub(crate) fn statvfs(&self) -> Result<rustix::fs::StatVfs, Errno> {
-        rustix::fs::fstatvfs(&self.file)
+        let mut disk = rustix::fs::fstatvfs(&self.file)?;
+        let ready = self.state.lock().places.ready() as u64 * BLOCK / disk.f_frsize.max(1);
+        disk.f_bfree = disk.f_bfree.saturating_add(ready);
+        disk.f_bavail = disk.f_bavail.saturating_add(ready);
+        Ok(disk)
     }
 }
 
