@@ -9,7 +9,7 @@ use std::os::fd::AsFd;
 
 use rustix::fs::OFlags;
 
-use super::{Delivery, call, spawn};
+use super::{COPIES, Delivery, call, spawn};
 use crate::error::{During, Result};
 use crate::ids::InnerPid;
 use crate::image::INIT;
@@ -83,8 +83,8 @@ impl Delivery<'_> {
         let session = self.birth_session(pid);
         match self.relative(parent, session) {
             Some(relative) => {
-                let number = self.spare();
-                let stand_in = self.copy(relative, number)?;
+                let stand_in = self.spare_copy(relative)?;
+                let number = stand_in.pid();
                 self.orphan_of(stand_in, session, pid)?;
                 self.reap(relative, number)
             }
@@ -95,7 +95,10 @@ impl Delivery<'_> {
                 self.orphan_of_leader(stand_in, session, pid)
             }
             None => {
+                // A session whose leader has ended keeps its number as long as it has members.
+                let refusal = "it takes orphans of a session that others are left in";
                 let stand_in = self.copy(parent, session)?;
+                let stand_in = stand_in.ok_or_else(|| self.lost(parent, refusal))?;
                 self.orphan_of_leader(stand_in, session, pid)?;
                 self.reap(parent, session)
             }
@@ -116,19 +119,33 @@ impl Delivery<'_> {
         found.during(pid, "finding it")
     }
 
-    fn copy(&mut self, of: InnerPid, number: InnerPid) -> Result<Remote> {
+    /// A copy of a process, with a number that nothing in the image has.
+    fn spare_copy(&mut self, of: InnerPid) -> Result<Remote> {
+        let mut taken = Vec::new();
+        for _ in 0..COPIES {
+            let number = self.spare(&taken);
+            if let Some(copy) = self.copy(of, number)? {
+                return Ok(copy);
+            }
+            // Who bore a copy of the template had it, and init has not waited for her yet.
+            taken.push(number);
+        }
+        Err(self.lost(of, "the numbers for its stand-ins are taken"))
+    }
+
+    /// A copy of a process; none if the number is taken.
+    fn copy(&mut self, of: InnerPid, number: InnerPid) -> Result<Option<Remote>> {
         let chosen = self.env.set_next_pid(number);
         chosen.during(number, "choosing a number")?;
         let doing = "making a stand-in";
         let stand_in = spawn::copy(self.mother(of)?, number, libc::SIGCHLD).during(of, doing)?;
         let found = stand_in.host().inner().during(of, doing)?;
         if found == number {
-            return Ok(stand_in);
+            return Ok(Some(stand_in));
         }
-        // A session whose leader has ended keeps its number as long as it has members.
         spawn::kill(&stand_in, &[stand_in.host()]).during(of, doing)?;
         self.reap(of, found)?;
-        Err(self.lost(of, "it takes orphans of a session that others are left in"))
+        Ok(None)
     }
 
     fn reap(&mut self, mother: InnerPid, child: InnerPid) -> Result<()> {

@@ -30,7 +30,7 @@ use crate::sys::ptrace;
 /// How a session outside shows inside.
 const NONE: InnerPid = InnerPid(0);
 
-/// How often a copy of a template is tried, where one that was made has died,
+/// How often a copy of a template, or of a process, is tried, where one that was made has died or its number is taken,
 const COPIES: usize = 5;
 /// and how long init may take in between to wait for it.
 const BURIAL: Duration = Duration::from_millis(2);
@@ -226,7 +226,7 @@ impl<'a> Delivery<'a> {
             return Ok(false);
         }
         for _ in 0..COPIES {
-            let born = self.env.birth_from_template(pid, self.spare());
+            let born = self.env.birth_from_template(pid, self.spare(&[]));
             let is_born = born.is_ok();
             match born.and_then(|host| spawn::adopt(pid, host, None)) {
                 Ok(remote) => {
@@ -266,11 +266,12 @@ impl<'a> Delivery<'a> {
         self.admit(pid, remote, INIT)
     }
 
-    /// A number that nothing in the image has.
-    fn spare(&self) -> InnerPid {
+    /// A number that nothing in the image has, nor what is held, and that is not `taken`.
+    fn spare(&self, taken: &[InnerPid]) -> InnerPid {
         let processes = self.held.processes.values();
         let threads = processes.flat_map(|p| p.stopped.threads.iter().map(|t| t.tid));
-        self.target.free_number(threads)
+        self.target
+            .free_number(threads.chain(taken.iter().copied()))
     }
 
     fn admit(&mut self, pid: InnerPid, remote: Remote, session: InnerPid) -> Result<()> {
