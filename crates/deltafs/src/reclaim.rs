@@ -2,9 +2,8 @@
 //! is in memory into the block file.
 
 use std::io;
-use std::sync::Arc;
-use std::sync::Weak;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
+use std::sync::{Arc, Weak};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 

@@ -127,7 +127,7 @@ impl Delivery<'_> {
             if let Some(copy) = self.copy(of, number)? {
                 return Ok(copy);
             }
-            // Who bore a copy of the template had it, and init has not waited for her yet.
+            // Who bore a copy of the template had it, and is not gone yet.
             taken.push(number);
         }
         Err(self.lost(of, "the numbers for its stand-ins are taken"))

@@ -123,7 +123,8 @@ impl DataStore {
         loop {
             let taken = {
                 let places = &mut self.state.lock().places;
-                places.take(count).ok_or(count - places.ready().min(count))
+                let taken = places.take(count);
+                taken.ok_or_else(|| count - places.ready())
             };
             let missing = match taken {
                 Ok(taken) => return Ok(self.slots(taken, epoch)),

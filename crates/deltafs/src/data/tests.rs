@@ -33,6 +33,15 @@ fn read(block: &Block) -> [u8; BLOCK_LEN] {
 }
 
 impl Place {
+    /// New blocks of ones, written one after another.
+    fn written(&self, count: usize) -> Vec<Block> {
+        let blocks = self.store.allocate(count, 1).unwrap();
+        for block in &blocks {
+            self.store.write(&[1; BLOCK_LEN], block.position()).unwrap();
+        }
+        blocks
+    }
+
     fn in_memory(&self) -> u64 {
         self.store.buffered_bytes() / BLOCK
     }
@@ -101,13 +110,7 @@ fn what_is_written_a_little_at_a_time_is_in_memory_until_it_is_written_back() {
 #[test]
 fn what_is_removed_is_not_written() {
     let place = store(16);
-    let blocks = place.store.allocate(8, 1).unwrap();
-    for block in &blocks {
-        place
-            .store
-            .write(&[1; BLOCK_LEN], block.position())
-            .unwrap();
-    }
+    let blocks = place.written(8);
     let first = blocks[0].position();
     drop(blocks);
     assert_eq!(place.in_memory(), 0);
@@ -120,13 +123,7 @@ fn what_is_removed_is_not_written() {
 #[test]
 fn who_has_much_in_memory_is_asked_to_write_when_it_is_scarce() {
     let place = store(2048);
-    let blocks = place.store.allocate(1100, 1).unwrap();
-    for block in &blocks {
-        place
-            .store
-            .write(&[1; BLOCK_LEN], block.position())
-            .unwrap();
-    }
+    let _blocks = place.written(1100);
     let calls: Vec<Call> = place.calls.try_iter().collect();
     assert!(
         matches!(calls[..], [Call::WriteSoon, Call::WriteNow]),
