@@ -264,6 +264,13 @@ pub(crate) fn restore(
     run_all(remote, &b, &calls)
 }
 
+/// What threads take over from the one that makes them, and nobody else can give them.
+pub(crate) fn restore_personality(remote: &mut Remote, target: &Attributes) -> Result<()> {
+    let mut b = Batch::new();
+    let call = b.call(libc::SYS_personality, &[target.personality.into()]);
+    run_all(remote, &b, &[("the personality", call)])
+}
+
 /// Whether `current` can become `target` by the process' own means.
 pub(crate) fn reachable(current: &Attributes, target: &Attributes) -> bool {
     let goal = |tid| target.others.get(tid).unwrap_or(&target.credentials);

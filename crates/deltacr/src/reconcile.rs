@@ -215,6 +215,34 @@ impl Reconcile<'_> {
         self.change_directory(removed)
     }
 
+    /// Makes the threads that are missing and that open files of `/proc` are about, which must be there before those.
+    pub(crate) fn threads_told_of(&mut self, told_of: &BTreeSet<InnerPid>) -> Result<()> {
+        let present = self.present();
+        let missing = |tid| told_of.contains(&tid) && !present.contains(&tid);
+        if self.image.threads.iter().any(|t| missing(t.tid)) {
+            let remote = &mut self.process.stopped.remote;
+            // What a thread is given at birth and nobody gives it later.
+            attributes::restore_personality(remote, &self.image.attributes)?;
+            self.make_threads(missing)?;
+        }
+        Ok(())
+    }
+
+    fn present(&self) -> BTreeSet<InnerPid> {
+        self.process.stopped.threads.iter().map(|t| t.tid).collect()
+    }
+
+    fn make_threads(&mut self, missing: impl Fn(InnerPid) -> bool) -> Result<()> {
+        let stopped = &mut self.process.stopped;
+        let remote = &mut stopped.remote;
+        let doing = "making a thread again";
+        for image in self.image.threads.iter().filter(|t| missing(t.tid)) {
+            let thread = thread(self.env, remote, image.tid).during(remote.pid(), doing)?;
+            stopped.threads.push(thread);
+        }
+        Ok(())
+    }
+
     /// Everything else but credentials; the descriptors are in place. Returns the attributes that the process had.
     pub(crate) fn state(&mut self, now: Option<Now>) -> Result<Attributes> {
         let remote = &mut self.process.stopped.remote;
@@ -300,20 +328,10 @@ impl Reconcile<'_> {
         mut answers: BTreeMap<InnerPid, threads::Answers>,
         first: &Credentials,
     ) -> Result<BTreeMap<InnerPid, Credentials>> {
+        let present = self.present();
+        self.make_threads(|tid| !present.contains(&tid))?;
         let stopped = &mut self.process.stopped;
         let remote = &mut stopped.remote;
-        let pid = remote.pid();
-        let present: BTreeSet<InnerPid> = stopped.threads.iter().map(|t| t.tid).collect();
-        for image in self
-            .image
-            .threads
-            .iter()
-            .filter(|t| !present.contains(&t.tid))
-        {
-            let thread =
-                thread(self.env, remote, image.tid).during(pid, "making a thread again")?;
-            stopped.threads.push(thread);
-        }
         let wanted: BTreeMap<InnerPid, _> = self.image.threads.iter().map(|t| (t.tid, t)).collect();
         let shared = Queue::default();
         let mut others = BTreeMap::new();

@@ -608,6 +608,79 @@ def path_descriptor_and_proc_file():
 
 
 @case
+def what_proc_has_of_threads_that_live_and_that_have_ended():
+    go_on, may_end, tids = threading.Event(), threading.Event(), []
+
+    def note(until):
+        tids.append(threading.get_native_id())
+        until.wait()
+
+    threads = [threading.Thread(target=note, args=(until,), daemon=True) for until in (go_on, may_end)]
+    for thread in threads:
+        thread.start()
+    eventually(lambda: len(tids) == 2, "two threads")
+    child = Child(lambda: threading.Thread(target=time.sleep, args=(1e6,), daemon=True).start())
+    eventually(lambda: len(os.listdir(f"/proc/{child.pid}/task")) == 2, "two threads of the child")
+    childs = max(int(tid) for tid in os.listdir(f"/proc/{child.pid}/task"))
+    other = Child(lambda: threading.Thread(target=time.sleep, args=(1e6,), daemon=True).start())
+    eventually(lambda: len(os.listdir(f"/proc/{other.pid}/task")) == 2, "two threads of the other child")
+    lasting = max(int(tid) for tid in os.listdir(f"/proc/{other.pid}/task"))
+    own = os.open(f"/proc/self/task/{tids[0]}/status", os.O_RDONLY)
+    of_other = os.open(f"/proc/{other.pid}/task/{lasting}/comm", os.O_RDWR)
+    directory = os.open(f"/proc/{other.pid}/task/{lasting}", os.O_RDONLY | os.O_DIRECTORY)
+    by_number = os.open(f"/proc/{lasting}/status", os.O_RDONLY)
+    info = os.open(f"/proc/self/fdinfo/{own}", os.O_RDONLY)
+    dead = [
+        os.open(f"/proc/self/task/{tids[1]}/status", os.O_RDONLY),
+        os.open(f"/proc/self/task/{tids[1]}", os.O_RDONLY | os.O_DIRECTORY),
+        os.open(f"/proc/{child.pid}/task/{childs}/status", os.O_RDONLY),
+        os.open(f"/proc/{child.pid}/task/{child.pid}/status", os.O_RDONLY),
+        os.open(f"/proc/{child.pid}/fdinfo/0", os.O_RDONLY),
+    ]
+    may_end.set()
+    child.kill()
+    eventually(lambda: str(tids[1]) not in os.listdir("/proc/self/task"), "the end of the thread")
+    before = descriptors()
+
+    def mutate():
+        for descriptor in [own, of_other, directory, by_number, info, dead[0], dead[2]]:
+            os.close(descriptor)
+        other.kill()
+        go_on.set()
+
+    def check():
+        after = descriptors()
+        # Of a descriptor that a process had which has ended nothing can be found again.
+        equal([d for d in after if d[0] != dead[4]], [d for d in before if d[0] != dead[4]], "descriptors")
+        equal(f"Pid:\t{tids[0]}\n" in os.pread(own, 4096, 0).decode(), True, "the thread's status")
+        equal(os.pread(of_other, 20, 0), open(f"/proc/{lasting}/comm", "rb").read(), "the thread's name")
+        equal("comm" in os.listdir(directory), True, "the thread's directory")
+        equal(f"Pid:\t{lasting}\n" in os.pread(by_number, 4096, 0).decode(), True, "the status by its number")
+        equal(os.pread(info, 100, 0).startswith(b"pos:\t0\n"), True, "what is told of a descriptor")
+        for descriptor in (dead[0], dead[2], dead[3]):
+            raises(errno.ESRCH, os.pread, descriptor, 10, 0)
+        for thread in (tids[1], childs):
+            equal(os.path.exists(f"/proc/{thread}"), False, "an ended thread")
+
+    return mutate, check
+
+
+@case
+def what_proc_has_of_one_that_ends_later():
+    child = Child()
+    status_of_child = os.open(f"/proc/{child.pid}/status", os.O_RDONLY)
+
+    def mutate():
+        child.kill()
+        raises(errno.ESRCH, os.read, status_of_child, 10)
+
+    def check():
+        equal(os.pread(status_of_child, 5, 0), b"Name:", "the status")
+
+    return mutate, check
+
+
+@case
 def namespaces_and_what_proc_has_of_the_dead():
     child = Child()
     own = [os.open(f"/proc/self/ns/{name}", os.O_RDONLY) for name in ("net", "mnt", "user", "uts")]

@@ -216,6 +216,8 @@ theme! { files:
     files_of_sysfs
     leases
     path_descriptor_and_proc_file
+    what_proc_has_of_threads_that_live_and_that_have_ended
+    what_proc_has_of_one_that_ends_later
     namespaces_and_what_proc_has_of_the_dead
 }
 

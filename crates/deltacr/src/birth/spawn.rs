@@ -168,17 +168,21 @@ pub(crate) fn copy(parent: &mut Remote, pid: InnerPid, flags: i32) -> io::Result
 
 /// Adds a thread to a process. The caller has seen to its number.
 pub(crate) fn thread(remote: &mut Remote, tid: InnerPid) -> io::Result<StoppedThread> {
-    let host = clone_through(remote, THREAD_FLAGS)?;
-    let found = host.inner()?;
-    if found != tid {
-        hold_thread(found, host)?;
-        end_thread(remote, host)?;
+    let thread = any_thread(remote)?;
+    if thread.tid != tid {
+        end_thread(remote, thread.host)?;
         return Err(io::Error::new(
             io::ErrorKind::AlreadyExists,
-            format!("the number {tid} is taken, the thread got {found}"),
+            format!("the number {tid} is taken, the thread got {}", thread.tid),
         ));
     }
-    hold_thread(tid, host)
+    Ok(thread)
+}
+
+/// Adds a thread to a process, with the next number that is free.
+pub(crate) fn any_thread(remote: &mut Remote) -> io::Result<StoppedThread> {
+    let host = clone_through(remote, THREAD_FLAGS)?;
+    hold_thread(host.inner()?, host)
 }
 
 /// Ends one thread of a process, without a trace in the process' memory.

@@ -301,11 +301,13 @@ impl Engine {
             .during_tree("restoring the shared memory")?;
         let mut pages = 0;
         let mut removed = Removed::default();
+        let told_of = target.descriptors.told_of().collect();
         for (pid, image) in &target.processes {
             let mut work = self.reconcile(env, held, *pid, image)?;
             let template = env.template().filter(|_| born.copies.contains(pid));
             pages += work.memory(before.get_mut(pid), template)?;
             work.directory(before.get(pid), &mut removed)?;
+            work.threads_told_of(&told_of)?;
         }
         self.means.shared.let_go_of_segments();
         sysv::finish(env, &target.system_v)?;

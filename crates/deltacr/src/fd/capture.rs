@@ -7,6 +7,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use super::Procs;
 use super::fdinfo::EpollItem;
 use super::model::{Descriptors, Kind, Object, Owner, Slot};
+use super::procfs::{self, About, DELETED};
 use super::table::{self, FileId, ProcFds, RawSlot};
 use super::{epoll, event, lock, path, pipe, process, socket, tty};
 use crate::env::Environment;
@@ -100,8 +101,6 @@ impl Holder<'_> {
     }
 }
 
-/// What the kernel adds to names that are gone.
-const DELETED: &[u8] = b" (deleted)";
 /// `O_LARGEFILE` as 64-bit kernels have it; libc's constant is zero.
 const LARGE: i32 = 0o100000;
 
@@ -362,13 +361,13 @@ impl Capture<'_> {
 
     /// A file outside the versioned filesystem: carried by its path if that says it all.
     fn path(&self, holder: &Holder<'_>) -> Result<Kind> {
-        let mut path = holder.link()?;
+        let path = holder.link()?;
         if let Some(name) = path::own_namespace(self.env, &path) {
             return Ok(Kind::Namespace { name });
         }
-        if path::process_of(&path).is_some() {
-            // Of one that has ended, it is the number that tells which.
-            path.truncate(path.strip_suffix(DELETED).map_or(path.len(), <[u8]>::len));
+        if About::of(&path).is_some() {
+            let path = procfs::mark_ended(self.env, path, holder.raw.file.ino);
+            return Ok(Kind::Path { path });
         }
         let shown = String::from_utf8_lossy(&path).into_owned();
         let directory = holder.raw.file.format() == libc::S_IFDIR;

@@ -83,10 +83,7 @@ impl StandIn {
         parent: InnerPid,
         pid: InnerPid,
     ) -> io::Result<Self> {
-        let remote = procs.get_mut(&parent).ok_or(io::ErrorKind::NotFound)?;
-        env.set_next_pid(pid)?;
-        let remote = spawn::copy(remote, pid, libc::CLONE_VM)?;
-        let made = Self { parent, remote };
+        let made = Self::any(procs, env, parent, pid)?;
         match made.remote.host().inner()? {
             found if found == pid => Ok(made),
             found => {
@@ -95,6 +92,19 @@ impl StandIn {
                 Err(io::Error::new(io::ErrorKind::AlreadyExists, what))
             }
         }
+    }
+
+    /// The same, with another number if this one is taken.
+    pub(crate) fn any(
+        procs: &mut Procs<'_>,
+        env: &dyn Environment,
+        parent: InnerPid,
+        pid: InnerPid,
+    ) -> io::Result<Self> {
+        let remote = procs.get_mut(&parent).ok_or(io::ErrorKind::NotFound)?;
+        env.set_next_pid(pid)?;
+        let remote = spawn::copy(remote, pid, libc::CLONE_VM)?;
+        Ok(Self { parent, remote })
     }
 
     /// Ends it and has it waited for.

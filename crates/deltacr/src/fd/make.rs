@@ -4,13 +4,22 @@ use std::collections::btree_map::Entry;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 
-use super::guise::StandIn;
 use super::model::{Kind, Object};
+use super::procfs::About;
 use super::restore::{Restore, named, owner_of};
 use super::{Procs, epoll, event, install, path, pipe, process, tty, watch};
 use crate::error::{During, Result};
 use crate::ids::HostPid;
 use crate::sys;
+
+/// Whether it is a file of `/proc` that tells of a descriptor.
+fn tells(kind: &Kind) -> bool {
+    let about = match kind {
+        Kind::Path { path } => About::of(path),
+        _ => None,
+    };
+    about.is_some_and(|about| about.is_of_descriptor())
+}
 
 impl Restore<'_, '_> {
     /// Makes the objects that are not there, but for connections.
@@ -30,13 +39,30 @@ impl Restore<'_, '_> {
     fn make_those(&mut self, these: impl Fn(&Kind) -> bool) -> Result<()> {
         let target = self.target;
         for (index, object) in target.objects.iter().enumerate() {
-            let missing = self.plan.reuse[index].is_none() && !self.is_connection(index);
+            let missing = self.plan.reuse[index].is_none() && !self.is_late(index);
             if missing && these(&object.kind) {
                 let handle = self.make_object(index, object).map_err(named(object))?;
                 self.handles.insert(index, handle);
             }
         }
         Ok(())
+    }
+
+    /// Makes what tells of descriptors, when those that it may tell of are in place.
+    pub(super) fn make_telling(&mut self) -> Result<()> {
+        let target = self.target;
+        for (index, object) in target.objects.iter().enumerate() {
+            if self.plan.reuse[index].is_none() && tells(&object.kind) {
+                let handle = self.make_object(index, object).map_err(named(object))?;
+                self.handles.insert(index, handle);
+            }
+        }
+        Ok(())
+    }
+
+    /// Whether an object can only be made when others are in place.
+    pub(super) fn is_late(&self, index: usize) -> bool {
+        self.is_connection(index) || tells(&self.target.objects[index].kind)
     }
 
     fn make_object(&mut self, index: usize, object: &Object) -> Result<OwnedFd> {
@@ -73,21 +99,6 @@ impl Restore<'_, '_> {
             new.insert(tty::make_master(self.env, number, libc::O_RDWR)?);
         }
         tty::open_slave(self.env, number, flags)
-    }
-
-    /// A file by its path. What `/proc` had of a process that has ended is opened with one of the same number there for a moment.
-    fn open_path(&mut self, path: &[u8], object: &Object) -> io::Result<OwnedFd> {
-        let opened = path::open(self.env, path, object.flags);
-        let ended = path::process_of(path).filter(|pid| !self.target.tables.contains_key(pid));
-        match (opened, ended) {
-            (Err(e), Some(pid)) if e.raw_os_error() == Some(libc::ENOENT) => {
-                let stand_in = StandIn::make(self.procs, self.env, object.home.0, pid)?;
-                let opened = path::open(self.env, path, object.flags);
-                stand_in.end(self.procs)?;
-                opened
-            }
-            (opened, _) => opened,
-        }
     }
 
     fn open_file(&mut self, ino: u64, flags: i32) -> io::Result<OwnedFd> {

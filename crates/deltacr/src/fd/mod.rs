@@ -20,6 +20,7 @@ mod path;
 mod pipe;
 mod plan;
 mod process;
+mod procfs;
 mod restore;
 mod settle;
 mod socket;

@@ -9,7 +9,6 @@ use std::os::unix::ffi::OsStrExt;
 use rustix::fs::{AtFlags, Mode, OFlags, ResolveFlags};
 
 use crate::env::Environment;
-use crate::ids::InnerPid;
 
 /// Flags that make a difference when a file is opened again; what was a one-time wish at the first
 /// open (create, truncate) must not be wished again.
@@ -74,14 +73,6 @@ pub(crate) fn open_namespace(env: &dyn Environment, name: &str) -> io::Result<Ow
 
 fn namespace_path(env: &dyn Environment, name: &str) -> String {
     format!("/proc/{}/ns/{name}", env.init_pid())
-}
-
-/// The process that a path below `/proc` is about.
-pub(crate) fn process_of(path: &[u8]) -> Option<InnerPid> {
-    let rest = path.strip_prefix(b"/proc/")?;
-    let number = rest.split(|byte| matches!(byte, b'/' | b' ')).next()?;
-    let number = std::str::from_utf8(number).ok()?.parse().ok()?;
-    (number > 0).then_some(InnerPid(number))
 }
 
 /// Directories that have been removed, in place of those that had been when the checkpoint was taken: the kernel revives none,

@@ -82,6 +82,7 @@ pub fn restore(
     restore.install(false)?;
     restore.listen()?;
     restore.make_connections()?;
+    restore.make_telling()?;
     restore.install(true)?;
     restore
         .handles
@@ -180,13 +181,13 @@ impl Restore<'_, '_> {
         Ok(())
     }
 
-    /// Puts what was made or moves in its places: connections, or all the rest.
-    fn install(&mut self, connections: bool) -> Result<()> {
+    /// Puts what was made or moves in its places: what could only be made late, or all the rest.
+    fn install(&mut self, late: bool) -> Result<()> {
         for (&pid, change) in &self.changes {
             let table = &self.target.tables[&pid];
             let mut wanted = Vec::with_capacity(change.install.len());
             for &(fd, object) in &change.install {
-                if self.is_connection(object) == connections {
+                if self.is_late(object) == late {
                     wanted.push(Wanted {
                         fd,
                         file: self.handles.get(&object).ok_or_else(|| gone(pid))?.as_fd(),
@@ -196,7 +197,7 @@ impl Restore<'_, '_> {
             }
             let remote = self.procs.get_mut(&pid).ok_or_else(|| gone(pid))?;
             install::install(remote, &wanted).during(pid, "putting descriptors in place")?;
-            if !connections {
+            if !late {
                 install::set_cloexec(remote, &change.cloexec)
                     .during(pid, "setting close-on-exec")?;
             }
