@@ -12,8 +12,8 @@ use crate::fd::Descriptors;
 use crate::files::Place;
 use crate::ids::InnerPid;
 use crate::mem::{
-    AddressSpace, BASE, Backing, Holding, Kept, PAGE, SharedMemory, VERSIONED, addresses_of,
-    merged, pages_of,
+    AddressSpace, BASE, Backing, Holding, Kept, PAGE, SharedMemory, ShmKey, VERSIONED,
+    addresses_of, merged, pages_of,
 };
 use crate::procfs::Stat;
 use crate::signals::Queue;
@@ -94,6 +94,14 @@ impl TreeImage {
         all.filter(|pages| pages.are_known())
             .find_map(|pages| pages.get().err())
             .map(|e| e.to_string())
+    }
+
+    /// Whether a process has this object mapped so that its writes go there.
+    pub(crate) fn is_mapped_for_writing(&self, key: ShmKey) -> bool {
+        let mut mapped = self.processes.values().flat_map(|p| &p.memory.vmas);
+        mapped.any(|vma| {
+            vma.shared && vma.prot & libc::PROT_WRITE != 0 && vma.backing == Backing::Shm(key)
+        })
     }
 
     /// The processes that can be forked of a template directly, which makes children of init that lead no session of the sandbox yet:

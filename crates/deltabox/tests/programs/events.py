@@ -295,6 +295,51 @@ def memfd_sealed_since():
 
 
 @case
+def memfds_sealed_before():
+    import mmap
+
+    def sealed(seals):
+        descriptor = os.memfd_create("sealed", os.MFD_ALLOW_SEALING)
+        os.ftruncate(descriptor, 8192)
+        os.pwrite(descriptor, b"hello", 5000)
+        area = mmap.mmap(descriptor, 8192)
+        if seals & 8:
+            area.close()
+        fcntl.fcntl(descriptor, 1033, seals)  # F_ADD_SEALS
+        if seals & 8:
+            area = mmap.mmap(descriptor, 8192, prot=mmap.PROT_READ)
+        return descriptor, area
+
+    growing, of_growing = sealed(1 | 2)  # F_SEAL_SEAL, F_SEAL_SHRINK
+    # With F_SEAL_FUTURE_WRITE, who has it mapped for writing already may go on.
+    frozen, of_frozen = sealed(1 | 2 | 4 | 16)
+    put("area", of_frozen)
+    child = Child()
+    reader = mmap.mmap(frozen, 8192, prot=mmap.PROT_READ)
+    constant, of_constant = sealed(1 | 8)  # F_SEAL_WRITE
+
+    def mutate():
+        os.ftruncate(growing, 12288)
+        of_frozen[5000:5005] = b"WRONG"
+        child.ask("put('area', None)")
+        of_constant.close()
+
+    def check():
+        equal([fcntl.fcntl(d, 1034) for d in (growing, frozen, constant)], [3, 23, 9], "seals")
+        equal(os.fstat(growing).st_size, 8192, "size")
+        for area in (of_growing, of_frozen, reader, of_constant):
+            equal(area[5000:5005], b"hello", "mapped")
+        equal(child.ask("area[5000:5005]"), b"hello", "in the child")
+        raises(errno.EPERM, os.pwrite, frozen, b"x", 6000)
+        raises(errno.EPERM, mmap.mmap, frozen, 8192)
+        child.ask("area.__setitem__(slice(6000, 6005), b'there')")
+        equal((of_frozen[6000:6005], reader[6000:6005]), (b"there", b"there"), "written by the child")
+        os.ftruncate(growing, 12288)
+
+    return mutate, check
+
+
+@case
 def memfd_that_is_executed():
     """The kernel executes no file that somebody could write to, but for one that was never opened by a name."""
     descriptor = os.memfd_create("program", 0)

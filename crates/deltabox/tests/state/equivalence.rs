@@ -281,6 +281,7 @@ theme! { events:
     inotify_watches
     memfd_shared_with_a_child
     memfd_sealed_since
+    memfds_sealed_before
     memfd_that_is_executed
     pty_with_both_ends_inside
     pty_with_a_session_on_it

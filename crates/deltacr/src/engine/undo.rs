@@ -129,7 +129,8 @@ impl Engine {
         self.forget_the_dead(held);
         self.end_lazy(held)?;
         fd::check(&target.descriptors)?;
-        let parted = self.means.shared.part_with_sealed(&target.shared);
+        let mapped = |key| target.is_mapped_for_writing(key);
+        let parted = self.means.shared.part_with_sealed(&target.shared, mapped);
         parted.during_tree("reading the seals of the shared memory")?;
         let mut stuck = BTreeSet::new();
         let keep = reconcile::keepers(held, target, &stuck);
@@ -309,6 +310,8 @@ impl Engine {
             work.directory(before.get(pid), &mut removed)?;
             work.threads_told_of(&told_of)?;
         }
+        let sealed = self.means.shared.seal(&target.shared);
+        sealed.during_tree("sealing the shared memory")?;
         self.means.shared.let_go_of_segments();
         sysv::finish(env, &target.system_v)?;
         watch.lap("memory");

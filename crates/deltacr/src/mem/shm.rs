@@ -9,6 +9,7 @@ mod contents;
 #[cfg(test)]
 mod tests;
 
+use std::cmp::Ordering;
 use std::collections::{BTreeMap, HashMap};
 use std::ffi::CString;
 use std::fs::{self, File};
@@ -73,6 +74,10 @@ pub struct ShmImage {
 }
 
 impl ShmImage {
+    fn seals(&self) -> SealFlags {
+        SealFlags::from_bits_retain(self.seals)
+    }
+
     /// The same with these contents. It keeps the object as `other`, another image of it, does.
     pub(crate) fn with_pages(self, pages: PageMap, other: Option<&Self>) -> Self {
         let hold = other.map_or(self.hold, |other| Arc::clone(&other.hold));
@@ -327,19 +332,24 @@ impl SharedObjects {
         state.by_inode.clear();
     }
 
-    /// Takes the objects that were sealed since `target` for others from now on, because a seal cannot be broken: those
-    /// of `target` are made anew then, and what holds the sealed ones is found to hold something else. To be called
-    /// before anybody looks at what a tree holds that is to be restored.
+    /// Takes the objects whose seals forbid what is to be done to them for others from now on, because a seal cannot be broken:
+    /// those of `target` are made anew then, and what holds the sealed ones is found to hold something else. `mapped` tells
+    /// whether an object is to be mapped for writing. To be called before anybody looks at what a tree holds that is to be restored.
     ///
     /// # Errors
     /// The seals cannot be read.
-    pub(crate) fn part_with_sealed(&self, target: &SharedMemory) -> io::Result<()> {
+    pub(crate) fn part_with_sealed(
+        &self,
+        target: &SharedMemory,
+        mapped: impl Fn(ShmKey) -> bool,
+    ) -> io::Result<()> {
         let state = &mut *self.state.lock();
         for (key, image) in &target.objects {
             let Some(live) = state.live.get(key) else {
                 continue;
             };
-            if !live.can_become(image)?
+            let can_be_mapped = !spares_mappings(fcntl_get_seals(&live.file)?) || !mapped(*key);
+            if !(can_be_mapped && live.can_become(image, &self.store)?)
                 && let Some(live) = state.live.remove(key)
             {
                 state.insert_new(Live {
@@ -351,8 +361,8 @@ impl SharedObjects {
         Ok(())
     }
 
-    /// Gives all objects the contents that they have in `target`, in place where the object exists and was not sealed
-    /// since. To be called while the tree stands still, before any memory that maps them is restored.
+    /// Gives all objects the contents that they have in `target`, in place where the object exists and its seals allow it.
+    /// To be called while the tree stands still, before any memory that maps them is restored.
     ///
     /// # Errors
     /// There is no memory, or a segment of System V is missing.
@@ -361,7 +371,9 @@ impl SharedObjects {
         state.captured.clear();
         for (key, image) in &target.objects {
             let live = match state.live.remove(key) {
-                Some(live) if key.segment().is_some() || live.can_become(image)? => live,
+                Some(live) if key.segment().is_some() || live.can_become(image, &self.store)? => {
+                    live
+                }
                 Some(sealed) => {
                     state.by_inode.remove(&sealed.inode);
                     Live::create(image)?
@@ -378,6 +390,22 @@ impl SharedObjects {
             state.by_inode.insert(live.inode, *key);
             state.live.insert(*key, live);
             state.last_key = state.last_key.max(key.0);
+        }
+        Ok(())
+    }
+
+    /// Adds the seals that only mappings which are there before may break. To be called when all memory that maps the objects is
+    /// restored.
+    ///
+    /// # Errors
+    /// There is no such object, or it cannot be sealed.
+    pub(crate) fn seal(&self, target: &SharedMemory) -> io::Result<()> {
+        let state = self.state.lock();
+        for (key, image) in &target.objects {
+            if spares_mappings(image.seals()) {
+                let live = state.live.get(key).ok_or(io::ErrorKind::NotFound)?;
+                live.seal(image)?;
+            }
         }
         Ok(())
     }
@@ -407,6 +435,11 @@ impl SharedObjects {
             None => live.open(flags),
         }
     }
+}
+
+/// Whether nobody may write but those who have mapped it for writing already.
+fn spares_mappings(seals: SealFlags) -> bool {
+    seals.contains(SealFlags::FUTURE_WRITE) && !seals.contains(SealFlags::WRITE)
 }
 
 /// Whether a file is opened for reading and writing.
@@ -462,30 +495,51 @@ impl Live {
         })
     }
 
-    /// Whether it can be given an image's seals, which can be added but not taken away.
-    fn can_become(&self, image: &ShmImage) -> io::Result<bool> {
-        let wanted = SealFlags::from_bits_retain(image.seals);
-        Ok(wanted.contains(fcntl_get_seals(&self.file)?))
+    /// Whether it can be made what an image tells: its seals can be added to but not taken away, and what they forbid cannot be
+    /// done.
+    fn can_become(&self, image: &ShmImage, store: &PageStore) -> io::Result<bool> {
+        let seals = fcntl_get_seals(&self.file)?;
+        let size = self.file.metadata()?.len();
+        let resizing = match image.size.cmp(&size) {
+            Ordering::Less => SealFlags::SHRINK,
+            Ordering::Equal => SealFlags::empty(),
+            Ordering::Greater => SealFlags::GROW,
+        };
+        if !image.seals().contains(seals) || seals.intersects(resizing) {
+            return Ok(false);
+        }
+        if !spares_mappings(seals) {
+            return Ok(true);
+        }
+        let now = read(&self.file, size, &self.pages, store)?;
+        let mut same = true;
+        now.diff(&image.pages, 0..u64::MAX, |_| same = false);
+        Ok(same)
     }
 
     fn restore(mut self, store: &PageStore, image: &ShmImage) -> io::Result<Self> {
-        let seals = fcntl_get_seals(&self.file)?;
-        let wanted = SealFlags::from_bits_retain(image.seals);
         let size = self.file.metadata()?.len();
         let now = read(&self.file, size, &self.pages, store)?;
-        let path = format!("/proc/self/fd/{}", self.file.as_raw_fd());
-        let writable = reopen(&path, libc::O_RDWR)?;
+        let writable = File::from(self.open(libc::O_RDWR)?);
         if size != image.size {
             writable.set_len(image.size)?;
         }
         write(&writable, &now, image)?;
         own(&self.file, image)?;
-        if seals != wanted {
-            fcntl_add_seals(&writable, wanted)?;
+        if !spares_mappings(image.seals()) {
+            self.seal(image)?;
         }
         self.pages = image.pages.clone();
         self.images = Arc::downgrade(&image.hold);
         Ok(self)
+    }
+
+    /// Adds an image's seals.
+    fn seal(&self, image: &ShmImage) -> io::Result<()> {
+        if fcntl_get_seals(&self.file)? != image.seals() {
+            fcntl_add_seals(self.open(libc::O_RDWR)?, image.seals())?;
+        }
+        Ok(())
     }
 }
 

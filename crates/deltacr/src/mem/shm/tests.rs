@@ -86,7 +86,7 @@ fn a_memfd_that_was_sealed_since_is_made_anew() {
     let before = contents(&file);
     file.write_all_at(&[6; 6000], 0).unwrap();
     fcntl_add_seals(&file, SealFlags::WRITE).unwrap();
-    objects.part_with_sealed(&state).unwrap();
+    objects.part_with_sealed(&state, |_| true).unwrap();
     let meta = file.metadata().unwrap();
     let other = objects.find(meta.dev(), meta.ino()).unwrap();
     assert_ne!(other, key, "what holds the sealed one holds another one");
@@ -94,6 +94,51 @@ fn a_memfd_that_was_sealed_since_is_made_anew() {
     let new = File::from(objects.open(key, libc::O_RDWR).unwrap());
     assert_eq!(contents(&new), before);
     assert!(fcntl_get_seals(&new).unwrap().is_empty());
+}
+
+#[test]
+fn seals_that_spare_mappings_are_added_when_all_is_mapped() {
+    let store = PageStore::new();
+    let objects = SharedObjects::new(Arc::clone(&store)).unwrap();
+    let file = memfd(c"x");
+    file.write_all_at(&[5; 6000], 0).unwrap();
+    let seals = SealFlags::FUTURE_WRITE | SealFlags::SEAL;
+    fcntl_add_seals(&file, seals).unwrap();
+    let (key, state) = captured(&objects, &file);
+
+    let elsewhere = SharedObjects::new(store).unwrap();
+    elsewhere.restore(&state).unwrap();
+    let new = File::from(elsewhere.open(key, libc::O_RDWR).unwrap());
+    new.write_all_at(&[5; 6000], 0).unwrap();
+    elsewhere.seal(&state).unwrap();
+    assert_eq!(fcntl_get_seals(&new).unwrap(), seals);
+    assert_eq!(contents(&new), contents(&file));
+
+    let number = |file: &File| {
+        let meta = file.metadata().unwrap();
+        objects.find(meta.dev(), meta.ino())
+    };
+    objects.part_with_sealed(&state, |_| false).unwrap();
+    assert_eq!(number(&file), Some(key), "nobody is to write to it");
+    objects.part_with_sealed(&state, |_| true).unwrap();
+    assert_ne!(number(&file), Some(key), "it cannot be mapped any more");
+}
+
+#[test]
+fn a_memfd_that_was_resized_since_and_cannot_be_again_is_made_anew() {
+    for (seal, size) in [(SealFlags::SHRINK, 3 * PAGE), (SealFlags::GROW, PAGE)] {
+        let objects = SharedObjects::new(PageStore::new()).unwrap();
+        let file = memfd(c"x");
+        file.set_len(2 * PAGE).unwrap();
+        fcntl_add_seals(&file, seal).unwrap();
+        let (key, state) = captured(&objects, &file);
+        file.set_len(size).unwrap();
+        objects.part_with_sealed(&state, |_| true).unwrap();
+        objects.restore(&state).unwrap();
+        let new = File::from(objects.open(key, libc::O_RDWR).unwrap());
+        assert_eq!(new.metadata().unwrap().len(), 2 * PAGE);
+        assert_eq!(fcntl_get_seals(&new).unwrap(), seal);
+    }
 }
 
 #[test]
