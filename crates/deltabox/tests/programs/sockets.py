@@ -794,7 +794,10 @@ def netlink_as_the_c_library_uses_it():
     route.bind((0, 1))  # RTMGRP_LINK
     events = socket.socket(socket.AF_NETLINK, socket.SOCK_DGRAM, 15)  # NETLINK_KOBJECT_UEVENT
     events.bind((0, 1))
-    names = [s.getsockname() for s in (route, events)]
+    audit = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, 9)  # NETLINK_AUDIT, as message buses hold it
+    audit.bind((0, 0))
+    sockets = (route, events, audit)
+    names = [s.getsockname() for s in sockets]
     others = []
 
     def links(s):
@@ -813,12 +816,12 @@ def netlink_as_the_c_library_uses_it():
     here = links(route)
 
     def mutate():
-        route.close()
-        events.close()
+        for s in sockets:
+            s.close()
         others.append(socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, socket.NETLINK_ROUTE))
 
     def check():
-        equal([s.getsockname() for s in (route, events)], names, "numbers and groups")
+        equal([s.getsockname() for s in sockets], names, "numbers and groups")
         equal(links(route), here, "interfaces")
         equal(links(route), [index for index, _ in socket.if_nameindex()], "interfaces by the C library")
 

@@ -36,7 +36,8 @@ pub(crate) fn capture(capture: &mut Capture<'_>, holder: &Holder<'_>) -> Result<
             libc::NETLINK_ROUTE
             | libc::NETLINK_SOCK_DIAG
             | libc::NETLINK_KOBJECT_UEVENT
-            | libc::NETLINK_GENERIC,
+            | libc::NETLINK_GENERIC
+            | libc::NETLINK_AUDIT,
         ) => {}
         _ => {
             return Err(holder.refuse(format_args!(
