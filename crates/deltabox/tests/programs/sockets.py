@@ -829,6 +829,51 @@ def netlink_as_the_c_library_uses_it():
 
 
 @case
+def unix_listeners_whose_files_have_other_names():
+    os.mkdir("/playground/names")
+    os.chdir("/playground/names")
+
+    def listener(bound, mode):
+        s = socket.socket(socket.AF_UNIX)
+        s.bind(bound)
+        os.chmod(bound, mode)
+        s.listen()
+        return s
+
+    linked = listener("/playground/names/linked.temporary", 0o700)
+    os.link("linked.temporary", "linked")  # As OpenSSH does, so that nothing is overwritten.
+    os.unlink("linked.temporary")
+    renamed = listener("renamed.temporary", 0o710)
+    os.rename("renamed.temporary", "renamed")
+    twice = listener("/playground/names/twice", 0o711)
+    os.link("twice", "once more")
+    replaced = listener("replaced", 0o701)
+    os.rename("replaced", "first")
+    second = listener("replaced", 0o702)
+    sockets = [(linked, "linked"), (renamed, "renamed"), (twice, "twice"), (twice, "once more"), (replaced, "first"), (second, "replaced")]
+    names = [s.getsockname() for s, _ in sockets]
+    files = lambda: sorted((name, oct(os.stat(name).st_mode), os.stat(name).st_nlink) for name in os.listdir("."))
+    before = files()
+
+    def mutate():
+        for s, name in sockets:
+            s.close()
+            os.unlink(name)
+
+    def check():
+        equal([s.getsockname() for s, _ in sockets], names, "their own names")
+        equal(files(), before, "files")
+        for s, name in sockets:
+            client = socket.socket(socket.AF_UNIX)
+            client.connect(name)
+            accepted, _ = s.accept()
+            accepted.send(name.encode())
+            equal(client.recv(100), name.encode(), "a connection")
+
+    return mutate, check
+
+
+@case
 def socketpair_dgram_of_which_one_has_a_name():
     named, other = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
     named.bind("/playground/named")

@@ -253,6 +253,7 @@ theme! { sockets:
     unix_peers_are_who_they_were
     tcp_shut_down_for_reading
     netlink_as_the_c_library_uses_it
+    unix_listeners_whose_files_have_other_names
     socketpair_dgram_of_which_one_has_a_name
 }
 

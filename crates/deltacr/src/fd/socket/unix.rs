@@ -1,12 +1,14 @@
 //! Making unix sockets: names in the sandbox's filesystem, pairs, connections.
 
 use std::ffi::OsStr;
+use std::fs;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::{DirEntryExt, FileTypeExt};
 use std::path::{Path, PathBuf};
 
-use rustix::fs::{AtFlags, CWD, Gid, Mode, Uid};
+use rustix::fs::{AtFlags, CWD, Gid, Mode, Stat, Uid};
 
 use super::model::Socket;
 use crate::fd::guise::{Guise, in_guise};
@@ -28,41 +30,87 @@ fn path_of(address: &[u8]) -> Option<PathBuf> {
 }
 
 /// Binds a fresh socket to the name that the image has. The file of the old socket, which the filesystem
-/// has brought back, leads nowhere: it gives way to a new one with the same owner and mode.
+/// has brought back, leads nowhere: it gives way to a new one with the same owner and mode, under all its names. It may have others than
+/// the one that it was bound to, for programs rename the file, or link it, when the socket listens.
 pub(super) fn bind(of: HostPid, end: BorrowedFd<'_>, image: &Socket) -> io::Result<()> {
     let Some(path) = path_of(&image.local) else {
         return sys::bind(end, &image.local);
     };
     inside(of, || {
-        let old = rustix::fs::statat(CWD, &path, AtFlags::SYMLINK_NOFOLLOW).ok();
-        let own = old.is_some_and(|old| image.file == Some(old.st_ino & u64::from(u32::MAX)));
-        let mut aside = path.clone().into_os_string();
-        aside.push(".deltabox-aside");
+        let there = rustix::fs::statat(CWD, &path, AtFlags::SYMLINK_NOFOLLOW).ok();
+        let names = image.file.map(|file| names(&path, there.as_ref(), file));
+        let names = names.transpose()?.unwrap_or_default();
+        let old = names.first().map(|name| stat(name)).transpose()?;
+        let own = names.contains(&path);
+        let other = there.is_some() && !own;
+        let aside = aside(&path);
         if own {
             rustix::fs::unlink(&path)?;
-        } else if old.is_some() {
-            // Another socket's file has the name by now.
+        } else if other {
             rustix::fs::rename(&path, &aside)?;
         }
         let bound = with_parents(&path, || {
             sys::bind(end, &image.local)?;
-            if own {
-                Ok(())
-            } else {
-                Ok(rustix::fs::unlink(&path)?)
-            }
-        });
-        if let Some(old) = old {
-            if own {
+            if let Some(old) = old {
                 let (uid, gid) = (Uid::from_raw(old.st_uid), Gid::from_raw(old.st_gid));
                 rustix::fs::chown(&path, Some(uid), Some(gid))?;
                 rustix::fs::chmod(&path, Mode::from_raw_mode(old.st_mode))?;
-            } else {
-                rustix::fs::rename(&aside, &path)?;
             }
+            for name in names.iter().filter(|name| **name != path) {
+                replace(name, &path)?;
+            }
+            match own {
+                true => Ok(()),
+                false => Ok(rustix::fs::unlink(&path)?),
+            }
+        });
+        if other {
+            // Another file has the name by now.
+            rustix::fs::rename(&aside, &path)?;
         }
         bound
     })
+}
+
+fn stat(path: &Path) -> io::Result<Stat> {
+    Ok(rustix::fs::statat(CWD, path, AtFlags::SYMLINK_NOFOLLOW)?)
+}
+
+/// The names in one directory of the file that a socket was bound to as `path`, where `there` is what has that name. Of the file's
+/// number only the lower half is known.
+fn names(path: &Path, there: Option<&Stat>, file: u64) -> io::Result<Vec<PathBuf>> {
+    let is_it = |number: u64| number & u64::from(u32::MAX) == file;
+    if there.is_some_and(|there| is_it(there.st_ino) && there.st_nlink == 1) {
+        return Ok(vec![path.to_owned()]);
+    }
+    let above = path.parent().unwrap_or(Path::new("/"));
+    let opened = match above.as_os_str().is_empty() {
+        true => fs::read_dir("."),
+        false => fs::read_dir(above),
+    };
+    let mut names = Vec::new();
+    // The directory may be gone with the name.
+    for entry in opened.into_iter().flatten() {
+        let entry = entry?;
+        if is_it(entry.ino()) && entry.file_type()?.is_socket() {
+            names.push(above.join(entry.file_name()));
+        }
+    }
+    Ok(names)
+}
+
+/// Makes `name` another name of the file at `path`, whatever it was.
+fn replace(name: &Path, path: &Path) -> io::Result<()> {
+    let aside = aside(name);
+    rustix::fs::link(path, &aside)?;
+    Ok(rustix::fs::rename(&aside, name)?)
+}
+
+/// A name beside another that nobody else has.
+fn aside(path: &Path) -> PathBuf {
+    let mut aside = path.as_os_str().to_owned();
+    aside.push(".deltabox-aside");
+    aside.into()
 }
 
 /// Makes the directories above a name that are not there any more, for as long as `act` takes.
