@@ -10,10 +10,10 @@ use serde::{Deserialize, Serialize};
 use crate::credentials::{self, Credentials, Gist};
 use crate::error::{During, Error, Result};
 use crate::ids::{HostPid, InnerPid};
+use crate::limits::{self, Limit, Room};
 use crate::procfs;
 use crate::remote::{Arg, Batch, CallId, DataRef, Outcome, Remote};
 use crate::stop::Stopped;
-use crate::sys::process;
 
 /// `sizeof(sigset_t)` of the kernel.
 const SIGSET: u64 = 8;
@@ -43,7 +43,7 @@ pub(crate) struct Attributes {
     gists: BTreeMap<InnerPid, Gist>,
     umask: u64,
     /// Soft and hard limit of each resource.
-    limits: Vec<[u64; 2]>,
+    limits: Vec<Limit>,
     /// `struct sigaction` of the kernel, for signal 1 and on.
     actions: Vec<[u8; RECORD]>,
     /// `struct itimerval`: real, virtual, profiling.
@@ -72,6 +72,21 @@ impl Attributes {
         if let Some(handler) = self.actions.get_mut(TRAP) {
             handler[..IGNORE.len()].copy_from_slice(&IGNORE);
         }
+    }
+
+    /// Makes limits that are in the way of what a stopped process is to become let it through.
+    pub(crate) fn make_room(
+        &mut self,
+        host: HostPid,
+        room: &Room,
+        target: &Self,
+    ) -> io::Result<()> {
+        room.make(host, &mut self.limits, &target.limits)
+    }
+
+    /// The same for a process that was just born, which is to become this.
+    pub(crate) fn make_room_for_new(&self, host: HostPid, room: &Room) -> io::Result<()> {
+        room.make_for_new(host, &self.limits)
     }
 
     /// Whether it is given the orphans of its descendants.
@@ -211,14 +226,13 @@ impl Questions {
     }
 }
 
-/// Undoes what differs, but for credentials ([`restore_credentials`]).
+/// Undoes what differs, but for what comes later: [timers](arm), [credentials](restore_credentials) and [limits](restore_limits).
 pub(crate) fn restore(
     remote: &mut Remote,
     current: &Attributes,
     target: &Attributes,
 ) -> Result<()> {
     let pid = remote.pid();
-    restore_limits(remote.host(), current, target).during(pid, "restoring the limits")?;
     if current.oom_score != target.oom_score {
         let written = fs::write(oom_score_file(remote.host()), &target.oom_score);
         written.during(pid, "restoring the OOM score")?;
@@ -236,10 +250,9 @@ pub(crate) fn restore(
         }
     }
     for (which, (have, want)) in (0_u64..).zip(current.timers.iter().zip(&target.timers)) {
-        if have != want {
-            let timer = b.input(want);
-            let args = [which.into(), timer.into(), 0.into()];
-            calls.push(("an interval timer", b.call(libc::SYS_setitimer, &args)));
+        // One that ticked now would do so in the state that is given up.
+        if have != want && is_armed(have) {
+            calls.push(("an interval timer", set_timer(&mut b, which, &[0; RECORD])));
         }
     }
     if current.death_signal != target.death_signal {
@@ -264,6 +277,29 @@ pub(crate) fn restore(
     run_all(remote, &b, &calls)
 }
 
+/// Arms the interval timers. Comes when the queued signals are back, for one may tick at once.
+pub(crate) fn arm(remote: &mut Remote, current: &Attributes, target: &Attributes) -> Result<()> {
+    let mut b = Batch::new();
+    let mut calls = Vec::new();
+    for (which, (have, want)) in (0_u64..).zip(current.timers.iter().zip(&target.timers)) {
+        if have != want && is_armed(want) {
+            calls.push(("an interval timer", set_timer(&mut b, which, want)));
+        }
+    }
+    run_all(remote, &b, &calls)
+}
+
+/// Whether a `struct itimerval` has time left.
+fn is_armed(timer: &[u8; RECORD]) -> bool {
+    timer[RECORD / 2..].iter().any(|byte| *byte != 0)
+}
+
+fn set_timer(batch: &mut Batch, which: u64, setting: &[u8; RECORD]) -> CallId {
+    let setting = batch.input(setting);
+    let args = [which.into(), setting.into(), 0.into()];
+    batch.call(libc::SYS_setitimer, &args)
+}
+
 /// What threads take over from the one that makes them, and nobody else can give them.
 pub(crate) fn restore_personality(remote: &mut Remote, target: &Attributes) -> Result<()> {
     let mut b = Batch::new();
@@ -283,6 +319,13 @@ pub(crate) fn reachable(current: &Attributes, target: &Attributes) -> bool {
             .iter()
             .all(|(tid, goal)| !as_first(tid) || first.can_become(goal))
         && first.can_become(&target.credentials)
+}
+
+/// Whether a process with these attributes can have a child with those of `child`.
+pub(crate) fn can_bear(parent: &Attributes, child: &Attributes) -> bool {
+    let first = &parent.credentials;
+    let mut all = child.others.values().chain([&child.credentials]);
+    all.all(|credentials| first.can_bear(credentials))
 }
 
 /// Makes the credentials of all threads those of `target`, and what their change resets. Comes last, for it may take rights away.
@@ -340,11 +383,12 @@ fn oom_score_file(host: HostPid) -> String {
     format!("/proc/{host}/oom_score_adj")
 }
 
-fn restore_limits(host: HostPid, current: &Attributes, target: &Attributes) -> io::Result<()> {
-    for (resource, (have, want)) in (0..).zip(current.limits.iter().zip(&target.limits)) {
-        if have != want {
-            process::set_limit(host, resource, *want)?;
-        }
-    }
-    Ok(())
+/// Gives a process its limits. Comes last of all, for they may be below what it has.
+pub(crate) fn restore_limits(
+    remote: &Remote,
+    current: &Attributes,
+    target: &Attributes,
+) -> Result<()> {
+    let restored = limits::restore(remote.host(), &current.limits, &target.limits);
+    restored.during(remote.pid(), "restoring the limits")
 }

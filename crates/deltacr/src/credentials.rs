@@ -15,6 +15,8 @@ use crate::sys::process;
 const GROUPS_MAX: usize = 256;
 /// Capabilities that there are (`CAP_LAST_CAP` is 40).
 const CAPABILITIES: i32 = 41;
+/// `CAP_SETGID`, `CAP_SETUID` and `CAP_SETPCAP`.
+const TO_BECOME_ANOTHER: u64 = 1 << 6 | 1 << 7 | 1 << 8;
 /// Bytes of what `capget(2)` tells: effective, permitted, inheritable, in two words of each.
 const CAPABILITY_SETS: usize = 24;
 
@@ -72,6 +74,32 @@ impl Credentials {
             || root
                 && self.no_new_privileges <= target.no_new_privileges
                 && target.bounding & !self.bounding == 0
+    }
+
+    /// Whether a process with these can have a child with those of `target`. The child executes a program, by which nobody but root keeps
+    /// capabilities, but for ambient ones.
+    pub(crate) fn can_bear(&self, target: &Self) -> bool {
+        let permitted = self.permitted();
+        if self == target {
+            return self.users[..3].contains(&0) || permitted & !self.ambient == 0;
+        }
+        let needed = target.permitted() | TO_BECOME_ANOTHER;
+        self.users == [0; 4]
+            && permitted & needed == needed
+            && self.securebits & !target.securebits == 0
+            && self.no_new_privileges <= target.no_new_privileges
+            && target.bounding & !self.bounding == 0
+    }
+
+    /// The permitted capabilities: a bit for each.
+    fn permitted(&self) -> u64 {
+        let word = |at: usize| {
+            let bytes = self.capabilities.get(at..at + 4);
+            bytes.map_or(0, |b| {
+                u64::from(u32::from_le_bytes([b[0], b[1], b[2], b[3]]))
+            })
+        };
+        word(4) | word(16) << 32
     }
 }
 

@@ -11,6 +11,7 @@ use crate::freeze::Freezer;
 use crate::hold::{Deaths, Grounds, Held};
 use crate::ids::{HostPid, InnerPid};
 use crate::image::TreeImage;
+use crate::keepers;
 use crate::sys::process;
 use crate::sys::ptrace;
 
@@ -18,13 +19,14 @@ use crate::sys::ptrace;
 const TIMEOUT: Duration = Duration::from_secs(10);
 const PAUSE: Duration = Duration::from_micros(50);
 
-/// Kills every held process that is not to be kept, and does away with the zombies that `target` does not have.
+/// Kills every held process that is not to be kept, and does away with the zombies that are not to last.
 /// Returns how many were killed.
 pub(crate) fn others(
     held: &mut Held,
     keep: &BTreeSet<InnerPid>,
     target: &TreeImage,
 ) -> Result<usize> {
+    let lasting = keepers::lasting_zombies(held, target, keep);
     let doomed: Vec<InnerPid> = held
         .processes
         .keys()
@@ -40,10 +42,9 @@ pub(crate) fn others(
         let threads: Vec<HostPid> = process.stopped.threads.iter().map(|t| t.host).collect();
         spawn::kill(&process.stopped.remote, &threads).during(*pid, "killing it")?;
     }
-    let gone = |pid: &InnerPid| !keep.contains(pid) && !target.zombies.contains_key(pid);
     let unreaped = !doomed.is_empty() || held.deaths == Deaths::Pending;
-    if unreaped || held.zombies.keys().any(gone) {
-        bury(held, keep, target)?;
+    if unreaped || held.zombies.keys().any(|pid| !lasting.contains(pid)) {
+        bury(held, keep, &lasting)?;
         // Init reports before it reaps.
         held.deaths = Deaths::Reported;
     }
@@ -51,7 +52,7 @@ pub(crate) fn others(
 }
 
 /// Makes the parents wait for their dead children; init does by itself.
-fn bury(held: &mut Held, keep: &BTreeSet<InnerPid>, target: &TreeImage) -> Result<()> {
+fn bury(held: &mut Held, keep: &BTreeSet<InnerPid>, lasting: &BTreeSet<InnerPid>) -> Result<()> {
     let end = Instant::now() + TIMEOUT;
     loop {
         let mut of_parent: BTreeMap<InnerPid, Vec<InnerPid>> = BTreeMap::new();
@@ -61,17 +62,10 @@ fn bury(held: &mut Held, keep: &BTreeSet<InnerPid>, target: &TreeImage) -> Resul
             .processes()
             .during_tree("listing the processes")?
         {
-            if pid.0 == 1 || keep.contains(&pid) {
+            if pid.0 == 1 || keep.contains(&pid) || lasting.contains(&pid) {
                 continue;
             }
-            let Ok(stat) = held.procfs.stat(pid) else {
-                continue;
-            };
-            let stays = target
-                .zombies
-                .get(&pid)
-                .is_some_and(|z| z.start == stat.start);
-            if !stays {
+            if let Ok(stat) = held.procfs.stat(pid) {
                 left.push(pid);
                 of_parent.entry(stat.parent).or_default().push(pid);
             }
@@ -83,8 +77,7 @@ fn bury(held: &mut Held, keep: &BTreeSet<InnerPid>, target: &TreeImage) -> Resul
             }
         }
         if left.is_empty() {
-            held.zombies
-                .retain(|pid, _| target.zombies.contains_key(pid));
+            held.zombies.retain(|pid, _| lasting.contains(pid));
             return Ok(());
         }
         if Instant::now() > end {

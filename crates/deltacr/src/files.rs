@@ -1,9 +1,9 @@
 //! The files that an image refers to: the program, the working directory.
 
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 
-use rustix::fs::{Mode, OFlags, ResolveFlags, fstat, openat2};
+use rustix::fs::{Mode, OFlags, ResolveFlags, fchmod, fstat, openat2};
 use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
 
@@ -103,6 +103,28 @@ impl Place {
         }
     }
 
+    /// Does what takes a program that may be executed. Whoever runs it may have taken the permission to do so away since, and of
+    /// such a file not even root may make a process' program: then it has the permission again for that time.
+    pub(crate) fn as_program<T>(
+        &self,
+        env: &dyn Environment,
+        mut act: impl FnMut(BorrowedFd<'_>) -> io::Result<T>,
+    ) -> io::Result<T> {
+        let file = self.open(env, OFlags::RDONLY)?;
+        match act(file.as_fd()) {
+            Err(e) if e.kind() == io::ErrorKind::PermissionDenied => {
+                let _permitted = Permitted::to_execute(file.as_fd())?;
+                act(file.as_fd())
+            }
+            done => done,
+        }
+    }
+
+    /// The path, as the kernel told it.
+    pub(crate) fn path(&self) -> &[u8] {
+        &self.path
+    }
+
     /// Its inode number, if it is on the versioned filesystem.
     pub(crate) fn inode(&self) -> Option<u64> {
         self.inode
@@ -153,6 +175,28 @@ impl Place {
             (None, None) => self.path == procfs.link(pid, link)?,
             _ => false,
         })
+    }
+}
+
+/// A file that its owner may execute for a moment.
+struct Permitted<'a> {
+    file: BorrowedFd<'a>,
+    before: Mode,
+}
+
+impl<'a> Permitted<'a> {
+    fn to_execute(file: BorrowedFd<'a>) -> io::Result<Self> {
+        let before = Mode::from_raw_mode(fstat(file)?.st_mode);
+        fchmod(file, before | Mode::XUSR)?;
+        Ok(Self { file, before })
+    }
+}
+
+impl Drop for Permitted<'_> {
+    fn drop(&mut self) {
+        if let Err(error) = fchmod(self.file, self.before) {
+            tracing::warn!(%error, "a program keeps the permission to be executed");
+        }
     }
 }
 

@@ -4,7 +4,6 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
-use std::time::{Duration, Instant};
 
 use rustix::fs::OFlags;
 
@@ -15,21 +14,19 @@ use crate::env::Environment;
 use crate::error::{During, Result};
 use crate::fd::Removed;
 use crate::files::Place;
-use crate::hold::{Held, HeldProcess};
+use crate::hold::HeldProcess;
 use crate::ids::{HostPid, InnerPid};
-use crate::image::{ProcessImage, TreeImage};
+use crate::image::ProcessImage;
 use crate::interview;
+use crate::limits::Room;
 use crate::mem::{Holding, Layout, Memory, Scan, Tracker, Vma, layout};
+use crate::numbers;
 use crate::procfs::Procfs;
 use crate::remote::{Batch, Remote};
 use crate::signals::{Queue, Scope};
-use crate::stop::StoppedThread;
 use crate::threads;
 use crate::timers;
 use crate::waits::Wait;
-
-/// How long a dead thread may keep its number.
-const NUMBER_FREED: Duration = Duration::from_secs(2);
 
 /// What a process is before it is reconciled.
 pub(crate) struct Now {
@@ -60,40 +57,6 @@ impl Now {
     }
 }
 
-/// The processes that can be undone in place: those of the image that are still there, at their place in the family,
-/// and not `stuck` with rights that they cannot take back. The rest is killed or made anew, and with a process all its descendants, for nobody can
-/// be given to a new parent.
-pub(crate) fn keepers(
-    held: &Held,
-    target: &TreeImage,
-    stuck: &BTreeSet<InnerPid>,
-) -> BTreeSet<InnerPid> {
-    let mut keep = BTreeSet::new();
-    loop {
-        let before = keep.len();
-        for (pid, image) in &target.processes {
-            let parent = image.stat.parent;
-            if keep.contains(pid)
-                || stuck.contains(pid)
-                || !(parent.0 <= 1 || keep.contains(&parent))
-            {
-                continue;
-            }
-            let same = held.processes.get(pid).is_some_and(|p| {
-                p.birth == image.birth
-                    && p.stat.parent == parent
-                    && p.stat.session == image.stat.session
-            });
-            if same {
-                keep.insert(*pid);
-            }
-        }
-        if keep.len() == before {
-            return keep;
-        }
-    }
-}
-
 /// One process on its way back.
 pub(crate) struct Reconcile<'a> {
     pub(crate) env: &'a dyn Environment,
@@ -107,14 +70,13 @@ pub(crate) struct Reconcile<'a> {
 }
 
 impl Reconcile<'_> {
-    /// Program, threads that are too many, and memory. `now` is what the process is, if it is not newly made; `template` of
+    /// Program and memory. `now` is what the process is, if it is not newly made; `template` of
     /// which it is a copy, if it is one. Returns how many pages had changed.
     pub(crate) fn memory(
         &mut self,
         now: Option<&mut Now>,
         template: Option<&Holding>,
     ) -> Result<u64> {
-        self.end_extra_threads()?;
         let scan = match now {
             Some(now) if now.same_program => now.scan.take(),
             Some(_) => {
@@ -153,32 +115,62 @@ impl Reconcile<'_> {
         self.memory
             .restore(remote, self.tracker, scan, target, &hot)?;
         if template.is_some() {
-            let exe = self.image.exe.open_inside(self.env, remote, OFlags::RDONLY);
-            let exe = exe.during(remote.pid(), "opening the program")?;
-            layout::write_program(remote, &target.layout, &target.auxv, exe)?;
-            remote.files().forget_program();
+            self.link_program()?;
         }
         Ok(pages)
+    }
+
+    /// Gives a copy of the template its bounds and the link to its program.
+    fn link_program(&mut self) -> Result<()> {
+        let remote = &mut self.process.stopped.remote;
+        let (pid, memory) = (remote.pid(), &self.image.memory);
+        let exe = &self.image.exe;
+        let link = |remote: &mut Remote| {
+            let exe = exe.open_inside(self.env, remote, OFlags::RDONLY)?;
+            layout::write_program(remote, &memory.layout, &memory.auxv, exe)
+        };
+        let linked = match link(remote) {
+            Err(e) if e.kind() == io::ErrorKind::PermissionDenied => {
+                exe.as_program(self.env, |_| link(remote))
+            }
+            linked => linked,
+        };
+        remote.files().forget_program();
+        linked.during(pid, "setting the link to its program")
     }
 
     /// The process has run another program since; makes it run this one again.
     fn start_program(&mut self) -> Result<()> {
         let remote = &mut self.process.stopped.remote;
         let pid = remote.pid();
-        let exe = self
-            .image
-            .exe
-            .open(self.env, OFlags::RDONLY)
-            .during(pid, "opening the program")?;
         let root = Place::root(self.env, self.procfs, pid);
         let root = root.during(pid, "reading its root directory")?;
         let whole = root.map(|_| self.env.root());
-        spawn::execute(remote, exe.as_fd(), whole).during(pid, "starting the program again")?;
+        let exe = &self.image.exe;
+        let started = exe.as_program(self.env, |exe| spawn::execute(remote, exe, whole));
+        started.during(pid, "starting the program again")?;
         *self.tracker = None;
         Ok(())
     }
 
-    fn end_extra_threads(&mut self) -> Result<()> {
+    /// Loosens limits that are in the way.
+    pub(crate) fn make_room(&self, room: &Room, now: &mut Now) -> Result<()> {
+        let remote = &self.process.stopped.remote;
+        let made = now
+            .attributes
+            .make_room(remote.host(), room, &self.image.attributes);
+        made.during(remote.pid(), "loosening its limits")
+    }
+
+    /// The same for a process that was just born.
+    pub(crate) fn make_room_for_new(&self, room: &Room) -> Result<()> {
+        let remote = &self.process.stopped.remote;
+        let made = self.image.attributes.make_room_for_new(remote.host(), room);
+        made.during(remote.pid(), "loosening its limits")
+    }
+
+    /// Ends threads that are too many: one may have the number of somebody who is to be born.
+    pub(crate) fn end_extra_threads(&mut self) -> Result<()> {
         let wanted: BTreeSet<InnerPid> = self.image.threads.iter().map(|t| t.tid).collect();
         let stopped = &mut self.process.stopped;
         let pid = stopped.remote.pid();
@@ -237,7 +229,8 @@ impl Reconcile<'_> {
         let remote = &mut stopped.remote;
         let doing = "making a thread again";
         for image in self.image.threads.iter().filter(|t| missing(t.tid)) {
-            let thread = thread(self.env, remote, image.tid).during(remote.pid(), doing)?;
+            let thread = numbers::born_as(self.env, image.tid, || spawn::thread(remote, image.tid));
+            let thread = thread.during(remote.pid(), doing)?;
             stopped.threads.push(thread);
         }
         Ok(())
@@ -258,14 +251,11 @@ impl Reconcile<'_> {
         };
         let remote = &mut self.process.stopped.remote;
         attributes::restore(remote, &attributes, &self.image.attributes)?;
-        // The limits are those of the image now.
+        let timers = timers::stop(self.procfs, remote, &self.image.timers)?;
         let memory = &self.image.memory;
         memory.advised.restore(remote, &memory.vmas)?;
         let others = self.threads(answers, &attributes.credentials)?;
         let remote = &mut self.process.stopped.remote;
-        // Those that signal a thread find it there now.
-        let timers = timers::capture(self.procfs, remote)?;
-        timers::restore(remote, &timers, &self.image.timers)?;
         let host = remote.host();
         let queue =
             Queue::capture(host, Scope::Process).during(pid, "reading the queued signals")?;
@@ -273,6 +263,9 @@ impl Reconcile<'_> {
             .restore(&self.image.pending, remote, (pid, host), Scope::Process)
             .during(pid, "restoring the queued signals")?;
         self.wake()?;
+        let remote = &mut self.process.stopped.remote;
+        attributes::arm(remote, &attributes, &self.image.attributes)?;
+        timers::restore(remote, &timers, &self.image.timers)?;
         attributes.others = others;
         Ok(attributes)
     }
@@ -369,22 +362,5 @@ impl Reconcile<'_> {
                 Scope::Process,
             )
             .during(pid, "restoring the queued signals")
-    }
-}
-
-/// Makes a thread with a number. The thread that had it may be gone from `/proc` and still be on its way out of the
-/// kernel, with its number.
-fn thread(env: &dyn Environment, remote: &mut Remote, tid: InnerPid) -> io::Result<StoppedThread> {
-    let begun = Instant::now();
-    loop {
-        env.set_next_pid(tid)?;
-        match spawn::thread(remote, tid) {
-            Err(e)
-                if e.kind() == io::ErrorKind::AlreadyExists && begun.elapsed() < NUMBER_FREED =>
-            {
-                std::thread::sleep(Duration::from_micros(200));
-            }
-            made => return made,
-        }
     }
 }

@@ -42,6 +42,27 @@ impl Timer {
         }
     }
 
+    /// Whether it has time left.
+    fn is_armed(&self) -> bool {
+        let left = self.setting.get(16..).unwrap_or_default();
+        left.iter().any(|byte| *byte != 0)
+    }
+
+    /// The same without a thread to signal, or one whose time it counts: what a timer is when that has ended.
+    fn idle(self) -> Self {
+        let clock = match self.clock {
+            ..0 => libc::CLOCK_MONOTONIC,
+            clock => clock,
+        };
+        let (notify, target) = (libc::SIGEV_NONE, 0);
+        Self {
+            clock,
+            notify,
+            target,
+            ..self
+        }
+    }
+
     /// `struct sigevent`
     fn event(&self) -> Vec<u8> {
         let mut event = longs(&[self.value]);
@@ -139,18 +160,66 @@ fn parse(text: &[u8]) -> Option<Vec<Timer>> {
     Some(timers)
 }
 
-/// Makes the timers those of `target`.
+/// Keeps timers that are not as in `target` from ticking: what they would tell of belongs to the state that is given up.
+/// Returns those that are there then.
+pub(crate) fn stop(procfs: &Procfs, remote: &mut Remote, target: &[Timer]) -> Result<Vec<Timer>> {
+    let mut current = capture(procfs, remote)?;
+    if current == target {
+        return Ok(current);
+    }
+    let mut batch = Batch::new();
+    let still = batch.input(&[0; 32]);
+    current.retain_mut(|timer| {
+        let stays = target.iter().any(|t| t.is_like(timer));
+        match stays {
+            true if !timer.is_armed() => {}
+            true => {
+                let args = [timer.id.into(), 0.into(), still.into(), 0.into()];
+                batch.call(libc::SYS_timer_settime, &args);
+                timer.setting = vec![0; 32];
+            }
+            false => {
+                batch.call(libc::SYS_timer_delete, &[timer.id.into()]);
+            }
+        }
+        stays
+    });
+    if !batch.is_empty() {
+        let ran = remote.run(&batch).map(drop);
+        ran.during(remote.pid(), "stopping the POSIX timers")?;
+    }
+    Ok(current)
+}
+
+/// Makes the timers those of `target`. Comes when threads and queued signals are back, for one may tick at once.
 pub(crate) fn restore(remote: &mut Remote, current: &[Timer], target: &[Timer]) -> Result<()> {
     if current == target {
         return Ok(());
     }
     let pid = remote.pid();
-    let stays = |timer: &Timer| target.iter().any(|t| t.is_like(timer));
     let doing = "restoring the POSIX timers";
-    let mut batch = Batch::new();
-    for timer in current.iter().filter(|timer| !stays(timer)) {
-        batch.call(libc::SYS_timer_delete, &[timer.id.into()]);
+    let is_there = |timer: &Timer| current.iter().any(|t| t.is_like(timer));
+    let idle: Vec<Timer> = set(remote, target, is_there)
+        .during(pid, doing)?
+        .into_iter()
+        .map(Timer::idle)
+        .collect();
+    match set(remote, &idle, |_| false).during(pid, doing)?.first() {
+        None => Ok(()),
+        Some(timer) => {
+            let what = format!("timer {} cannot be made", timer.id);
+            Err(io::Error::other(what)).during(pid, doing)
+        }
     }
+}
+
+/// Makes timers, but those that are there, and sets them. Returns those that cannot be made, since the thread that they signal or whose
+/// time they count has ended.
+fn set(
+    remote: &mut Remote,
+    timers: &[Timer],
+    is_there: impl Fn(&Timer) -> bool,
+) -> io::Result<Vec<Timer>> {
     let mode = |on: i32| {
         [
             PR_TIMER_CREATE_RESTORE_IDS.into(),
@@ -160,31 +229,39 @@ pub(crate) fn restore(remote: &mut Remote, current: &[Timer], target: &[Timer]) 
             0.into(),
         ]
     };
-    let mut calls = vec![batch.call(libc::SYS_prctl, &mode(1))];
-    for timer in target {
-        if !batch.fits(3, TIMER_BYTES) {
-            run(remote, &std::mem::take(&mut batch), &mut calls).during(pid, doing)?;
+    let mut impossible = Vec::new();
+    let mut left = timers;
+    while !left.is_empty() {
+        let mut batch = Batch::new();
+        let mut calls = Vec::new();
+        let ids = batch.call(libc::SYS_prctl, &mode(1));
+        while let Some((timer, rest)) = left.split_first().filter(|_| batch.fits(3, TIMER_BYTES)) {
+            let made = (!is_there(timer)).then(|| {
+                let event = batch.input(&timer.event());
+                let id = batch.input(&timer.id.to_le_bytes());
+                let args = [timer.clock.into(), event.into(), id.into()];
+                batch.call(libc::SYS_timer_create, &args)
+            });
+            let set = timer.is_armed().then(|| {
+                let setting = batch.input(&timer.setting);
+                let args = [timer.id.into(), 0.into(), setting.into(), 0.into()];
+                batch.call(libc::SYS_timer_settime, &args)
+            });
+            calls.push((timer, made, set));
+            left = rest;
         }
-        if !current.iter().any(|t| t.is_like(timer)) {
-            let event = batch.input(&timer.event());
-            let id = batch.input(&timer.id.to_le_bytes());
-            let args = [timer.clock.into(), event.into(), id.into()];
-            calls.push(batch.call(libc::SYS_timer_create, &args));
+        batch.call(libc::SYS_prctl, &mode(0));
+        let outcome = remote.run(&batch)?;
+        outcome.result(ids)?;
+        for (timer, made, set) in calls {
+            let done = |call: Option<CallId>| call.map_or(Ok(0), |call| outcome.result(call));
+            match done(made) {
+                Err(e) if e.raw_os_error() == Some(libc::EINVAL) => impossible.push(timer.clone()),
+                made => made.and_then(|_| done(set)).map(drop)?,
+            }
         }
-        let setting = batch.input(&timer.setting);
-        let args = [timer.id.into(), 0.into(), setting.into(), 0.into()];
-        calls.push(batch.call(libc::SYS_timer_settime, &args));
     }
-    batch.call(libc::SYS_prctl, &mode(0));
-    run(remote, &batch, &mut calls).during(pid, doing)
-}
-
-/// Runs a batch in which these calls must succeed.
-fn run(remote: &mut Remote, batch: &Batch, calls: &mut Vec<CallId>) -> io::Result<()> {
-    let outcome = remote.run(batch)?;
-    calls
-        .drain(..)
-        .try_for_each(|call| outcome.result(call).map(drop))
+    Ok(impossible)
 }
 
 #[cfg(test)]

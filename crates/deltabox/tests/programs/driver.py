@@ -139,6 +139,30 @@ class Child:
         os.waitpid(self.pid, 0)
 
 
+class Timer:
+    """A POSIX timer, of seconds."""
+
+    def __init__(self, first, every=0, signal=signal.SIGALRM, thread=0, clock=time.CLOCK_MONOTONIC):
+        self.id = ctypes.c_int()
+        event = struct.pack("=Qiii44x", 7, signal, 4 if thread else 0, thread)  # SIGEV_THREAD_ID
+        self._call(222, clock, event, ctypes.byref(self.id))
+        times = [part for time in (every, first) for part in (int(time), int(time % 1 * 1e9))]
+        self._call(223, self.id, 0, struct.pack("=qqqq", *times), None)
+
+    @staticmethod
+    def _call(*args):
+        # Not by the C library, whose timers are others than the kernel's.
+        return call(libc.syscall, *args)
+
+    def left(self):
+        setting = ctypes.create_string_buffer(32)
+        self._call(224, self.id, setting)
+        return struct.unpack("=qqqq", setting.raw)[2]
+
+    def delete(self):
+        self._call(226, self.id)
+
+
 def put(name, value):
     """Lets an expression for a Child assign."""
     globals()[name] = value

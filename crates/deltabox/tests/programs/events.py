@@ -428,6 +428,34 @@ def pty_with_a_session_on_it():
 
 
 @case
+def pty_whose_foreground_group_ended_since():
+    """The group gets its number again, and signals of the terminal must reach it. Its leader does not look after the terminal."""
+    master, slave = os.openpty()
+
+    def lead():
+        os.setsid()
+        fcntl.ioctl(slave, termios.TIOCSCTTY, 0)
+        signal.signal(signal.SIGTTOU, signal.SIG_IGN)
+        put("got", [])
+        put("job", Child(lambda: (os.setpgid(0, 0), signal.signal(signal.SIGINT, lambda *_: got.append(1)))))
+        os.tcsetpgrp(slave, job.pid)
+
+    leader = Child(lead)
+    foreground = f"os.tcgetpgrp({slave}) == job.pid"
+    equal(leader.ask(f"(job.ask('got'), {foreground})"), ([], True), "before")
+
+    def mutate():
+        leader.ask("job.kill()")
+
+    def check():
+        equal(leader.ask(f"(job.ask('got'), {foreground})"), ([], True), "the group")
+        os.write(master, b"\x03")
+        eventually(lambda: leader.ask("job.ask('got')") == [1], "the signal")
+
+    return mutate, check
+
+
+@case
 def device_nodes():
     opened = {name: os.open(f"/dev/{name}", os.O_RDWR) for name in ("null", "zero", "full")}
     random = os.open("/dev/urandom", os.O_RDONLY)

@@ -1,6 +1,8 @@
 """Processes: what they are, whose they are, how they ended; their births and deaths."""
 
 import resource
+import shutil
+import subprocess
 
 
 @case
@@ -21,6 +23,31 @@ def working_directory_umask_and_name():
         open("here", "w").close()
         equal(os.stat("/playground/deep/er/here").st_mode & 0o777, 0o640, "mode made with the umask")
         equal(status("Name"), ["renamed"], "name")
+
+    return mutate, check
+
+
+@case
+def working_directories_in_proc():
+    other = Child()
+
+    def of_a_thread():
+        thread = threading.Thread(target=time.sleep, args=[100000], daemon=True)
+        thread.start()
+        os.chdir(f"/proc/self/task/{thread.native_id}")
+
+    children = [Child(of_a_thread), Child(lambda: os.chdir(f"/proc/{other.pid}")), Child(lambda: os.chdir("/proc/self/fd"))]
+    before = [child.ask("os.getcwd()") for child in children]
+
+    def mutate():
+        other.kill()
+        for child in children[1:]:
+            child.ask("os.chdir('/')")
+        children[0].kill()
+
+    def check():
+        equal([child.ask("os.getcwd()") for child in children], before, "directories")
+        equal([child.ask("len(os.listdir('.')) > 0") for child in children], [True] * 3, "what is in there")
 
     return mutate, check
 
@@ -115,6 +142,34 @@ def seccomp_filters_of_its_own():
     def check():
         equal(child.ask("libc.getppid()"), -1, "refused")
         equal(child.ask("libc.getpgid(0) > 0"), True, "not refused")
+
+    return mutate, check
+
+
+@case
+def children_with_rights_that_their_parents_have_not():
+    """The children are killed, and the parents, which cannot give birth to such ones any more, stay."""
+    def confined():
+        put("grandchild", Child())
+        refuse_call(110)
+        call(libc.prctl, 24, 31, 0, 0, 0)  # PR_CAPBSET_DROP
+
+    def another_user():
+        put("grandchild", Child())
+        os.setresuid(1000, 1000, 1000)
+
+    parents = [Child(confined), Child(another_user)]
+    own = "(libc.getppid() > 0, os.getuid(), status('CapBnd'), status('Seccomp_filters'))"
+    question = f"({own}, grandchild.ask({own!r}))"
+    before = [parent.ask(question) for parent in parents]
+    equal([answer[0] == answer[1] for answer in before], [False, False], "before")
+
+    def mutate():
+        for parent in parents:
+            os.kill(parent.ask("grandchild.pid"), signal.SIGKILL)
+
+    def check():
+        equal([parent.ask(question) for parent in parents], before, "rights")
 
     return mutate, check
 
@@ -270,6 +325,88 @@ def zombie_not_yet_waited_for():
         equal(os.waitpid(pid, 0), (pid, 7 << 8), "exit status")
         equal(os.waitpid(killed, 0), (killed, signal.SIGKILL), "killed by a signal")
         raises(errno.ECHILD, os.waitpid, -1, 0)
+
+    return mutate, check
+
+
+@case
+def zombie_that_leads_a_group():
+    ready, tell = os.pipe()
+    leader = os.fork()
+    if leader == 0:
+        os.setpgid(0, 0)
+        os.write(tell, b"x")
+        os._exit(3)
+    os.read(ready, 1)
+    os.waitid(os.P_PID, leader, os.WEXITED | os.WNOWAIT)
+    member = Child(lambda: os.setpgid(0, leader))
+    equal(member.ask("os.getpgid(0)"), leader, "before")
+
+    def mutate():
+        os.waitpid(leader, 0)
+
+    def check():
+        equal(member.ask("os.getpgid(0)"), leader, "the group")
+        equal(os.waitid(os.P_PID, leader, os.WEXITED | os.WNOWAIT).si_status, 3, "the zombie's status")
+        member.ask("[signal.signal(signal.SIGUSR1, lambda *_: put('got', 1))] and 0")
+        os.killpg(leader, signal.SIGUSR1)
+        equal(member.ask("got"), 1, "a signal to the group")
+
+    return mutate, check
+
+
+@case
+def zombie_that_leads_a_session():
+    tellers = Tellers(1)
+    leader = os.fork()
+    if leader == 0:
+        os.setsid()
+        tellers.born(0)
+        os._exit(3)
+    os.waitid(os.P_PID, leader, os.WEXITED | os.WNOWAIT)
+    eventually(lambda: tellers.ask()[0][1:] == [1, leader], "adoption by init")
+    before = tellers.ask()
+
+    def mutate():
+        os.waitpid(leader, 0)
+
+    def check():
+        equal(tellers.ask(), before, "number, parent and session")
+        equal(os.waitid(os.P_PID, leader, os.WEXITED | os.WNOWAIT).si_status, 3, "the zombie's status")
+
+    return mutate, check
+
+
+@case
+def zombie_of_a_parent_that_gives_up_rights_since():
+    parent = Child()
+    zombie = parent.ask("put('ends', subprocess.Popen(['sh', '-c', 'exit 3'])).pid")
+    wait = f"os.waitid(os.P_PID, {zombie}, os.WEXITED | os.WNOWAIT).si_status"
+    equal(parent.ask(wait), 3, "before")
+
+    def mutate():
+        parent.ask("os.setresuid(1000, 1000, 1000)")
+
+    def check():
+        equal(parent.ask(wait), 3, "the zombie's status")
+        equal(parent.ask("os.getuid()"), 0, "rights")
+
+    return mutate, check
+
+
+@case
+def group_whose_leader_ended_since():
+    leader = Child(lambda: os.setpgid(0, 0))
+    leader.ask("1")
+    member = Child(lambda: os.setpgid(0, leader.pid))
+    equal(member.ask("os.getpgid(0)"), leader.pid, "before")
+
+    def mutate():
+        leader.kill()
+
+    def check():
+        equal(leader.ask("(os.getpid(), os.getpgid(0))"), (leader.pid, leader.pid), "the leader")
+        equal(member.ask("os.getpgid(0)"), leader.pid, "the member")
 
     return mutate, check
 
@@ -588,9 +725,31 @@ def itself_executed_another_program_since():
 
 
 @case
-def children_of_other_programs():
-    import subprocess
+def program_that_may_not_be_executed_any_more():
+    shutil.copy("/bin/cat", "/playground/cat")
+    cat = subprocess.Popen(["/playground/cat"], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
 
+    def through(text):
+        os.write(cat.stdin.fileno(), text + b"\n")
+        return read_line(cat.stdout.fileno()).encode()
+
+    equal(through(b"early"), b"early", "answer")
+    os.chmod("/playground/cat", 0)
+
+    def mutate():
+        cat.kill()
+        cat.wait()
+
+    def check():
+        equal(through(b"late"), b"late", "answer")
+        equal(os.readlink(f"/proc/{cat.pid}/exe"), "/playground/cat", "program")
+        equal(os.stat("/playground/cat").st_mode & 0o7777, 0, "mode")
+
+    return mutate, check
+
+
+@case
+def children_of_other_programs():
     cat = subprocess.Popen(["cat"], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     shell = subprocess.Popen(["sh"], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     shell.stdin.write(b"x=secret\n")

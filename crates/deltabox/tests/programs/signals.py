@@ -153,6 +153,56 @@ def posix_timers():
 
 
 @case
+def timers_of_threads_that_have_ended():
+    """One that signals such a thread, and one of its processor time."""
+    def setup():
+        def begin():
+            clock = time.pthread_getcpuclockid(threading.get_ident())
+            put("timers", [Timer(5000, thread=threading.get_native_id()), Timer(5000, clock=clock), Timer(5000)])
+
+        thread = threading.Thread(target=begin)
+        thread.start()
+        thread.join()
+
+    child = Child(setup)
+    question = "[timer.left() > 4000 for timer in timers[::2]]"
+    equal(child.ask(question), [True, True], "before")
+
+    def mutate():
+        child.ask("[timer.delete() for timer in timers]")
+
+    def check():
+        equal(child.ask(question), [True, True], "times left")
+        child.ask("timers[1].left()")
+
+    return mutate, check
+
+
+@case
+def timers_whose_signals_wait():
+    """Ticks that were not taken yet, of timers that go on for long."""
+    numbers = {signal.SIGUSR1, signal.SIGUSR2, signal.SIGALRM}
+    signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
+    long = Timer(0.001, 5000, signal.SIGUSR1)
+    Timer(0.001, 0, signal.SIGUSR2)
+    signal.setitimer(signal.ITIMER_REAL, 0.001, 5000)
+    eventually(lambda: numbers <= signal.sigpending(), "the ticks")
+
+    def mutate():
+        signal.sigtimedwait([signal.SIGUSR1], 0)
+        signal.sigtimedwait([signal.SIGALRM], 0)
+
+    def check():
+        for number in numbers:
+            equal(signal.sigtimedwait([number], 0) is None, False, f"{number} waits")
+            equal(signal.sigtimedwait([number], 0) is None, True, f"{number} waits once")
+        equal(long.left() > 4000, True, "the timer goes on")
+        equal(signal.getitimer(signal.ITIMER_REAL)[0] > 4000, True, "the interval timer goes on")
+
+    return mutate, check
+
+
+@case
 def alternate_signal_stack():
     memory = ctypes.create_string_buffer(1 << 16)
     libc.sigaltstack.argtypes = [ctypes.c_char_p, ctypes.c_char_p]

@@ -286,6 +286,7 @@ theme! { events:
     memfd_that_is_executed
     pty_with_both_ends_inside
     pty_with_a_session_on_it
+    pty_whose_foreground_group_ended_since
     device_nodes
     pty_with_lines_that_nobody_has_read
     pty_with_bytes_that_nobody_has_read
@@ -440,15 +441,31 @@ theme! { signals:
     interval_timers
     interval_timer_that_ticks
     posix_timers
+    timers_of_threads_that_have_ended
+    timers_whose_signals_wait
     alternate_signal_stack
+}
+
+theme! { limits:
+    no_more_processes_allowed
+    no_more_threads_allowed_to_another_user
+    descriptors_above_the_limit
+    descriptors_limited_since
+    memory_above_the_limit
+    memory_limited_since
+    locked_memory_above_the_limit
+    queued_signals_above_the_limit
+    timers_above_the_limit_of_signals
 }
 
 theme! { processes:
     working_directory_umask_and_name
+    working_directories_in_proc
     resource_limits
     credentials_of_another_user
     ids_for_files_and_sets_of_capabilities
     seccomp_filters_of_its_own
+    children_with_rights_that_their_parents_have_not
     settings_that_a_program_starts_with_and_changes
     credentials_dropped_since
     scheduling
@@ -456,6 +473,10 @@ theme! { processes:
     rights_and_priorities_of_one_process
     what_proc_tells_of_a_program
     zombie_not_yet_waited_for
+    zombie_that_leads_a_group
+    zombie_that_leads_a_session
+    zombie_of_a_parent_that_gives_up_rights_since
+    group_whose_leader_ended_since
     stopped_process
     orphan_of_a_double_fork
     sessions_and_groups
@@ -468,6 +489,7 @@ theme! { processes:
     children_born_since
     child_executed_another_program_since
     itself_executed_another_program_since
+    program_that_may_not_be_executed_any_more
     children_of_other_programs
     tree_of_ten_generations
     tree_killed_whole_since

@@ -5,14 +5,12 @@
 //! child of a stand-in whose end makes it its parent's. Where nobody of the session is left, the stand-in leads it for that time.
 
 use std::io;
-use std::os::fd::AsFd;
-
-use rustix::fs::OFlags;
 
 use super::{COPIES, Delivery, call, spawn};
-use crate::error::{During, Result};
+use crate::error::{During, Error, Result};
 use crate::ids::InnerPid;
 use crate::image::INIT;
+use crate::numbers;
 use crate::remote::{Arg, Batch, Remote};
 
 impl Delivery<'_> {
@@ -35,14 +33,19 @@ impl Delivery<'_> {
 
     /// Whether a process is to be a descendant of another.
     fn descends(&self, pid: InnerPid, from: InnerPid) -> bool {
-        let parent_of = |pid: &InnerPid| Some(self.target.processes.get(pid)?.stat.parent);
+        let parent_of = |pid: &InnerPid| {
+            let living = self.target.processes.get(pid).map(|p| &p.stat);
+            Some(living.or_else(|| self.target.zombies.get(pid))?.parent)
+        };
         from == INIT || std::iter::successors(parent_of(&pid), parent_of).any(|p| p == from)
     }
 
     /// Whether the leader of the session that a process is to be born in is there, or will never be.
     pub(super) fn is_ready(&self, pid: InnerPid) -> bool {
         let leader = self.birth_session(pid);
-        self.held.processes.contains_key(&leader) || !self.target.processes.contains_key(&leader)
+        let is_to_be = self.target.processes.contains_key(&leader)
+            || self.target.zombies.contains_key(&leader);
+        self.held.processes.contains_key(&leader) || !is_to_be
     }
 
     fn birth_session(&self, pid: InnerPid) -> InnerPid {
@@ -90,15 +93,24 @@ impl Delivery<'_> {
             }
             None if parent == INIT => {
                 let doing = "making its session";
-                let host = self.env.birth(session).during(pid, doing)?;
-                let stand_in = spawn::adopt(session, host, None).during(pid, doing)?;
+                let host = numbers::once_free(|| self.env.birth(session));
+                let host = host.during(pid, doing)?;
+                let stand_in = spawn::adopt(session, host).during(pid, doing)?;
                 self.orphan_of_leader(stand_in, session, pid)
             }
             None => {
                 // A session whose leader has ended keeps its number as long as it has members.
                 let refusal = "it takes orphans of a session that others are left in";
-                let stand_in = self.copy(parent, session)?;
-                let stand_in = stand_in.ok_or_else(|| self.lost(parent, refusal))?;
+                let doing = "making a stand-in";
+                let stand_in = self.copy_as(parent, session, libc::SIGCHLD, doing);
+                let stand_in = stand_in.map_err(|e| match e {
+                    Error::Process { source, .. }
+                        if source.kind() == io::ErrorKind::AlreadyExists =>
+                    {
+                        self.lost(parent, refusal)
+                    }
+                    e => e,
+                })?;
                 self.orphan_of_leader(stand_in, session, pid)?;
                 self.reap(parent, session)
             }
@@ -114,7 +126,7 @@ impl Delivery<'_> {
         descended.min_by_key(|pid| *pid != session)
     }
 
-    fn mother(&mut self, pid: InnerPid) -> Result<&mut Remote> {
+    pub(super) fn mother(&mut self, pid: InnerPid) -> Result<&mut Remote> {
         let found = self.held.remote(pid).ok_or(io::ErrorKind::NotFound);
         found.during(pid, "finding it")
     }
@@ -167,10 +179,11 @@ impl Delivery<'_> {
     /// Makes a child of the stand-in, whose end then gives it to its parent.
     fn orphan_of(&mut self, mut stand_in: Remote, session: InnerPid, pid: InnerPid) -> Result<()> {
         let image = self.image(pid);
-        let born = image.exe.open(self.env, OFlags::RDONLY).and_then(|exe| {
-            self.env.set_next_pid(pid)?;
-            let signal = image.stat.exit_signal;
-            spawn::child(&mut stand_in, pid, signal, exe.as_fd(), None)
+        let signal = image.stat.exit_signal;
+        let born = image.exe.as_program(self.env, |exe| {
+            numbers::born_as(self.env, pid, || {
+                spawn::child(&mut stand_in, pid, signal, exe, None)
+            })
         });
         let ended = spawn::kill(&stand_in, &[stand_in.host()]);
         let remote = born.during(pid, "making the process again")?;

@@ -11,10 +11,8 @@ pub(crate) mod terminal;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
-use std::os::fd::AsFd;
+use std::os::fd::BorrowedFd;
 use std::time::Duration;
-
-use rustix::fs::OFlags;
 
 use crate::env::Environment;
 use crate::error::{During, Error, Result};
@@ -22,6 +20,7 @@ use crate::files::Place;
 use crate::hold::{Held, HeldProcess};
 use crate::ids::InnerPid;
 use crate::image::{INIT, ProcessImage, TreeImage};
+use crate::numbers;
 use crate::procfs::Stat;
 use crate::remote::{Batch, Remote};
 use crate::stop::{Stopped, hold_thread};
@@ -56,8 +55,10 @@ pub(crate) fn deliver(env: &dyn Environment, held: &mut Held, target: &TreeImage
         target,
         sessions,
         born: Born::default(),
+        dying: BTreeSet::new(),
     };
     delivery.families()?;
+    delivery.dying_leaders()?;
     delivery.groups()?;
     delivery.zombies()?;
     Ok(delivery.born)
@@ -70,6 +71,8 @@ struct Delivery<'a> {
     /// The session that each process is in by now.
     sessions: BTreeMap<InnerPid, InnerPid>,
     born: Born,
+    /// Those that are to be zombies. They are held as long as the groups or sessions that they lead are made.
+    dying: BTreeSet<InnerPid>,
 }
 
 impl<'a> Delivery<'a> {
@@ -90,6 +93,7 @@ impl<'a> Delivery<'a> {
         }
         // The session of one that was adopted may be led by a descendant of another.
         loop {
+            self.dying_leaders()?;
             let left = self.left_over();
             let Some(first) = left.first() else {
                 return Ok(());
@@ -178,24 +182,17 @@ impl<'a> Delivery<'a> {
         if self.born.copies.contains(&parent) && self.is_in_template(pid) {
             return self.twin(parent, pid);
         }
-        let exe = image
-            .exe
-            .open(self.env, OFlags::RDONLY)
-            .during(pid, "opening the program")?;
-        self.env
-            .set_next_pid(pid)
-            .during(pid, "choosing the number")?;
         // One that stays may be in a root directory of its own already.
         let root = Place::root(self.env, &self.held.procfs, parent);
         let root = root.during(parent, "reading its root directory")?;
         let whole = root.map(|_| self.env.root());
-        let mother = self
-            .held
-            .remote(parent)
-            .ok_or(io::ErrorKind::NotFound)
-            .during(parent, "finding it")?;
-        let remote = spawn::child(mother, pid, image.stat.exit_signal, exe.as_fd(), whole)
-            .during(pid, "making the process again")?;
+        let env = self.env;
+        let mother = self.mother(parent)?;
+        let signal = image.stat.exit_signal;
+        let remote = image.exe.as_program(env, |exe| {
+            numbers::born_as(env, pid, || spawn::child(mother, pid, signal, exe, whole))
+        });
+        let remote = remote.during(pid, "making the process again")?;
         let session = self.sessions[&parent];
         self.admit(pid, remote, session)
     }
@@ -207,12 +204,8 @@ impl<'a> Delivery<'a> {
 
     /// Makes a child of a copy of the template, another copy.
     fn twin(&mut self, parent: InnerPid, pid: InnerPid) -> Result<()> {
-        self.env
-            .set_next_pid(pid)
-            .during(pid, "choosing the number")?;
         let exit_signal = self.image(pid).stat.exit_signal;
-        let mother = self.held.remote(parent).expect("it was just made");
-        let remote = spawn::twin(mother, pid, exit_signal).during(pid, "copying its parent")?;
+        let remote = self.copy_as(parent, pid, exit_signal, "copying its parent")?;
         self.born.copies.insert(pid);
         let session = self.sessions[&parent];
         self.admit(pid, remote, session)
@@ -228,7 +221,7 @@ impl<'a> Delivery<'a> {
         for _ in 0..COPIES {
             let born = self.env.birth_from_template(pid, self.spare(&[]));
             let is_born = born.is_ok();
-            match born.and_then(|host| spawn::adopt(pid, host, None)) {
+            match born.and_then(|host| spawn::adopt(pid, host)) {
                 Ok(remote) => {
                     self.born.copies.insert(pid);
                     self.admit(pid, remote, NONE)?;
@@ -253,16 +246,14 @@ impl<'a> Delivery<'a> {
             return Ok(());
         }
         let image = self.image(pid);
-        let exe = image
-            .exe
-            .open(self.env, OFlags::RDONLY)
-            .during(pid, "opening the program")?;
-        let host = self
-            .env
-            .birth(pid)
-            .during(pid, "making the process again")?;
-        let remote =
-            spawn::adopt(pid, host, Some(exe.as_fd())).during(pid, "making the process again")?;
+        let host = numbers::once_free(|| self.env.birth(pid));
+        let born = host.and_then(|host| spawn::adopt(pid, host));
+        let born = born.and_then(|mut remote| {
+            let execute = |exe: BorrowedFd<'_>| spawn::execute(&mut remote, exe, None);
+            image.exe.as_program(self.env, execute)?;
+            Ok(remote)
+        });
+        let remote = born.during(pid, "making the process again")?;
         self.admit(pid, remote, INIT)
     }
 
@@ -321,51 +312,96 @@ impl<'a> Delivery<'a> {
             return joined.map(drop);
         }
         // Nobody is in the group any more: it needs a leader to come into being.
-        self.env
-            .set_next_pid(group)
-            .during(pid, "choosing a number")?;
-        let mother = self
-            .held
-            .remote(pid)
-            .ok_or(io::ErrorKind::NotFound)
-            .during(pid, "finding it")?;
-        let mut leader =
-            spawn::copy(mother, group, libc::SIGCHLD).during(pid, "making its group")?;
+        let mut leader = self.copy_as(pid, group, libc::SIGCHLD, "making its group")?;
         let made = call(&mut leader, libc::SYS_setpgid, &[0.into(), 0.into()]);
         stand_ins.insert(group, (pid, leader));
         made.during(pid, "making its group")?;
         self.call(pid, libc::SYS_setpgid, &args).map(drop)
     }
 
-    /// Makes children that have ended and were not waited for.
-    fn zombies(&mut self) -> Result<()> {
-        for (pid, stat) in &self.target.zombies {
-            if !self.held.zombies.contains_key(pid)
-                && self.held.processes.contains_key(&stat.parent)
-            {
-                self.zombie(*pid, stat)
-                    .during(*pid, "making a dead child again")?;
+    /// A child with a number, which is a copy of its parent.
+    fn copy_as(
+        &mut self,
+        parent: InnerPid,
+        pid: InnerPid,
+        exit_signal: i32,
+        doing: &str,
+    ) -> Result<Remote> {
+        let env = self.env;
+        let mother = self.mother(parent)?;
+        let copy = numbers::born_as(env, pid, || spawn::twin(mother, pid, exit_signal));
+        copy.during(pid, doing)
+    }
+
+    /// Children that have ended and were not waited for, and whose parent is there.
+    fn missing_zombies(&self) -> Vec<(InnerPid, &'a Stat)> {
+        let there = |pid| self.held.zombies.contains_key(pid) || self.dying.contains(pid);
+        let missing =
+            self.target.zombies.iter().filter(|(pid, stat)| {
+                !there(pid) && self.held.processes.contains_key(&stat.parent)
+            });
+        missing.map(|(pid, stat)| (*pid, stat)).collect()
+    }
+
+    /// Makes those that led a group or a session: as long as they live others can be born in it, or join.
+    fn dying_leaders(&mut self) -> Result<()> {
+        for (pid, stat) in self.missing_zombies() {
+            if stat.group == pid {
+                let doing = "making a dead child again";
+                let child = self.copy_as(stat.parent, pid, stat.exit_signal, doing)?;
+                let process = admit(self.held, child, 0)?;
+                self.held.processes.insert(pid, process);
+                self.sessions.insert(pid, self.sessions[&stat.parent]);
+                self.dying.insert(pid);
+                match stat.session == pid {
+                    true => self.lead_session(pid)?,
+                    false => drop(self.call(pid, libc::SYS_setpgid, &[0.into(), 0.into()])?),
+                }
             }
         }
         Ok(())
     }
 
+    /// Makes children that have ended and were not waited for.
+    fn zombies(&mut self) -> Result<()> {
+        let doing = "making a dead child again";
+        for pid in std::mem::take(&mut self.dying) {
+            if let Some(process) = self.held.processes.remove(&pid) {
+                let ended = end_as(process.stopped.remote, &self.target.zombies[&pid]);
+                ended.during(pid, doing)?;
+                self.held
+                    .zombies
+                    .insert(pid, self.target.zombies[&pid].clone());
+            }
+        }
+        for (pid, stat) in self.missing_zombies() {
+            self.zombie(pid, stat).during(pid, doing)?;
+        }
+        Ok(())
+    }
+
     fn zombie(&mut self, pid: InnerPid, stat: &Stat) -> io::Result<()> {
-        self.env.set_next_pid(pid)?;
         let mother = self
             .held
             .remote(stat.parent)
             .ok_or(io::ErrorKind::NotFound)?;
-        let mut child = spawn::copy(mother, pid, stat.exit_signal & 0xff)?;
+        let env = self.env;
+        let signal = stat.exit_signal;
+        let mut child = numbers::born_as(env, pid, || spawn::twin(mother, pid, signal))?;
         let group = stat.group.0;
         let join = |child: &mut Remote| call(child, libc::SYS_setpgid, &[0.into(), group.into()]);
-        let is_taken = |pid: InnerPid| {
-            self.target.processes.contains_key(&pid) || self.target.zombies.contains_key(&pid)
+        let is_taken = |number: InnerPid| {
+            let (living, dead) = (&self.target.processes, &self.target.zombies);
+            let mut stats = living.values().map(|p| &p.stat).chain(dead.values());
+            living.contains_key(&number)
+                || dead.contains_key(&number)
+                || stats.any(|s| s.session == number)
+                || living.values().any(|p| p.stat.group == number)
         };
         if group != 0 && join(&mut child).is_err() && !is_taken(stat.group) {
             // Nobody is in its group any more: it needs a leader to come into being.
-            self.env.set_next_pid(stat.group)?;
-            let mut leader = spawn::copy(mother, stat.group, 0)?;
+            let mut leader =
+                numbers::born_as(env, stat.group, || spawn::twin(mother, stat.group, 0))?;
             let led = call(&mut leader, libc::SYS_setpgid, &[0.into(), 0.into()]);
             // Of one that was in another session the group is lost, as nobody but itself could have entered it.
             let _ = led.and_then(|_| join(&mut child));

@@ -7,6 +7,7 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 
 use crate::ids::{HostPid, InnerPid};
+use crate::numbers;
 use crate::remote::{Batch, Remote, await_stop, block_signals, longs, lost};
 use crate::stop::{StoppedThread, await_interruption, hold_thread};
 use crate::sys::process;
@@ -32,6 +33,7 @@ pub(crate) fn child(
     let host = clone(parent, flags)?;
     // From here on the parent waits in the kernel until its child has a program of its own.
     ptrace::resume(parent.host())?;
+    let number = host.inner();
     let made = become_program(pid, host, parent.area_address(), exe, root);
     if made.is_err() {
         let _ =
@@ -39,6 +41,9 @@ pub(crate) fn child(
         let _ = await_end(host);
     }
     parent.finish(parent.host())?;
+    if made.is_err() {
+        reap(parent, &[number?])?;
+    }
     made
 }
 
@@ -53,31 +58,20 @@ fn become_program(
     block_signals(host)?;
     let found = host.inner()?;
     if found != pid {
-        return Err(io::Error::new(
-            io::ErrorKind::AlreadyExists,
-            format!("the number {pid} is taken, the child got {found}"),
-        ));
+        return Err(numbers::taken(pid, found));
     }
     let mut child = Remote::new(pid, host, area)?;
     execute(&mut child, exe, root)?;
     Ok(child)
 }
 
-/// Makes init's new-born child, which waits in `pause(2)`, a fresh image of `exe`.
-pub(crate) fn adopt(
-    pid: InnerPid,
-    host: HostPid,
-    exe: Option<BorrowedFd<'_>>,
-) -> io::Result<Remote> {
+/// Takes up init's new-born child, which waits in `pause(2)`.
+pub(crate) fn adopt(pid: InnerPid, host: HostPid) -> io::Result<Remote> {
     ptrace::seize(host)?;
     ptrace::interrupt(host)?;
     await_interruption(host)?;
     block_signals(host)?;
-    let mut child = Remote::new(pid, host, None)?;
-    if let Some(exe) = exe {
-        execute(&mut child, exe, None)?;
-    }
-    Ok(child)
+    Remote::new(pid, host, None)
 }
 
 /// Makes a child of `parent` that is a copy of it. The caller has seen to its number.
@@ -86,10 +80,8 @@ pub(crate) fn twin(parent: &mut Remote, pid: InnerPid, exit_signal: i32) -> io::
     let found = child.host().inner()?;
     if found != pid {
         kill(&child, &[child.host()])?;
-        return Err(io::Error::new(
-            io::ErrorKind::AlreadyExists,
-            format!("the number {pid} is taken, the child got {found}"),
-        ));
+        reap(parent, &[found])?;
+        return Err(numbers::taken(pid, found));
     }
     Ok(child)
 }
@@ -171,10 +163,7 @@ pub(crate) fn thread(remote: &mut Remote, tid: InnerPid) -> io::Result<StoppedTh
     let thread = any_thread(remote)?;
     if thread.tid != tid {
         end_thread(remote, thread.host)?;
-        return Err(io::Error::new(
-            io::ErrorKind::AlreadyExists,
-            format!("the number {tid} is taken, the thread got {}", thread.tid),
-        ));
+        return Err(numbers::taken(tid, thread.tid));
     }
     Ok(thread)
 }

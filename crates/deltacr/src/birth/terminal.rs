@@ -40,7 +40,8 @@ impl Terminals {
             let stat = held.stat(*pid, born)?;
             let wanted = image.stat.clone();
             let take = stat.tty != wanted.tty;
-            if take || stat.foreground != wanted.foreground {
+            let other = stat.foreground != wanted.foreground;
+            if take || other || is_new(InnerPid(wanted.foreground), held, target, born) {
                 missing.push(Missing {
                     leader: *pid,
                     wanted,
@@ -63,6 +64,16 @@ impl Terminals {
                 .during(missing.leader, "restoring its terminal")
         })
     }
+}
+
+/// Whether a group may have come into being just now: to the kernel, it is another one than that with the same number before.
+fn is_new(group: InnerPid, held: &Held, target: &TreeImage, born: &BTreeSet<InnerPid>) -> bool {
+    let stayed = |pid: &InnerPid| {
+        let process = held.processes.get(pid).filter(|_| !born.contains(pid));
+        process.is_some_and(|process| process.stat.group == group)
+    };
+    let mut processes = target.processes.iter();
+    processes.any(|(pid, image)| image.stat.group == group && !stayed(pid))
 }
 
 fn give(env: &dyn Environment, remote: &mut Remote, wanted: &Stat, take: bool) -> io::Result<()> {

@@ -16,10 +16,13 @@ use crate::hold::{Deaths, Held};
 use crate::ids::InnerPid;
 use crate::image::{ProcessImage, TreeImage};
 use crate::interview::Questionnaire;
+use crate::keepers::{self, keepers};
+use crate::limits::Room;
 use crate::mem::{Scan, Tracker, Vma};
-use crate::reconcile::{self, Now, Reconcile};
+use crate::reconcile::{Now, Reconcile};
 use crate::stopwatch::{Phases, Stopwatch};
 use crate::sysv::{self, Attached};
+use crate::threads::ThreadImage;
 
 /// What there is before a rollback, of the processes that may stay.
 #[derive(Default)]
@@ -50,6 +53,36 @@ impl Survey {
 struct Look {
     scan: Scan,
     same_program: bool,
+}
+
+/// Those that could stay, but are to have children again that they cannot have: whoever gives up a right, or is put under a filter,
+/// may have children from before who are not.
+fn unfit_parents(
+    env: &dyn Environment,
+    held: &Held,
+    target: &TreeImage,
+    now: &BTreeMap<InnerPid, Now>,
+) -> BTreeSet<InnerPid> {
+    let unborn = target
+        .processes
+        .iter()
+        .filter(|(pid, _)| !now.contains_key(pid));
+    let families = unborn.filter_map(|(_, child)| {
+        let parent = child.stat.parent;
+        Some((
+            parent,
+            now.get(&parent)?,
+            held.processes.get(&parent)?,
+            child,
+        ))
+    });
+    let unfit = families.filter(|(_, parent, process, child)| {
+        let host = process.stopped.remote.host();
+        let is_filtered = |thread: &ThreadImage| !thread.is_within_filters(host, env);
+        !attributes::can_bear(&parent.attributes, &child.attributes)
+            || child.threads.iter().any(is_filtered)
+    });
+    unfit.map(|(parent, ..)| parent).collect()
 }
 
 /// What a rollback did with the processes.
@@ -133,7 +166,7 @@ impl Engine {
         let parted = self.means.shared.part_with_sealed(&target.shared, mapped);
         parted.during_tree("reading the seals of the shared memory")?;
         let mut stuck = BTreeSet::new();
-        let keep = reconcile::keepers(held, target, &stuck);
+        let keep = keepers(held, target, &stuck);
         let questionnaire = Questionnaire::of(env.bounding_set());
         let interviews = interview_all(held, &questionnaire, |pid| keep.contains(pid))?;
         held.find_dead()?;
@@ -175,9 +208,15 @@ impl Engine {
             };
             processes.insert(pid, now);
         }
-        if !stuck.is_empty() {
-            let keep = reconcile::keepers(held, target, &stuck);
+        loop {
+            let keep = keepers(held, target, &stuck);
             processes.retain(|pid, _| keep.contains(pid));
+            let before = stuck.len();
+            stuck.extend(keepers::in_the_way(held, target, &keep));
+            stuck.extend(unfit_parents(env, held, target, &processes));
+            if stuck.len() == before {
+                break;
+            }
         }
         Ok(Survey {
             processes,
@@ -273,16 +312,28 @@ impl Engine {
         let keep = survey.processes.keys().copied().collect();
         let killed = end::others(held, &keep, target)?;
         watch.lap("kill");
+        let mut before = survey.processes;
+        let room = Room::of(env.init_pid()).during_tree("reading the limits of init")?;
+        for (pid, now) in &mut before {
+            let image = &target.processes[pid];
+            let mut work = self.reconcile(env, held, *pid, image)?;
+            work.end_extra_threads()?;
+            work.make_room(&room, now)?;
+        }
         let born = birth::deliver(env, held, target)?;
+        for pid in &born.all {
+            let image = &target.processes[pid];
+            let work = self.reconcile(env, held, *pid, image)?;
+            work.make_room_for_new(&room)?;
+        }
         watch.lap("births");
         let mut there_is = survey.system_v || !target.system_v.is_empty();
-        if survey.processes.is_empty() && !there_is {
+        if before.is_empty() && !there_is {
             there_is = match held.processes.values_mut().next() {
                 Some(process) => sysv::are_there(&mut process.stopped.remote)?,
                 None => true,
             };
         }
-        let mut before = survey.processes;
         if there_is {
             self.system_v(env, held, &mut before, target)?;
         }
@@ -301,17 +352,27 @@ impl Engine {
             .restore(&target.shared.outside(owners))
             .during_tree("restoring the shared memory")?;
         let mut pages = 0;
-        let mut removed = Removed::default();
-        let told_of = target.descriptors.told_of().collect();
+        let images = target.processes.values();
+        let places = images.flat_map(|image| fd::told_of(image.cwd.path()));
+        let told_of = target.descriptors.told_of().chain(places).collect();
         for (pid, image) in &target.processes {
             let mut work = self.reconcile(env, held, *pid, image)?;
             let template = env.template().filter(|_| born.copies.contains(pid));
             pages += work.memory(before.get_mut(pid), template)?;
-            work.directory(before.get(pid), &mut removed)?;
             work.threads_told_of(&told_of)?;
         }
         let sealed = self.means.shared.seal(&target.shared);
         sealed.during_tree("sealing the shared memory")?;
+        let mut removed = Removed::default();
+        for (pid, image) in &target.processes {
+            if let Some(now) = before.get_mut(pid) {
+                // That of one who was born again is another directory.
+                now.same_directory &=
+                    fd::told_of(image.cwd.path()).all(|number| !born.all.contains(&number));
+            }
+            let mut work = self.reconcile(env, held, *pid, image)?;
+            work.directory(before.get(pid), &mut removed)?;
+        }
         self.means.shared.let_go_of_segments();
         sysv::finish(env, &target.system_v)?;
         watch.lap("memory");
@@ -334,6 +395,7 @@ impl Engine {
             let process = member(&mut held.processes, *pid)?;
             let now = &attributes[pid];
             attributes::restore_credentials(&mut process.stopped, now, &image.attributes)?;
+            attributes::restore_limits(&process.stopped.remote, now, &image.attributes)?;
             process.ignores_trap = image.attributes.ignores_trap();
             process.stop_with = image.user_stop.filter(|_| process.user_stop.is_none());
         }

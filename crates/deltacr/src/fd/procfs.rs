@@ -124,15 +124,21 @@ pub(crate) fn mark_ended(env: &dyn Environment, mut path: Vec<u8>, ino: u64) -> 
     path
 }
 
+/// The process, and the thread, that a path below `/proc` is about, unless they have ended.
+pub(crate) fn told_of(path: &[u8]) -> impl Iterator<Item = InnerPid> + use<> {
+    let about = About::of(path).filter(|about| !about.ended);
+    let numbers = about.map(|about| about.thread.into_iter().chain([about.process]));
+    numbers.into_iter().flatten()
+}
+
 impl Descriptors {
     /// The processes and threads that open files of `/proc` are about.
     pub(crate) fn told_of(&self) -> impl Iterator<Item = InnerPid> {
-        let abouts = self.objects.iter().filter_map(|object| match &object.kind {
-            Kind::Path { path } => About::of(path),
+        let paths = self.objects.iter().filter_map(|object| match &object.kind {
+            Kind::Path { path } => Some(path),
             _ => None,
         });
-        let living = abouts.filter(|about| !about.ended);
-        living.flat_map(|about| about.thread.into_iter().chain([about.process]))
+        paths.flat_map(|path| told_of(path))
     }
 }
 

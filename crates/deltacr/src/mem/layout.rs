@@ -1,5 +1,7 @@
 //! The bounds that the kernel keeps of an address space: `prctl(PR_SET_MM_MAP)`.
 
+use std::io;
+
 use rustix::fs::CWD;
 use serde::{Deserialize, Serialize};
 
@@ -93,14 +95,11 @@ pub(crate) fn write_program(
     layout: &Layout,
     auxv: &[u8],
     program: i32,
-) -> Result<()> {
+) -> io::Result<()> {
     let mut batch = Batch::new();
     let set = add_map(&mut batch, layout, Some(auxv), program as u32);
     batch.call(libc::SYS_close, &[program.into()]);
-    let set = remote
-        .run(&batch)
-        .and_then(|outcome| outcome.result(set).map(drop));
-    set.during(remote.pid(), "setting the link to its program")
+    remote.run(&batch)?.result(set).map(drop)
 }
 
 /// Sets the bounds; `auxv` too, if it is given.

@@ -46,8 +46,8 @@ impl Tracker {
         let mut make = Batch::new();
         let flags = libc::O_CLOEXEC | pagemap::USER_MODE_ONLY;
         let made = make.call(libc::SYS_userfaultfd, &[flags.into()]);
-        let outcome = remote.run(&make).during(pid, doing)?;
-        let there = outcome.result(made).during(pid, doing)? as i32;
+        let there = remote.with_numbers(|remote| remote.run(&make)?.result(made));
+        let there = there.during(pid, doing)? as i32;
         let uffd = remote.take_fd(there);
         let mut close = Batch::new();
         close.call(libc::SYS_close, &[there.into()]);

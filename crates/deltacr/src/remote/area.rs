@@ -7,6 +7,7 @@ use std::sync::OnceLock;
 
 use super::{Batch, Remote};
 use crate::ids::HostPid;
+use crate::limits::Widened;
 use crate::sys::{process, ptrace};
 
 /// Size of the area.
@@ -69,7 +70,14 @@ impl Remote {
             u64::MAX,
             0,
         ];
-        let at = self.step_syscall(libc::SYS_mmap, args)?;
+        let at = match self.step_syscall(libc::SYS_mmap, args) {
+            Err(e) if e.raw_os_error() == Some(libc::ENOMEM) => {
+                let kinds = [libc::RLIMIT_AS, libc::RLIMIT_DATA];
+                let _more = kinds.map(|kind| Widened::of(self.host, kind));
+                self.step_syscall(libc::SYS_mmap, args)?
+            }
+            mapped => mapped?,
+        };
         self.area = Some(at);
         self.stub_there = false;
         Ok(at)

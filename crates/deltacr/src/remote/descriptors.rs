@@ -7,6 +7,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
 
 use super::{Batch, Remote, longs};
+use crate::limits::Widened;
 use crate::sys::process;
 
 /// The most descriptors that one message carries (the kernel's limit is 253).
@@ -24,9 +25,31 @@ impl Remote {
     pub fn give_fds(&mut self, fds: &[BorrowedFd<'_>]) -> io::Result<Vec<i32>> {
         let mut given = Vec::with_capacity(fds.len());
         for part in fds.chunks(FDS_A_MESSAGE) {
-            given.extend(self.give_some(part)?);
+            given.extend(self.with_numbers(|remote| remote.give_some(part))?);
         }
         Ok(given)
+    }
+
+    /// Does what takes numbers of descriptors for a moment, beyond the process' limit if need be.
+    pub(crate) fn with_numbers<T>(
+        &mut self,
+        act: impl Fn(&mut Self) -> io::Result<T>,
+    ) -> io::Result<T> {
+        match act(self) {
+            Err(e) if e.raw_os_error() == Some(libc::EMFILE) => {
+                let _more = Widened::of(self.host, libc::RLIMIT_NOFILE)?;
+                act(self)
+            }
+            done => done,
+        }
+    }
+
+    fn close(&mut self, fds: &[i32]) -> io::Result<()> {
+        let mut batch = Batch::new();
+        for fd in fds {
+            batch.call(libc::SYS_close, &[(*fd).into()]);
+        }
+        self.run(&batch).map(drop)
     }
 
     fn give_some(&mut self, fds: &[BorrowedFd<'_>]) -> io::Result<Vec<i32>> {
@@ -66,6 +89,7 @@ impl Remote {
         outcome.result(got)?;
         let rights = received_rights(outcome.bytes(control));
         if rights.len() != fds.len() {
+            self.close(&rights)?;
             return Err(io::Error::from_raw_os_error(libc::EMFILE));
         }
         Ok(rights)

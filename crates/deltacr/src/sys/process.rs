@@ -281,6 +281,18 @@ pub(crate) fn stub() -> &'static [u8] {
     }
 }
 
+/// A process' soft and hard limit of a resource.
+pub(crate) fn limit(pid: HostPid, resource: u32) -> io::Result<[u64; 2]> {
+    let mut limit = libc::rlimit64 {
+        rlim_cur: 0,
+        rlim_max: 0,
+    };
+    // SAFETY: the structure for the old limit is live; no new one is given.
+    let r = unsafe { libc::prlimit64(pid.0, resource, std::ptr::null(), &raw mut limit) };
+    done(r.into())?;
+    Ok([limit.rlim_cur, limit.rlim_max])
+}
+
 /// Sets a process' soft and hard limit of a resource.
 pub(crate) fn set_limit(pid: HostPid, resource: u32, limit: [u64; 2]) -> io::Result<()> {
     let limit = libc::rlimit64 {
