@@ -131,6 +131,8 @@ pub(crate) struct Cgroup {
     v1: Vec<PathBuf>,
     /// Version 2 limits that [`Cgroup::apply`] is to set.
     pending: Vec<Limit>,
+    /// The file with the limit of processes, and what it says.
+    most_processes: Option<(PathBuf, String)>,
     /// What was asked for and is not to be had.
     pub(crate) warnings: Vec<String>,
     /// Another sandbox may be called so, and have groups of these names, by now.
@@ -153,6 +155,7 @@ impl Cgroup {
             dir: dir.clone(),
             v1: Vec::new(),
             pending: Vec::new(),
+            most_processes: None,
             warnings: Vec::new(),
             removed: AtomicBool::new(false),
         };
@@ -192,6 +195,7 @@ impl Cgroup {
                 }
                 self.v1.push(dir.clone());
                 set(&dir, &limit.v1)?;
+                self.note_processes(&dir, limit.v1);
             }
             (Err(why), None) => self.warnings.push(format!(
                 "the {} limit is not enforced: the cgroup controller {:?} is not to be had ({why})",
@@ -211,8 +215,25 @@ impl Cgroup {
                 self.dir.display()
             ))?;
             set(&self.payload(), &limit.v2)?;
+            self.note_processes(&self.payload(), limit.v2);
         }
         Ok(())
+    }
+
+    fn note_processes(&mut self, dir: &Path, files: Vec<(&str, String)>) {
+        let mut files = files.into_iter();
+        if let Some((file, value)) = files.find(|(file, _)| *file == MOST_PROCESSES) {
+            self.most_processes = Some((dir.join(file), value));
+        }
+    }
+
+    /// Enforces the limit of processes, or lets there be any number of them.
+    pub(crate) fn limit_processes(&self, whether: bool) -> io::Result<()> {
+        match &self.most_processes {
+            Some((file, value)) if whether => fs::write(file, value),
+            Some((file, _)) => fs::write(file, "max"),
+            None => Ok(()),
+        }
     }
 
     /// The group of all processes but init.
@@ -256,7 +277,7 @@ impl Cgroup {
             let limit = number(dir.join(limit))?;
             Some(limit.saturating_sub(number(dir.join(used))?))
         };
-        left(&self.dir, "memory.max", "memory.current").or_else(|| {
+        left(&self.payload(), "memory.max", "memory.current").or_else(|| {
             let mut dirs = self.v1.iter();
             dirs.find_map(|dir| left(dir, "memory.limit_in_bytes", "memory.usage_in_bytes"))
         })
@@ -298,6 +319,8 @@ struct Limit {
     v1: Vec<(&'static str, String)>,
 }
 
+/// The file with the limit of processes, in both versions.
+const MOST_PROCESSES: &str = "pids.max";
 /// Microseconds of the period that processor time is given out in.
 const PERIOD: u64 = 100_000;
 
@@ -317,9 +340,9 @@ fn limits(spec: &SandboxSpec) -> Vec<Limit> {
     let pids = spec.pids.map(|n| Limit {
         what: "process",
         controller: "pids",
-        v2: vec![("pids.max", n.to_string())],
+        v2: vec![(MOST_PROCESSES, n.to_string())],
         // Init is in the version 1 group as well.
-        v1: vec![("pids.max", (n + 1).to_string())],
+        v1: vec![(MOST_PROCESSES, (n + 1).to_string())],
     });
     let cpus = spec.cpus.map(|cpus| {
         let quota = (cpus * PERIOD as f64) as u64;

@@ -328,6 +328,11 @@ impl Container {
         )?)
     }
 
+    /// Enforces the limit of processes, or lets there be any number of them.
+    pub(crate) fn limit_processes(&self, whether: bool) -> io::Result<()> {
+        self.cgroup.limit_processes(whether)
+    }
+
     /// How many bytes of memory may still be charged to the sandbox; `None` if there is no limit.
     pub(crate) fn memory_left(&self) -> Option<u64> {
         self.cgroup.memory_left()

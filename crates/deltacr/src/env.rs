@@ -84,6 +84,12 @@ pub trait Environment: Sync {
     /// Called when all processes of a state that is given back are there, just before they run on. `deaths` tells whether
     /// init has reported those of the state that was given up.
     fn before_resume(&self, deaths: Deaths) -> io::Result<()>;
+    /// Enforces the limit of how many processes there may be, or suspends it: while a state is given back there are more of them now and
+    /// then than it has. Nothing of the tree runs meanwhile.
+    fn limit_processes(&self, whether: bool) -> io::Result<()> {
+        let _ = whether;
+        Ok(())
+    }
     /// How many bytes of memory may still be charged to the processes; `None` if there is no limit.
     fn memory_left(&self) -> Option<u64> {
         None

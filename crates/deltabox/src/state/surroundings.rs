@@ -103,6 +103,10 @@ impl Environment for Surroundings<'_> {
             .map_or(Ok(()), |image| self.shared.finish_restore(image, deaths))
     }
 
+    fn limit_processes(&self, whether: bool) -> io::Result<()> {
+        self.shared.container.limit_processes(whether)
+    }
+
     fn memory_left(&self) -> Option<u64> {
         self.shared.container.memory_left()
     }

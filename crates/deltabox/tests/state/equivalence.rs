@@ -2,7 +2,7 @@
 //!
 //! The programs are the functions of `tests/programs/*.py` that are marked `@case`.
 
-use deltabox::{CheckpointId, Gears, Sandbox};
+use deltabox::{CheckpointId, Gears, Sandbox, SandboxSpec};
 
 use crate::lab::{Lab, Outcome, PYTHON, Program, output, write_file};
 
@@ -18,6 +18,8 @@ struct Fixture {
     argv: Vec<&'static str>,
     /// From which amounts on checkpoints and rollbacks work in their second gear.
     gears: Gears,
+    /// The sandbox that it is to run in.
+    spec: SandboxSpec,
 }
 
 impl Fixture {
@@ -27,6 +29,7 @@ impl Fixture {
             text: format!("{DRIVER}\n\n{theme}\n\nmain()\n"),
             build: ":",
             gears: Gears::default(),
+            spec: SandboxSpec::default(),
             argv: vec![PYTHON, "/case.py", case],
         }
     }
@@ -36,6 +39,7 @@ impl Fixture {
             path: "/case.c",
             text: include_str!("../programs/native.c").to_owned(),
             gears: Gears::default(),
+            spec: SandboxSpec::default(),
             build: "cc -O1 -o /case /case.c -lpthread -lm",
             argv: vec!["/case", case],
         }
@@ -78,11 +82,12 @@ struct Subject {
 impl Subject {
     fn new(fixture: &Fixture) -> Outcome<Self> {
         let lab = Lab::with(fixture.gears);
+        let sandbox = || lab.create(fixture.spec.clone());
         fixture
-            .begin(&lab.sandbox())?
+            .begin(&sandbox())?
             .pass("check")
             .map_err(|e| format!("untouched: {e}"))?;
-        let sandbox = lab.sandbox();
+        let sandbox = sandbox();
         let program = fixture.begin(&sandbox)?;
         // A program is another after it was stopped once: calls that it waits in go on by what the kernel has noted.
         let [_, report] = [(); 2].map(|()| sandbox.checkpoint(None));
@@ -499,6 +504,25 @@ theme! { processes:
     root_directories_of_their_own
     semaphores_and_message_queues_of_system_v
     seccomp_filters_that_threads_share
+}
+
+/// There is no room for those that are there for a moment only when a state is given back.
+#[test]
+fn as_many_processes_as_there_may_be() {
+    let source = include_str!("../programs/full.py");
+    let fixture = Fixture {
+        spec: SandboxSpec {
+            pids: Some(12),
+            ..SandboxSpec::default()
+        },
+        ..Fixture::python(source, "as_many_processes_as_there_may_be")
+    };
+    let lab = Lab::new();
+    let warnings = lab.create(fixture.spec.clone()).info().warnings;
+    match warnings.is_empty() {
+        true => fixture.all_modes(),
+        false => eprintln!("skipped: {warnings:?}"),
+    }
 }
 
 #[test]

@@ -60,7 +60,11 @@ impl Lab {
     }
 
     pub(crate) fn sandbox(&self) -> Arc<Sandbox> {
-        self.host.create(SandboxSpec::default()).unwrap()
+        self.create(SandboxSpec::default())
+    }
+
+    pub(crate) fn create(&self, spec: SandboxSpec) -> Arc<Sandbox> {
+        self.host.create(spec).unwrap()
     }
 
     /// Sandboxes with the state of a checkpoint.

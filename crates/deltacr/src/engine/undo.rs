@@ -85,6 +85,35 @@ fn unfit_parents(
     unfit.map(|(parent, ..)| parent).collect()
 }
 
+/// Whether somebody is to be born, for good or for a moment.
+fn are_births_due(held: &Held, target: &TreeImage) -> bool {
+    let stays = |(pid, image): (&InnerPid, &Arc<ProcessImage>)| {
+        let process = held.processes.get(pid);
+        process.is_some_and(|process| process.stat.group == image.stat.group)
+    };
+    let mut dead = target.zombies.keys();
+    !target.processes.iter().all(stays) || dead.any(|pid| !held.zombies.contains_key(pid))
+}
+
+/// There is no limit of processes for as long as this lives.
+struct Unlimited<'a>(&'a dyn Environment);
+
+impl<'a> Unlimited<'a> {
+    fn begin(env: &'a dyn Environment) -> Result<Self> {
+        let lifted = env.limit_processes(false);
+        lifted.during_tree("suspending the limit of processes")?;
+        Ok(Self(env))
+    }
+}
+
+impl Drop for Unlimited<'_> {
+    fn drop(&mut self) {
+        if let Err(error) = self.0.limit_processes(true) {
+            tracing::error!(%error, "the limit of processes is not enforced any more");
+        }
+    }
+}
+
 /// What a rollback did with the processes.
 pub(super) struct Done {
     running: Instant,
@@ -320,6 +349,8 @@ impl Engine {
             work.end_extra_threads()?;
             work.make_room(&room, now)?;
         }
+        let unlimited = are_births_due(held, target).then(|| Unlimited::begin(env));
+        let unlimited = unlimited.transpose()?;
         let born = birth::deliver(env, held, target)?;
         for pid in &born.all {
             let image = &target.processes[pid];
@@ -400,6 +431,7 @@ impl Engine {
             process.stop_with = image.user_stop.filter(|_| process.user_stop.is_none());
         }
         watch.lap("processes");
+        drop(unlimited);
         // Stand-ins that were children of init may have died just now.
         let deaths = match born.all.is_empty() {
             true => held.deaths,
