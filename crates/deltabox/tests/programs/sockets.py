@@ -893,3 +893,223 @@ def socketpair_dgram_of_which_one_has_a_name():
         raises(errno.EPERM, socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM).sendto, b"x", "/playground/named")
 
     return mutate, check
+
+
+def datagram_socket(name=None, family=socket.AF_UNIX):
+    end = socket.socket(family, socket.SOCK_DGRAM)
+    end.settimeout(20)
+    if name:
+        end.bind(name)
+    return end
+
+
+@case
+def datagrams_whose_senders_are_gone_or_send_elsewhere():
+    receiver, other = (datagram_socket(f"/playground/{name}") for name in ("receiver", "other"))
+    names = ["/playground/left", "/playground/removed", "/playground/busy"]
+    left, removed, busy = (datagram_socket(name) for name in names)
+    for sender in (left, removed, busy):
+        sender.sendto(b"hello", "/playground/receiver")
+    busy.connect("/playground/other")
+    left.close()
+    removed.close()
+    os.unlink("/playground/removed")
+    files = sorted(os.listdir("/playground"))
+
+    def mutate():
+        receiver.recv(100)
+
+    def check():
+        equal([receiver.recvfrom(100) for _ in names], [(b"hello", name) for name in names], "datagrams")
+        equal(sorted(os.listdir("/playground")), files, "files")
+        busy.send(b"elsewhere")
+        equal(other.recv(100), b"elsewhere", "sent elsewhere")
+
+    return mutate, check
+
+
+@case
+def udp_whose_senders_are_gone_or_send_elsewhere():
+    local = ("127.0.0.1", 0)
+    receiver, other, busy = (datagram_socket(local, socket.AF_INET) for _ in range(3))
+    unbound, gone, foreign = (datagram_socket(None, socket.AF_INET) for _ in range(3))
+    foreign.setsockopt(socket.IPPROTO_IP, 19, 1)  # IP_TRANSPARENT
+    foreign.bind(("10.1.2.3", 5353))
+    senders = busy, unbound, gone, foreign
+    for sender in senders:
+        sender.sendto(b"hello", receiver.getsockname())
+    names = [(host if host != "0.0.0.0" else "127.0.0.1", port) for host, port in (s.getsockname() for s in senders)]
+    busy.connect(other.getsockname())
+    gone.close()
+    foreign.close()
+
+    def mutate():
+        receiver.recv(100)
+
+    def check():
+        equal([receiver.recvfrom(100) for _ in names], [(b"hello", name) for name in names], "datagrams")
+        busy.send(b"elsewhere")
+        equal(other.recvfrom(100), (b"elsewhere", names[0]), "sent elsewhere")
+        equal(busy.getsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR), 0, "SO_REUSEADDR")
+
+    return mutate, check
+
+
+@case
+def unix_sockets_renamed_since_they_were_bound():
+    renamed = datagram_socket("/playground/renamed.new")
+    os.rename("/playground/renamed.new", "/playground/renamed")
+    linked = socket.socket(socket.AF_UNIX)
+    linked.bind("/playground/linked.new")
+    linked.listen()
+    os.link("/playground/linked.new", "/playground/linked")
+    os.unlink("/playground/linked.new")
+    os.mkdir("/playground/place")
+    os.chdir("/playground/place")
+    relative = datagram_socket("relative")
+    os.chmod("relative", 0o123)
+    os.chdir("/")
+
+    def mutate():
+        for end in (renamed, linked, relative):
+            end.close()
+
+    def check():
+        sender = datagram_socket()
+        for end, name in ((renamed, "/playground/renamed"), (relative, "/playground/place/relative")):
+            sender.sendto(b"hello", name)
+            equal(end.recv(100), b"hello", "a datagram")
+        client = socket.socket(socket.AF_UNIX)
+        client.connect("/playground/linked")
+        linked.settimeout(20)
+        linked.accept()[0].send(b"hello")
+        equal(client.recv(100), b"hello", "through a connection")
+        equal(sorted(os.listdir("/playground")), ["linked", "place", "renamed"], "files")
+        equal(os.listdir("/playground/place"), ["relative"], "files")
+        equal(os.stat("/playground/place/relative").st_mode & 0o7777, 0o123, "mode")
+        equal([end.getsockname() for end in (renamed, relative)], ["/playground/renamed.new", "relative"], "names")
+
+    return mutate, check
+
+
+@case
+def unix_sockets_whose_peers_are_gone():
+    left = datagram_socket("/playground/left")
+    peer = datagram_socket("/playground/peer")
+    left.connect("/playground/peer")
+    peer.close()
+    server = socket.socket(socket.AF_UNIX)
+    server.bind("/playground/server")
+    server.listen()
+    client = socket.socket(socket.AF_UNIX)
+    client.connect("/playground/server")
+    accepted, _ = server.accept()
+    client.send(b"farewell")
+    client.close()
+
+    def mutate():
+        left.close()
+        accepted.close()
+
+    def check():
+        raises(errno.ECONNREFUSED, left.send, b"hello")
+        datagram_socket().sendto(b"hello", "/playground/left")
+        equal((left.getsockname(), left.recv(100)), ("/playground/left", b"hello"), "its name, and by that a datagram")
+        equal(accepted.getsockname(), "/playground/server", "name of the server")
+        equal([accepted.recv(100) for _ in range(2)], [b"farewell", b""], "what was sent")
+        server.setblocking(False)
+        raises(errno.EAGAIN, server.accept)
+
+    return mutate, check
+
+
+@case
+def more_connections_wait_than_may():
+    listening = [socket.socket(family) for family in (socket.AF_UNIX, socket.AF_INET)]
+    for end, name in zip(listening, ("/playground/server", ("127.0.0.1", 0))):
+        end.bind(name)
+        end.listen(20)
+    clients = [[socket.socket(end.family) for _ in range(10)] for end in listening]
+    for end, mine in zip(listening, clients):
+        for client in mine:
+            client.connect(end.getsockname())
+        end.listen(1)
+
+    def mutate():
+        for end in listening:
+            end.close()
+
+    def check():
+        for end, mine in zip(listening, clients):
+            end.settimeout(20)
+            accepted = [end.accept()[0] for _ in mine]
+            for other in accepted:
+                other.send(b"hello")
+            equal([client.recv(10) for client in mine], [b"hello"] * 10, "through the connections")
+
+    return mutate, check
+
+
+@case
+def unix_connections_from_another_root():
+    os.mkdir("/playground/root", 0o755)
+    server = socket.socket(socket.AF_UNIX)
+    server.settimeout(20)
+    server.bind("/playground/server")
+    server.listen()
+
+    def connect():
+        for name in ("accepted", "waiting"):
+            put(name, socket.socket(socket.AF_UNIX)).connect("/playground/server")
+        os.chroot("/playground/root")
+        os.chdir("/")
+
+    child = Child(connect)
+    child.ask("waiting.fileno()")
+    first, _ = server.accept()
+
+    def mutate():
+        child.ask("[accepted.close(), waiting.close()]")
+
+    def check():
+        child.ask("[end.send(b'hello') for end in (accepted, waiting)]")
+        equal(first.recv(10), b"hello", "through the connection")
+        equal(server.accept()[0].recv(10), b"hello", "through the one that waited")
+        equal(child.ask("(os.getcwd(), os.listdir('/'))"), ("/", []), "where it is")
+
+    return mutate, check
+
+
+@case
+def tcp_connected_to_itself():
+    end = socket.socket()
+    end.settimeout(20)
+    end.bind(("127.0.0.1", 0))
+    end.connect(end.getsockname())
+    end.send(b"queued")
+
+    def mutate():
+        end.close()
+
+    def check():
+        equal(end.recv(10), b"queued", "sent before")
+        end.send(b"again")
+        equal(end.recv(10), b"again", "sent since")
+        equal(end.getpeername(), end.getsockname(), "names")
+
+    return mutate, check
+
+
+@case
+def kinds_of_timestamps_changed_since():
+    end = datagram_socket()
+    end.setsockopt(socket.SOL_SOCKET, 29, 1)  # SO_TIMESTAMP
+
+    def mutate():
+        end.setsockopt(socket.SOL_SOCKET, 29, 0)
+        end.setsockopt(socket.SOL_SOCKET, 35, 1)  # SO_TIMESTAMPNS
+
+    def check():
+        equal([end.getsockopt(socket.SOL_SOCKET, name) for name in (29, 35)], [1, 0], "options")
+
+    return mutate, check

@@ -260,6 +260,14 @@ theme! { sockets:
     netlink_as_the_c_library_uses_it
     unix_listeners_whose_files_have_other_names
     socketpair_dgram_of_which_one_has_a_name
+    datagrams_whose_senders_are_gone_or_send_elsewhere
+    udp_whose_senders_are_gone_or_send_elsewhere
+    unix_sockets_renamed_since_they_were_bound
+    unix_sockets_whose_peers_are_gone
+    more_connections_wait_than_may
+    unix_connections_from_another_root
+    tcp_connected_to_itself
+    kinds_of_timestamps_changed_since
 }
 
 theme! { flights:

@@ -362,6 +362,39 @@ fn a_tcp_connection_that_is_still_being_made_is_named() {
     refused_and_unharmed(&script(make, mend), &["descriptor", "being made"]);
 }
 
+/// It waits for the first bytes.
+#[test]
+fn a_tcp_connection_that_may_not_be_accepted_yet_is_named() {
+    let make = "server = socket.socket()\nserver.setsockopt(socket.IPPROTO_TCP, socket.TCP_DEFER_ACCEPT, 60)\n\
+                server.bind(('127.0.0.1', 0))\nserver.listen()\ns = socket.create_connection(server.getsockname())";
+    refused_and_unharmed(&script(make, "s.close()"), &["descriptor", "being made"]);
+}
+
+#[test]
+fn an_urgent_byte_is_named() {
+    let make = "a, b = socket.socketpair()\na.send(b'x', socket.MSG_OOB)";
+    refused_and_unharmed(
+        &script(make, "a.close(); b.close()"),
+        &["descriptor", "urgent"],
+    );
+    let make = "s = socket.socket()\ns.bind(('127.0.0.1', 0))\ns.listen()\na = socket.create_connection(s.getsockname())\n\
+                b = s.accept()[0]\na.send(b'x', socket.MSG_OOB)\nselect.select([], [], [b], 20)";
+    refused_and_unharmed(
+        &script(make, "a.close(); b.close()"),
+        &["descriptor", "urgent"],
+    );
+}
+
+#[test]
+fn a_datagram_socket_whose_peer_has_left_it_is_named() {
+    let make = "a, b = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)\n\
+                ctypes.CDLL(None).connect(b.fileno(), bytes(16), 16)";
+    refused_and_unharmed(
+        &script(make, "a.close()"),
+        &["descriptor", "without a name"],
+    );
+}
+
 #[test]
 fn a_watch_outside_the_filesystem_is_named() {
     for path in ["/proc", "/sys", "/dev/pts"] {

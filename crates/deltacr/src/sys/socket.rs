@@ -191,6 +191,13 @@ pub(crate) fn reads_end(fd: BorrowedFd<'_>) -> io::Result<bool> {
     Ok(fds[0].revents().contains(PollFlags::RDHUP))
 }
 
+/// Whether an urgent byte waits to be read.
+pub(crate) fn has_urgent(fd: BorrowedFd<'_>) -> io::Result<bool> {
+    let mut fds = [PollFd::from_borrowed_fd(fd, PollFlags::PRI)];
+    poll(&mut fds, Some(&Timespec::default()))?;
+    Ok(fds[0].revents().contains(PollFlags::PRI))
+}
+
 /// A handle of the file that a unix socket is bound to (`SIOCUNIXFILE`).
 pub(crate) fn file_of_unix(fd: BorrowedFd<'_>) -> io::Result<OwnedFd> {
     const SIOCUNIXFILE: libc::Ioctl = 0x89e0;

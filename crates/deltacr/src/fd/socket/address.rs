@@ -59,6 +59,12 @@ pub(super) fn loopback(domain: i32, port: u16) -> Vec<u8> {
     address
 }
 
+/// Whether two addresses have the same port.
+pub(super) fn same_port(a: &[u8], b: &[u8]) -> bool {
+    let port = |address| endpoint(address).map(|(port, _)| port);
+    port(a).is_some() && port(a) == port(b)
+}
+
 /// Whether two addresses are the same port of the same host, in whichever form.
 pub(super) fn same_endpoint(a: &[u8], b: &[u8]) -> bool {
     let (a, b) = (endpoint(a), endpoint(b));

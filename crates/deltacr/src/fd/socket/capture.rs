@@ -70,6 +70,8 @@ pub(crate) fn capture(capture: &mut Capture<'_>, holder: &Holder<'_>) -> Result<
     if domain == libc::AF_UNIX {
         let told = holder.during(sys::peer_credentials(handle.as_fd()), "asking for the peer")?;
         image.maker = maker(capture, told)?;
+        let file = unix::file_of(capture.env, handle.as_fd(), &image.local);
+        image.file = holder.during(file, "asking what the socket is bound to")?;
     }
     if domain == libc::AF_PACKET {
         let heard = packet_protocol(capture.env, image.inode);
@@ -204,6 +206,10 @@ pub(crate) fn relate(capture: &mut Capture<'_>) -> Result<()> {
         settle(&mut capture.image, index, related)?;
     }
     for &index in &found {
+        let addressed = sockets.check_addressed(&capture.image, index);
+        settle(&mut capture.image, index, addressed)?;
+    }
+    for &index in &found {
         let read = sockets.read_queue(&mut capture.image, index);
         settle(&mut capture.image, index, read)?;
     }
@@ -307,7 +313,6 @@ impl Sockets {
         let Kind::Socket(socket) = &mut image.objects[index].kind else {
             return Ok(());
         };
-        socket.file = line.file;
         socket.shutdown = line.shutdown;
         match (&mut socket.state, line.peer) {
             (State::Listening { pending, backlog }, _) => {
@@ -345,6 +350,22 @@ impl Sockets {
         }
     }
 
+    /// What sends datagrams to a unix socket that is not connected to it could not be told where, if that had no name: it was the
+    /// other end of a pair once.
+    fn check_addressed(&self, image: &Descriptors, index: usize) -> Result<(), Relation> {
+        let sender = self.socket(image, index);
+        let peer = sender.peer().map(|peer| self.socket(image, peer));
+        let addressed = peer.is_none_or(|peer| {
+            peer.peer() == Some(index) || peer.listens() || !peer.local.is_empty()
+        });
+        match !sender.is_unix() || addressed {
+            true => Ok(()),
+            false => Err(Relation::Refused(
+                "a unix socket connected to one without a name, which has left it".into(),
+            )),
+        }
+    }
+
     /// The connections that wait at a unix socket, by the inode numbers of their other ends.
     fn waiting_unix(&self, inodes: &[u64]) -> io::Result<Vec<Pending>> {
         let client = |inode| match self.by_inode.get(inode) {
@@ -376,6 +397,11 @@ impl Sockets {
         let Kind::Socket(socket) = &mut image.objects[index].kind else {
             return Ok(());
         };
+        if socket.is_stream() && !socket.listens() && sys::has_urgent(handle)? {
+            return Err(Relation::Refused(
+                "a socket with an urgent byte that waits (MSG_OOB)".into(),
+            ));
+        }
         if socket.listens() || socket.is_unix() || !socket.keeps_queue() {
             return Ok(());
         }

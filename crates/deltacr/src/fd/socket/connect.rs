@@ -43,6 +43,11 @@ impl Restore<'_, '_> {
                 self.handles.insert(other, other_end);
                 end
             }
+            (State::Connected { .. }, Some((other, _))) if other == index && image.is_tcp() => {
+                let end = self.fresh(image)?;
+                repair::connect_to_itself(&self.net()?, end.as_fd(), image)?;
+                end
+            }
             // A sender of datagrams that goes one way.
             (State::Connected { .. }, Some((other, peer))) => {
                 let end = self.make_socket(index, image)?;
@@ -82,14 +87,13 @@ impl Restore<'_, '_> {
             repair::connect_pair(&self.net()?, (a.as_fd(), image), (b.as_fd(), Some(peer)))?;
             return Ok((a, b));
         }
-        let named = |end: &Socket| end.kind == libc::SOCK_DGRAM && !end.local.is_empty();
-        if named(image) && named(peer) {
+        if image.has_own_name() && peer.has_own_name() {
             return self.make_named_pair((index, image), (other, peer));
         }
         let accepted = if let Some(listener) = self.listener_of(peer) {
-            self.make_accepted(index, listener, peer)?
+            self.make_accepted(Some(index), listener, peer)?
         } else if let Some(listener) = self.listener_of(image) {
-            self.make_accepted(other, listener, image)?
+            self.make_accepted(Some(other), listener, image)?
                 .map(|(b, a)| (a, b))
         } else {
             None
@@ -105,8 +109,8 @@ impl Restore<'_, '_> {
         };
         for (end, at, image) in [(&a, index, image), (&b, other, peer)] {
             options::set(end.as_fd(), image)?;
-            if named(image) {
-                unix::bind(self.host_of(at)?, end.as_fd(), image)?;
+            if image.has_own_name() {
+                unix::bind(self.env, self.host_of(at)?, end.as_fd(), image.bound())?;
             }
         }
         Ok((a, b))
@@ -132,18 +136,18 @@ impl Restore<'_, '_> {
         })
     }
 
-    /// Connects from the process of one end and accepts from the listening socket of the other. `None`
+    /// Connects from the process of one end, if somebody has that, and accepts from the listening socket of the other. `None`
     /// where the name does not lead to that socket (any more).
     fn make_accepted(
         &mut self,
-        connecting: usize,
+        connecting: Option<usize>,
         listener: usize,
         accepted: &Socket,
     ) -> io::Result<Option<(OwnedFd, OwnedFd)>> {
         let Some(at) = socket(self.target, listener) else {
             return Ok(None);
         };
-        let Ok(end) = self.dial(Some(connecting), (listener, at), accepted.maker) else {
+        let Ok(end) = self.dial(connecting, (listener, at), accepted.maker) else {
             return Ok(None);
         };
         let listener_end = self.handle(listener)?;
@@ -172,12 +176,24 @@ impl Restore<'_, '_> {
     /// One end of a connection whose other end is closed.
     fn make_orphan(&mut self, index: usize, image: &Socket) -> io::Result<OwnedFd> {
         let (end, other) = if image.domain == libc::AF_UNIX {
-            let (home, _) = self.target.objects[index].home;
-            let pair = self.as_maker(image.maker, home, |remote, guise| {
-                unix::pair(remote, guise, image.kind)
-            })?;
-            options::set(pair.0.as_fd(), image)?;
-            pair
+            let accepted = match self.listener_of(image) {
+                Some(listener) => self.make_accepted(None, listener, image)?,
+                None => None,
+            };
+            let (other, end) = match accepted {
+                Some(pair) => pair,
+                None => {
+                    let (home, _) = self.target.objects[index].home;
+                    self.as_maker(image.maker, home, |remote, guise| {
+                        unix::pair(remote, guise, image.kind)
+                    })?
+                }
+            };
+            options::set(end.as_fd(), image)?;
+            if image.has_own_name() {
+                unix::bind(self.env, self.host_of(index)?, end.as_fd(), image.bound())?;
+            }
+            (end, other)
         } else {
             let (a, b) = (self.fresh(image)?, self.fresh(image)?);
             repair::connect_pair(&self.net()?, (a.as_fd(), image), (b.as_fd(), None))?;

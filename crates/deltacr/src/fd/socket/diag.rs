@@ -20,12 +20,10 @@ const NLMSG_ERROR: u16 = 2;
 const NLMSG_DONE: u16 = 3;
 const NLM_F_REQUEST: u16 = 1;
 const NLM_F_DUMP: u16 = 0x300;
-const UDIAG_SHOW: u32 = SHOW_VFS | SHOW_PEER | SHOW_ICONS | SHOW_RQLEN;
-const SHOW_VFS: u32 = 2;
+const UDIAG_SHOW: u32 = SHOW_PEER | SHOW_ICONS | SHOW_RQLEN;
 const SHOW_PEER: u32 = 4;
 const SHOW_ICONS: u32 = 8;
 const SHOW_RQLEN: u32 = 16;
-const UNIX_DIAG_VFS: u16 = 1;
 const UNIX_DIAG_PEER: u16 = 2;
 const UNIX_DIAG_ICONS: u16 = 3;
 const UNIX_DIAG_RQLEN: u16 = 4;
@@ -39,8 +37,6 @@ const MESSAGE: usize = 16;
 pub(crate) struct UnixLine {
     /// Inode number of the peer; zero if that has no descriptor.
     pub(crate) peer: Option<u64>,
-    /// Inode number of the file that the socket is bound to.
-    pub(crate) file: Option<u64>,
     /// Connections that wait to be accepted, by the inode number of the other side.
     pub(crate) pending: Vec<u64>,
     /// Of a listening socket: the most connections that may wait.
@@ -222,7 +218,6 @@ fn messages(mut bytes: &[u8], mut each: impl FnMut(&[u8])) -> io::Result<bool> {
 fn attributes(bytes: &[u8]) -> UnixLine {
     let mut line = UnixLine::default();
     each_attribute(bytes, |kind, value| match kind {
-        UNIX_DIAG_VFS if value.len() >= 8 => line.file = Some(u32_at(value, 0).into()),
         UNIX_DIAG_PEER if value.len() >= 4 => line.peer = Some(u32_at(value, 0).into()),
         UNIX_DIAG_ICONS => {
             let inodes = value.chunks_exact(4);

@@ -21,7 +21,7 @@ pub(crate) struct Socket {
     pub(crate) local: Vec<u8>,
     /// The peer's address of an internet socket that is connected; empty when it is not.
     pub(crate) remote: Vec<u8>,
-    /// Inode number of the file that a unix socket is bound to (its lower 32 bits).
+    /// Inode number of the file that a unix socket is bound to.
     pub(crate) file: Option<u64>,
     pub(crate) state: State,
     /// Whom a unix socket takes its peer for (`SO_PEERCRED`).
@@ -121,6 +121,16 @@ impl Socket {
 
     pub(crate) fn is_unix(&self) -> bool {
         self.domain == libc::AF_UNIX
+    }
+
+    /// Whether its name is its own, and not that of the socket which it was accepted from.
+    pub(crate) fn has_own_name(&self) -> bool {
+        self.kind == libc::SOCK_DGRAM && !self.local.is_empty()
+    }
+
+    /// What a unix socket is bound to: name and file.
+    pub(crate) fn bound(&self) -> (&[u8], Option<u64>) {
+        (&self.local, self.file)
     }
 
     pub(crate) fn is_tcp(&self) -> bool {

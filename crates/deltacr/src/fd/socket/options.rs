@@ -161,7 +161,10 @@ pub(crate) fn read(socket: BorrowedFd<'_>, image: &Socket) -> io::Result<Vec<Set
 /// Makes the options of a socket be those of the image. Only what differs is set.
 pub(crate) fn set(socket: BorrowedFd<'_>, wanted: &Socket) -> io::Result<()> {
     let now = read(socket, wanted)?;
-    for setting in wanted.options.iter().filter(|s| !now.contains(s)) {
+    let mut unset: Vec<_> = wanted.options.iter().filter(|s| !now.contains(s)).collect();
+    // Who switches one kind of timestamp off switches off the other.
+    unset.sort_by_key(|setting| setting.value.iter().any(|&byte| byte != 0));
+    for setting in unset {
         match (setting.level, setting.name) {
             // Only when the filter is there; see `set_filter`.
             (SOL_SOCKET, libc::SO_LOCK_FILTER) => {}

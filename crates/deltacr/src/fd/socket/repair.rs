@@ -86,6 +86,20 @@ pub(super) fn connect_pair(
     Ok(())
 }
 
+/// Makes a fresh socket both ends of one connection, as one is that has connected to its own port.
+pub(super) fn connect_to_itself(
+    net: &OwnedFd,
+    end: BorrowedFd<'_>,
+    image: &Socket,
+) -> io::Result<()> {
+    options::set(end, image)?;
+    sys::set_int_option(end, TCP, TCP_REPAIR, REPAIR_ON)?;
+    let [number, _] = SEQUENCE;
+    establish(net, end, [number, number], &image.local, &image.remote)?;
+    sys::set_int_option(end, TCP, TCP_REPAIR, REPAIR_OFF)?;
+    options::set(end, image)
+}
+
 fn establish(
     net: &OwnedFd,
     end: BorrowedFd<'_>,

@@ -3,7 +3,7 @@
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
-use super::model::{Maker, Socket, State};
+use super::model::{Maker, Pending, Socket, State};
 use super::plan::{socket, waits_alike};
 use super::{address, inet, options, queue, repair, unix};
 use crate::env::Namespace;
@@ -68,7 +68,7 @@ impl Restore<'_, '_> {
         if image.domain == libc::AF_UNIX {
             options::set(end.as_fd(), image)?;
             if !image.local.is_empty() {
-                unix::bind(of, end.as_fd(), image)?;
+                unix::bind(self.env, of, end.as_fd(), image.bound())?;
             }
             return Ok(end);
         }
@@ -127,8 +127,12 @@ impl Restore<'_, '_> {
                 crate::sys::fd::set_status_flags(&listener, object.flags)
                     .during(pid, "setting the flags of a socket")?;
             }
-            if now_backlog != Some(*backlog) {
-                let listening = self.listen_as_maker(index, wanted, *backlog);
+            let room = match kept {
+                true => *backlog,
+                false => room_for(*backlog, pending),
+            };
+            if now_backlog != Some(room) {
+                let listening = self.listen_as_maker(index, wanted, room);
                 listening.during(pid, "making a socket listen")?;
             }
         }
@@ -136,7 +140,12 @@ impl Restore<'_, '_> {
     }
 
     /// Makes a socket listen; a unix socket by the process that did it once if that is there, whether it has it open or not.
-    fn listen_as_maker(&mut self, index: usize, wanted: &Socket, backlog: i32) -> io::Result<()> {
+    pub(super) fn listen_as_maker(
+        &mut self,
+        index: usize,
+        wanted: &Socket,
+        backlog: i32,
+    ) -> io::Result<()> {
         let end = self.handle(index)?;
         if !wanted.is_unix() {
             return Ok(rustix::net::listen(&end, backlog)?);
@@ -199,9 +208,12 @@ impl Restore<'_, '_> {
         let host = self.host_of(client.unwrap_or(at))?;
         let image = client.and_then(|client| socket(self.target, client));
         let named = image.filter(|image| !image.local.is_empty());
-        let name = |end: BorrowedFd<'_>| named.map_or(Ok(()), |image| unix::bind(host, end, image));
+        let env = self.env;
+        let name = |end: BorrowedFd<'_>| {
+            named.map_or(Ok(()), |image| unix::bind(env, host, end, image.bound()))
+        };
         self.as_maker(maker, home, |remote, guise| {
-            unix::connected(remote, guise, listening.kind, &target, name)
+            unix::connected(remote, guise, listening.kind, (&target, env.root()), name)
         })
     }
 
@@ -216,6 +228,11 @@ impl Restore<'_, '_> {
     pub(super) fn handle(&self, index: usize) -> io::Result<OwnedFd> {
         self.duplicate(index).map_err(io::Error::other)
     }
+}
+
+/// How many connections must be able to wait while they are made: there may be more than may come now.
+pub(super) fn room_for(backlog: i32, pending: &[Pending]) -> i32 {
+    backlog.max(i32::try_from(pending.len()).unwrap_or(i32::MAX))
 }
 
 /// Takes the connections that wait, and ends them.

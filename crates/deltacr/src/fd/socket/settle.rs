@@ -5,7 +5,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use super::model::{Message, Socket, State};
 use super::plan::socket;
-use super::{address, options, queue, repair};
+use super::{address, options, queue, repair, unix};
 use crate::error::{During, Result};
 use crate::fd::restore::Restore;
 use crate::sys::socket as sys;
@@ -160,7 +160,7 @@ impl Restore<'_, '_> {
                         .is_some_and(|s| s.peer().is_some() || !s.remote.is_empty());
                     (self.handle(other)?, connected)
                 }
-                None => (self.stranger(wanted, message)?, false),
+                None => (self.stranger(index, wanted, message)?, false),
             };
             let rights = self.lend(message)?;
             let send = |to: &[u8]| sys::send_with(end.as_fd(), &message.bytes, to, &rights);
@@ -173,15 +173,62 @@ impl Restore<'_, '_> {
         Ok(())
     }
 
-    /// A sender that is gone: a socket for one datagram.
-    fn stranger(&self, wanted: &Socket, message: &Message) -> io::Result<OwnedFd> {
+    /// A sender that is gone, or sends elsewhere by now: a socket for one datagram, with its name if that can be had.
+    fn stranger(&self, index: usize, wanted: &Socket, message: &Message) -> io::Result<OwnedFd> {
         let end = self.fresh(wanted)?;
-        if message.from.len() > 2 {
-            let on = 1_i32.to_ne_bytes();
-            sys::set_option(end.as_fd(), libc::SOL_SOCKET, libc::SO_REUSEADDR, &on)?;
-            sys::bind(end.as_fd(), &message.from)?;
+        if message.from.len() <= 2 {
+            return Ok(end);
         }
-        Ok(end)
+        if !wanted.is_unix() {
+            self.bind_stranger(end.as_fd(), wanted, &message.from)?;
+            return Ok(end);
+        }
+        match unix::bind(
+            self.env,
+            self.host_of(index)?,
+            end.as_fd(),
+            (&message.from, None),
+        ) {
+            // An abstract name is another's.
+            Err(e) if e.kind() == io::ErrorKind::AddrInUse => Ok(end),
+            bound => bound.map(|()| end),
+        }
+    }
+
+    /// Gives a socket of an internet family an address that another one may have, or that is not of this host.
+    fn bind_stranger(&self, end: BorrowedFd<'_>, wanted: &Socket, from: &[u8]) -> io::Result<()> {
+        let mut sharing = Vec::new();
+        for (other, object) in self.target.objects.iter().enumerate() {
+            if let Some(holder) = socket(self.target, other)
+                && holder.is_udp()
+                && !object.is_in_flight()
+                && address::same_port(&holder.local, from)
+            {
+                sharing.push(self.handle(other)?);
+            }
+        }
+        let reuse = (libc::SOL_SOCKET, libc::SO_REUSEADDR);
+        let mut held = Vec::new();
+        for other in &sharing {
+            held.push(sys::int_option(other.as_fd(), reuse.0, reuse.1)?);
+            sys::set_int_option(other.as_fd(), reuse.0, reuse.1, 1)?;
+        }
+        sys::set_int_option(end, reuse.0, reuse.1, 1)?;
+        let bound = match sys::bind(end, from) {
+            Err(e) if e.raw_os_error() == Some(libc::EADDRNOTAVAIL) => {
+                let (level, name) = match wanted.domain {
+                    libc::AF_INET => (libc::IPPROTO_IP, libc::IP_TRANSPARENT),
+                    _ => (libc::IPPROTO_IPV6, libc::IPV6_TRANSPARENT),
+                };
+                sys::set_int_option(end, level, name, 1)?;
+                sys::bind(end, from)
+            }
+            bound => bound,
+        };
+        for (other, before) in sharing.iter().zip(held) {
+            sys::set_int_option(other.as_fd(), reuse.0, reuse.1, before)?;
+        }
+        bound
     }
 }
 

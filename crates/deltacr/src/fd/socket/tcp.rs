@@ -180,7 +180,11 @@ fn connected(
         return Ok(State::Connected { peer });
     }
     if let Some(listener) = waits_at(sockets, image, index) {
-        return Ok(State::Connected { peer: listener });
+        return match Info::read(sockets.handles[&listener].as_fd())?.waiting() {
+            // It waits for the first bytes before it can be accepted (TCP_DEFER_ACCEPT).
+            (0, _) => Err(being_made()),
+            _ => Ok(State::Connected { peer: listener }),
+        };
     }
     match is_left(info.state()) {
         true => Ok(State::Orphaned),

@@ -1,19 +1,19 @@
 //! Making unix sockets: names in the sandbox's filesystem, pairs, connections.
 
-use std::ffi::OsStr;
-use std::fs;
+use std::ffi::{OsStr, OsString};
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::{DirEntryExt, FileTypeExt};
 use std::path::{Path, PathBuf};
 
-use rustix::fs::{AtFlags, CWD, Gid, Mode, Stat, Uid};
+use rustix::fs::{AtFlags, CWD, Gid, Mode, Stat, StatxFlags, Uid};
 
 use super::model::Socket;
+use crate::env::Environment;
 use crate::fd::guise::{Guise, in_guise};
+use crate::fd::path;
 use crate::ids::{HostPid, InnerPid};
-use crate::remote::{Batch, Remote};
+use crate::remote::{Batch, CallId, Remote};
 use crate::sys::socket as sys;
 
 /// Runs something with the root and the working directory of a process.
@@ -29,35 +29,34 @@ fn path_of(address: &[u8]) -> Option<PathBuf> {
     (end > 0).then(|| PathBuf::from(OsStr::from_bytes(&name[..end])))
 }
 
-/// Binds a fresh socket to the name that the image has. The file of the old socket, which the filesystem
-/// has brought back, leads nowhere: it gives way to a new one with the same owner and mode, under all its names. It may have others than
-/// the one that it was bound to, for programs rename the file, or link it, when the socket listens.
-pub(super) fn bind(of: HostPid, end: BorrowedFd<'_>, image: &Socket) -> io::Result<()> {
-    let Some(path) = path_of(&image.local) else {
-        return sys::bind(end, &image.local);
+/// Binds a fresh socket to a name. `file` is the number of the old socket's file, which the filesystem has brought back and which leads
+/// nowhere: it gives way to a new one with the same owner and mode, under all its names. It may have others than the one that it was
+/// bound to, for programs rename the file, or link it, when the socket listens.
+pub(super) fn bind(
+    env: &dyn Environment,
+    of: HostPid,
+    end: BorrowedFd<'_>,
+    (local, file): (&[u8], Option<u64>),
+) -> io::Result<()> {
+    let Some(path) = path_of(local) else {
+        return sys::bind(end, local);
     };
+    let file = file.and_then(|file| OldFile::find(env, file));
     inside(of, || {
-        let there = rustix::fs::statat(CWD, &path, AtFlags::SYMLINK_NOFOLLOW).ok();
-        let names = image.file.map(|file| names(&path, there.as_ref(), file));
-        let names = names.transpose()?.unwrap_or_default();
-        let old = names.first().map(|name| stat(name)).transpose()?;
-        let own = names.contains(&path);
+        let there = stat(CWD, &path).ok();
+        let is_old = |there: &Stat| file.as_ref().is_some_and(|file| file.is(there));
+        let own = there.as_ref().is_some_and(is_old);
         let other = there.is_some() && !own;
-        let aside = aside(&path);
+        let aside = aside(path.as_os_str());
         if own {
             rustix::fs::unlink(&path)?;
         } else if other {
             rustix::fs::rename(&path, &aside)?;
         }
         let bound = with_parents(&path, || {
-            sys::bind(end, &image.local)?;
-            if let Some(old) = old {
-                let (uid, gid) = (Uid::from_raw(old.st_uid), Gid::from_raw(old.st_gid));
-                rustix::fs::chown(&path, Some(uid), Some(gid))?;
-                rustix::fs::chmod(&path, Mode::from_raw_mode(old.st_mode))?;
-            }
-            for name in names.iter().filter(|name| **name != path) {
-                replace(name, &path)?;
+            sys::bind(end, local)?;
+            if let Some(file) = &file {
+                file.replace_by(&path)?;
             }
             match own {
                 true => Ok(()),
@@ -72,45 +71,102 @@ pub(super) fn bind(of: HostPid, end: BorrowedFd<'_>, image: &Socket) -> io::Resu
     })
 }
 
-fn stat(path: &Path) -> io::Result<Stat> {
-    Ok(rustix::fs::statat(CWD, path, AtFlags::SYMLINK_NOFOLLOW)?)
+/// The file of a socket that is no more: what it is like, and its names in one directory.
+struct OldFile {
+    directory: OwnedFd,
+    names: Vec<OsString>,
+    stat: Stat,
 }
 
-/// The names in one directory of the file that a socket was bound to as `path`, where `there` is what has that name. Of the file's
-/// number only the lower half is known.
-fn names(path: &Path, there: Option<&Stat>, file: u64) -> io::Result<Vec<PathBuf>> {
-    let is_it = |number: u64| number & u64::from(u32::MAX) == file;
-    if there.is_some_and(|there| is_it(there.st_ino) && there.st_nlink == 1) {
-        return Ok(vec![path.to_owned()]);
+impl OldFile {
+    /// A file of the versioned filesystem, if it has a name.
+    fn find(env: &dyn Environment, ino: u64) -> Option<Self> {
+        let file = env.open_inode(ino, libc::O_PATH | libc::O_NOFOLLOW).ok()?;
+        let path = std::fs::read_link(format!("/proc/self/fd/{}", file.as_raw_fd())).ok()?;
+        let above = path.parent()?.as_os_str().as_bytes();
+        let directory = path::open(env, above, libc::O_RDONLY | libc::O_DIRECTORY).ok()?;
+        let name = path.file_name()?;
+        let stat = stat(&directory, name).ok()?;
+        let names = match stat.st_nlink {
+            _ if stat.st_ino != ino => return None,
+            1 => vec![name.to_owned()],
+            _ => names_of(&directory, ino).ok()?,
+        };
+        Some(Self {
+            directory,
+            names,
+            stat,
+        })
     }
-    let above = path.parent().unwrap_or(Path::new("/"));
-    let opened = match above.as_os_str().is_empty() {
-        true => fs::read_dir("."),
-        false => fs::read_dir(above),
-    };
+
+    fn is(&self, other: &Stat) -> bool {
+        is_same(&self.stat, other)
+    }
+
+    /// Gives another file its owner, its mode and its names.
+    fn replace_by(&self, path: &Path) -> io::Result<()> {
+        let (uid, gid) = (
+            Uid::from_raw(self.stat.st_uid),
+            Gid::from_raw(self.stat.st_gid),
+        );
+        rustix::fs::chown(path, Some(uid), Some(gid))?;
+        rustix::fs::chmod(path, Mode::from_raw_mode(self.stat.st_mode))?;
+        let new = stat(CWD, path)?;
+        let here = &self.directory;
+        for name in &self.names {
+            // One of them may be that which it was bound to.
+            if !stat(here, name).is_ok_and(|there| is_same(&there, &new)) {
+                let aside = aside(name);
+                rustix::fs::linkat(CWD, path, here, &aside, AtFlags::empty())?;
+                rustix::fs::renameat(here, &aside, here, name)?;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// The names of a file in a directory.
+fn names_of(directory: &OwnedFd, ino: u64) -> io::Result<Vec<OsString>> {
     let mut names = Vec::new();
-    // The directory may be gone with the name.
-    for entry in opened.into_iter().flatten() {
+    for entry in rustix::fs::Dir::read_from(directory)? {
         let entry = entry?;
-        if is_it(entry.ino()) && entry.file_type()?.is_socket() {
-            names.push(above.join(entry.file_name()));
+        if entry.ino() == ino {
+            names.push(OsStr::from_bytes(entry.file_name().to_bytes()).to_owned());
         }
     }
     Ok(names)
 }
 
-/// Makes `name` another name of the file at `path`, whatever it was.
-fn replace(name: &Path, path: &Path) -> io::Result<()> {
-    let aside = aside(name);
-    rustix::fs::link(path, &aside)?;
-    Ok(rustix::fs::rename(&aside, name)?)
+fn stat(directory: impl AsFd, name: impl rustix::path::Arg) -> io::Result<Stat> {
+    let flags = AtFlags::SYMLINK_NOFOLLOW;
+    Ok(rustix::fs::statat(directory, name, flags)?)
+}
+
+fn is_same(a: &Stat, b: &Stat) -> bool {
+    (a.st_dev, a.st_ino) == (b.st_dev, b.st_ino)
 }
 
 /// A name beside another that nobody else has.
-fn aside(path: &Path) -> PathBuf {
-    let mut aside = path.as_os_str().to_owned();
+fn aside(name: &OsStr) -> OsString {
+    let mut aside = name.to_owned();
     aside.push(".deltabox-aside");
-    aside.into()
+    aside
+}
+
+/// The number of the file that a socket is bound to, if it is on the versioned filesystem.
+pub(super) fn file_of(
+    env: &dyn Environment,
+    end: BorrowedFd<'_>,
+    local: &[u8],
+) -> io::Result<Option<u64>> {
+    if path_of(local).is_none() {
+        return Ok(None);
+    }
+    let file = sys::file_of_unix(end)?;
+    let flags = AtFlags::EMPTY_PATH | AtFlags::STATX_DONT_SYNC;
+    let stat = rustix::fs::statx(&file, "", flags, StatxFlags::INO)?;
+    let device = rustix::fs::makedev(stat.stx_dev_major, stat.stx_dev_minor);
+    Ok((device == env.fs_device()).then_some(stat.stx_ino))
 }
 
 /// Makes the directories above a name that are not there any more, for as long as `act` takes.
@@ -193,22 +249,26 @@ pub(super) fn pair(
     taken
 }
 
-/// A connection made by the process itself to a listening socket. `name` gives the connecting end its address before. Gives
-/// that end.
+/// A connection made by the process itself to a listening socket. `name` gives the connecting end its address before. `root` is the
+/// sandbox's root directory. Gives that end.
 pub(super) fn connected(
     remote: &mut Remote,
     guise: Option<Guise>,
     kind: i32,
-    target: &Target,
+    (target, root): (&Target, BorrowedFd<'_>),
     name: impl FnOnce(BorrowedFd<'_>) -> io::Result<()>,
 ) -> io::Result<OwnedFd> {
-    let (mut lent, address) = match target {
-        Target::File(file) => {
-            let lent = remote.give_fds(&[file.as_fd()])?;
-            let name = by_descriptor(lent[0]);
-            (lent, name)
-        }
-        Target::Name(name) => (Vec::new(), name.clone()),
+    let mut lent = match target {
+        Target::File(file) => remote.give_fds(&[file.as_fd(), root])?,
+        Target::Name(_) => Vec::new(),
+    };
+    let way = match (target, lent.as_slice()) {
+        (Target::Name(name), _) => Way::Name(name.clone()),
+        (_, [file, root, ..]) => Way::File {
+            file: *file,
+            root: *root,
+        },
+        _ => return Err(io::ErrorKind::NotFound.into()),
     };
     let mut batch = Batch::new();
     let flags = kind | libc::SOCK_CLOEXEC | libc::SOCK_NONBLOCK;
@@ -218,30 +278,83 @@ pub(super) fn connected(
     lent.push(number);
     let taken = remote.take_fd(number).and_then(|end| {
         name(end.as_fd())?;
-        connect(remote, guise, number, &address)?;
+        connect(remote, guise, number, &way)?;
         Ok(end)
     });
     close(remote, &lent)?;
     taken
 }
 
-fn connect(
+/// How a process reaches a socket.
+enum Way {
+    /// By its abstract name.
+    Name(Vec<u8>),
+    /// By its file, of which it has this descriptor; and one of the sandbox's root directory, for in another root it has no `/proc`.
+    File { file: i32, root: i32 },
+}
+
+fn connect(remote: &mut Remote, guise: Option<Guise>, number: i32, way: &Way) -> io::Result<()> {
+    let connected = match way {
+        Way::Name(name) => connect_to(remote, guise, number, name),
+        Way::File { file, root } => {
+            match connect_to(remote, guise, number, &by_descriptor(*file)) {
+                Err(e) if e.kind() == io::ErrorKind::NotFound => {
+                    connect_from(remote, guise, number, (*file, *root))
+                }
+                done => done,
+            }
+        }
+    };
+    match connected {
+        // Who may connect to it may have changed since.
+        Err(e) if e.kind() == io::ErrorKind::PermissionDenied && guise.is_some() => {
+            connect(remote, None, number, way)
+        }
+        done => done,
+    }
+}
+
+fn connect_to(
     remote: &mut Remote,
     guise: Option<Guise>,
     number: i32,
     address: &[u8],
 ) -> io::Result<()> {
     let mut batch = Batch::new();
+    let call = add_connect(&mut batch, guise, number, address);
+    remote.run(&batch)?.result(call).map(drop)
+}
+
+/// The same from another working directory. That it can come back is tried first.
+fn connect_from(
+    remote: &mut Remote,
+    guise: Option<Guise>,
+    number: i32,
+    (file, root): (i32, i32),
+) -> io::Result<()> {
+    let mut batch = Batch::new();
+    let dot = batch.input(b".\0");
+    let flags = libc::O_PATH | libc::O_CLOEXEC;
+    let args = [libc::AT_FDCWD.into(), dot.into(), flags.into(), 0.into()];
+    let here = batch.must(libc::SYS_openat, &args);
+    let back = batch.must(libc::SYS_fchdir, &[here.into()]);
+    let gone = batch.must(libc::SYS_fchdir, &[root.into()]);
+    let mut address = by_descriptor(file);
+    // Relative to there.
+    address.remove(2);
+    let call = add_connect(&mut batch, guise, number, &address);
+    batch.call(libc::SYS_fchdir, &[here.into()]);
+    batch.call(libc::SYS_close, &[here.into()]);
+    let outcome = remote.run(&batch)?;
+    [here, back, gone, call]
+        .into_iter()
+        .try_for_each(|call| outcome.result(call).map(drop))
+}
+
+fn add_connect(batch: &mut Batch, guise: Option<Guise>, number: i32, address: &[u8]) -> CallId {
     let bytes = batch.input(address);
     let args = [number.into(), bytes.into(), address.len().into()];
-    let call = in_guise(&mut batch, guise, |b| b.call(libc::SYS_connect, &args));
-    match remote.run(&batch)?.result(call) {
-        // Who may connect to it may have changed since.
-        Err(e) if e.kind() == io::ErrorKind::PermissionDenied && guise.is_some() => {
-            connect(remote, None, number, address)
-        }
-        done => done.map(drop),
-    }
+    in_guise(batch, guise, |b| b.call(libc::SYS_connect, &args))
 }
 
 /// The number of the process that a socket takes its peer for, as the process that has it counts; 0 if it is not known there.

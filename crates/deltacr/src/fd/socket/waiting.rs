@@ -10,6 +10,7 @@ use super::address::ends_of;
 use super::model::{Maker, Message, Pending, Socket, State};
 use super::plan::socket;
 use super::repair::{self, until};
+use super::restore::room_for;
 use super::tcp::{self, Info};
 use super::{inet, options, queue, unix};
 use crate::env::Environment;
@@ -204,6 +205,12 @@ impl Restore<'_, '_> {
                         .during(object.home.0, "making a connection that waits")
                         .map_err(named(object))?;
                 }
+            }
+            if let State::Listening { backlog, pending } = &listening.state
+                && room_for(*backlog, pending) != *backlog
+            {
+                self.listen_as_maker(at, listening, *backlog)
+                    .during(object.home.0, "making a socket listen")?;
             }
         }
         Ok(())
