@@ -8,6 +8,7 @@ use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
 
 use crate::env::Environment;
+use crate::fd;
 use crate::ids::InnerPid;
 use crate::openings::{self, Wanted};
 use crate::procfs::{FileId, OpenFiles, Procfs};
@@ -120,11 +121,6 @@ impl Place {
         }
     }
 
-    /// The path, as the kernel told it.
-    pub(crate) fn path(&self) -> &[u8] {
-        &self.path
-    }
-
     /// Its inode number, if it is on the versioned filesystem.
     pub(crate) fn inode(&self) -> Option<u64> {
         self.inode
@@ -133,6 +129,16 @@ impl Place {
     /// The path that it had, if the kernel says behind it that the name is gone (which a living one may say, too).
     pub(crate) fn removed(&self) -> Option<&[u8]> {
         self.path.strip_suffix(b" (deleted)")
+    }
+
+    /// The process and the thread whose directory of `/proc` it is.
+    pub(crate) fn told_of(&self) -> impl Iterator<Item = InnerPid> {
+        fd::told_of(&self.path)
+    }
+
+    /// Whether it is the same when only those processes are kept that `kept` names; see [`fd::stays`].
+    pub(crate) fn stays(&self, kept: impl Fn(InnerPid) -> bool) -> bool {
+        self.inode.is_some() || fd::stays(&self.path, kept)
     }
 
     /// Whether it is one of these.

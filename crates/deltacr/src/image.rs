@@ -212,6 +212,17 @@ impl TreeImage {
         inodes
     }
 
+    /// The processes and threads that must be there before descriptors and directories are given back: those that files and
+    /// directories of `/proc` are about, and those that files signal.
+    pub(crate) fn told_of(&self) -> BTreeSet<InnerPid> {
+        let places = self
+            .processes
+            .values()
+            .flat_map(|process| [&process.cwd].into_iter().chain(&process.root));
+        let directories = places.flat_map(Place::told_of);
+        self.descriptors.told_of().chain(directories).collect()
+    }
+
     /// The parts, in bytes, of files of the versioned filesystem over which its processes have pages of their own, by inode. To make
     /// those pages the kernel reads the file's first. Waits for memory that is still being copied.
     ///

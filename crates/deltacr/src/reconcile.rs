@@ -207,7 +207,7 @@ impl Reconcile<'_> {
         self.change_directory(removed)
     }
 
-    /// Makes the threads that are missing and that open files of `/proc` are about, which must be there before those.
+    /// Makes the threads that are missing and that must be there before descriptors and directories; see [`TreeImage::told_of`].
     pub(crate) fn threads_told_of(&mut self, told_of: &BTreeSet<InnerPid>) -> Result<()> {
         let present = self.present();
         let missing = |tid| told_of.contains(&tid) && !present.contains(&tid);

@@ -17,6 +17,7 @@ use crate::mem::SharedObjects;
 use crate::owners::Owners;
 use crate::remote::{Batch, CallId, DataRef, Outcome, Remote};
 use crate::sys::ipc::{self, Rights};
+use crate::sys::process;
 
 use segments::Segment;
 pub(crate) use segments::{Attached, doomed, finish};
@@ -175,7 +176,7 @@ fn visit<T: Send>(
     let owners = Owners::of(env)?;
     std::thread::scope(|scope| {
         let thread = scope.spawn(|| {
-            ipc::enter(namespace.as_fd())?;
+            process::enter(namespace.as_fd())?;
             act(&owners)
         });
         thread

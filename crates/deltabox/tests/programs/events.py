@@ -608,3 +608,101 @@ def signals_of_a_file_for_another_user():
         eventually(lambda: heard, "the signal")
 
     return mutate, check
+
+
+@case
+def signals_of_a_file_for_one_thread():
+    tids = []
+
+    def wait():
+        tids.append(threading.get_native_id())
+        time.sleep(1e6)
+
+    threading.Thread(target=wait, daemon=True).start()
+    eventually(lambda: tids, "a thread")
+    reading, writing = os.pipe()
+    told = []
+    signal.signal(signal.SIGUSR1, lambda *_: told.append("SIGUSR1"))
+    fcntl.fcntl(reading, 10, signal.SIGUSR1)  # F_SETSIG
+    fcntl.fcntl(reading, 15, struct.pack("ii", 0, tids[0]))  # F_SETOWN_EX of F_OWNER_TID
+    fcntl.fcntl(reading, fcntl.F_SETFL, os.O_ASYNC)
+
+    def mutate():
+        os.close(reading)
+
+    def check():
+        owner = fcntl.fcntl(reading, 16, bytes(8))  # F_GETOWN_EX
+        equal(struct.unpack("ii", owner), (0, tids[0]), "owner")
+        os.write(writing, b"x")
+        eventually(lambda: told, "the signal")
+
+    return mutate, check
+
+
+@case
+def inotify_of_a_removed_directory():
+    os.mkdir("/playground/gone")
+    directory = os.open("/playground/gone", os.O_RDONLY)
+    watching, number = watch("/playground/gone")
+    os.rmdir("/playground/gone")
+
+    def mutate():
+        os.close(watching)
+
+    def check():
+        equal(os.listdir(directory), [], "the directory")
+        with open(f"/proc/self/fdinfo/{watching}") as info:
+            equal(info.read().count(f"inotify wd:{number} "), 1, "watches")
+
+    return mutate, check
+
+
+@case
+def dev_tty_in_another_session():
+    """Opened by who leads a session, and kept only by a child that has a session of its own."""
+    master, slave = pty.openpty()
+
+    def lead():
+        os.setsid()
+        fcntl.ioctl(slave, termios.TIOCSCTTY, 0)
+        put("tty", os.open("/dev/tty", os.O_RDWR))
+
+    leader = Child(lead)
+    leader.ask("put('other', Child(os.setsid)).pid")
+    leader.ask("os.close(tty)")
+
+    def mutate():
+        leader.ask("other.ask('os.close(tty)')")
+
+    def check():
+        equal(leader.ask("other.ask('os.write(tty, b\"hello\")')"), 5, "written")
+        equal(os.read(master, 10), b"hello", "read")
+
+    return mutate, check
+
+
+@case
+def dev_tty_hung_up_since():
+    master, slave = pty.openpty()
+
+    def lead():
+        os.setsid()
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        fcntl.ioctl(slave, termios.TIOCSCTTY, 0)
+        put("tty", os.open("/dev/tty", os.O_RDWR))
+        os.close(slave)
+        os.close(master)
+
+    leader = Child(lead)
+    leader.ask("tty")
+    os.close(slave)
+
+    def mutate():
+        os.close(master)
+        equal("OSError" in str(leader.ask("os.write(tty, b'x')")), True, "hung up")
+
+    def check():
+        equal(leader.ask("os.write(tty, b'hello')"), 5, "written")
+        equal(os.read(master, 10), b"hello", "read")
+
+    return mutate, check

@@ -704,3 +704,150 @@ def namespaces_and_what_proc_has_of_the_dead():
         equal(os.readlink(f"/proc/self/fd/{directory_of_dead}").split(" ")[0], f"/proc/{child.pid}", "its directory")
 
     return mutate, check
+
+
+@case
+def what_proc_has_of_a_zombie():
+    """Most of it cannot be opened once it is one."""
+    child = Child(signal.pause)
+    about = f"/proc/{child.pid}"
+    names = ("status", "maps", "mem", "environ", "auxv", "mountinfo", "net/dev", "fdinfo/0", f"task/{child.pid}/smaps")
+    files = [os.open(f"{about}/{name}", os.O_RDONLY) for name in names]
+    directories = [os.open(f"{about}/{name}", os.O_RDONLY | os.O_DIRECTORY) for name in ("fd", "ns", "map_files")]
+    os.read(files[1], 10)
+    os.kill(child.pid, signal.SIGKILL)
+    os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
+
+    def mutate():
+        for descriptor in files + directories:
+            os.close(descriptor)
+
+    def check():
+        equal(os.pread(files[0], 5, 0), b"Name:", "the status")
+        equal(stat(child.pid)[0], "Z", "state")
+        for descriptor in files[1:] + directories:
+            equal(os.readlink(f"/proc/self/fd/{descriptor}").split("/")[1], "proc", "what it is")
+        equal(os.waitpid(child.pid, 0)[0], child.pid, "the zombie")
+
+    return mutate, check
+
+
+@case
+def what_proc_has_of_a_process_that_runs_another_program_since():
+    child = Child()
+    maps, memory, state = (os.open(f"/proc/{child.pid}/{name}", os.O_RDONLY) for name in ("maps", "mem", "status"))
+
+    def mutate():
+        child.tell("os.execv('/bin/sleep', ['sleep', '1000'])")
+        eventually(lambda: open(f"/proc/{child.pid}/comm").read() == "sleep\n", "another program")
+
+    def check():
+        first = os.pread(maps, 4096, 0).split(b"\n")[0]
+        equal(b"python" in first, True, "its program")
+        equal(os.pread(memory, 4, int(first.split(b"-")[0], 16)), b"\x7fELF", "its memory")
+        equal(os.pread(state, 5, 0), b"Name:", "its status")
+
+    return mutate, check
+
+
+@case
+def what_proc_has_of_one_that_has_lost_its_parent_since():
+    child = Child()
+    other = child.ask("put('other', Child(signal.pause)).pid")
+    state = os.open(f"/proc/{other}/status", os.O_RDONLY)
+    os.chdir(f"/proc/{other}")
+
+    def mutate():
+        child.kill()
+        equal(os.pread(state, 5, 0), b"Name:", "the status still")
+
+    def check():
+        equal(os.pread(state, 5, 0), b"Name:", "the status")
+        equal(open("comm").read(), open(f"/proc/{other}/comm").read(), "its name")
+
+    return mutate, check
+
+
+@case
+def what_proc_has_of_the_dead_read_in_part():
+    child = Child()
+    state = os.open(f"/proc/{child.pid}/status", os.O_RDONLY)
+    os.read(state, 10)
+    child.kill()
+
+    def mutate():
+        os.lseek(state, 0, os.SEEK_SET)
+
+    def check():
+        raises(errno.ESRCH, os.pread, state, 10, 0)
+
+    return mutate, check
+
+
+@case
+def working_directory_in_what_proc_has_of_a_thread():
+    tids = []
+
+    def wait():
+        tids.append(threading.get_native_id())
+        time.sleep(1e6)
+
+    threading.Thread(target=wait, daemon=True).start()
+    eventually(lambda: tids, "a thread")
+    os.chdir(f"/proc/self/task/{tids[0]}")
+
+    def mutate():
+        os.chdir("/")
+
+    def check():
+        equal(os.getcwd(), f"/proc/{os.getpid()}/task/{tids[0]}", "where it is")
+        equal(f"Pid:\t{tids[0]}\n" in open("status").read(), True, "the thread's status")
+
+    return mutate, check
+
+
+@case
+def what_the_kernel_shows_to_those_inside():
+    """Some of it is about the namespaces of who has opened it, some tells more to the machine's root."""
+    queues = os.open("/proc/sysvipc/msg", os.O_RDONLY)
+    symbols = os.open("/proc/kallsyms", os.O_RDONLY)
+    pages = os.open("/proc/self/pagemap", os.O_RDONLY)
+    page = ctypes.create_string_buffer(b"content", 8192)
+    for key in (0x4321, 0x4322):
+        call(libc.msgget, key, 0o1600)
+
+    def shown():
+        at = ctypes.addressof(page) // 4096 * 8
+        (entry,) = struct.unpack("Q", os.pread(pages, 8, at))
+        lines = os.pread(queues, 4096, 0).split(b"\n")
+        return [line.split()[0] for line in lines if line], os.pread(symbols, 16, 0), entry & (1 << 55) - 1
+
+    before = shown()
+
+    def mutate():
+        for descriptor in (queues, symbols, pages):
+            os.close(descriptor)
+
+    def check():
+        equal(shown(), before, "what is shown")
+
+    return mutate, check
+
+
+@case
+def standard_streams_opened_once_more():
+    ways = (0, os.O_RDONLY | os.O_NONBLOCK), (1, os.O_WRONLY | os.O_APPEND), (0, os.O_RDWR), (1, os.O_RDWR), (2, os.O_RDONLY)
+    again = [os.open(f"/proc/self/fd/{stream}", flags) for stream, flags in ways]
+    name = os.open("/proc/self/ns/net", os.O_PATH)
+    before = descriptors()
+
+    def mutate():
+        for descriptor in again:
+            os.close(descriptor)
+        os.close(name)
+
+    def check():
+        equal(descriptors(), before, "descriptors")
+        raises(errno.EAGAIN, os.read, again[0], 10)
+
+    return mutate, check

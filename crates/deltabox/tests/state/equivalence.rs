@@ -224,6 +224,13 @@ theme! { files:
     what_proc_has_of_threads_that_live_and_that_have_ended
     what_proc_has_of_one_that_ends_later
     namespaces_and_what_proc_has_of_the_dead
+    what_proc_has_of_a_zombie
+    what_proc_has_of_a_process_that_runs_another_program_since
+    what_proc_has_of_one_that_has_lost_its_parent_since
+    what_proc_has_of_the_dead_read_in_part
+    working_directory_in_what_proc_has_of_a_thread
+    what_the_kernel_shows_to_those_inside
+    standard_streams_opened_once_more
 }
 
 theme! { sockets:
@@ -305,6 +312,10 @@ theme! { events:
     pty_with_bytes_that_nobody_has_read
     pty_whose_master_is_closed
     signals_of_a_file_for_another_user
+    signals_of_a_file_for_one_thread
+    inotify_of_a_removed_directory
+    dev_tty_in_another_session
+    dev_tty_hung_up_since
 }
 
 theme! { memory:

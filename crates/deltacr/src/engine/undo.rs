@@ -247,6 +247,13 @@ impl Engine {
                 break;
             }
         }
+        let kept: BTreeSet<InnerPid> = processes.keys().copied().collect();
+        for (pid, now) in &mut processes {
+            let stays = |place: &Place| place.stays(|pid| kept.contains(&pid));
+            let image = &target.processes[pid];
+            now.same_directory &= stays(&image.cwd);
+            now.same_root &= image.root.as_ref().is_none_or(stays);
+        }
         Ok(Survey {
             processes,
             descriptors,
@@ -383,9 +390,8 @@ impl Engine {
             .restore(&target.shared.outside(owners))
             .during_tree("restoring the shared memory")?;
         let mut pages = 0;
-        let images = target.processes.values();
-        let places = images.flat_map(|image| fd::told_of(image.cwd.path()));
-        let told_of = target.descriptors.told_of().chain(places).collect();
+        let mut removed = Removed::default();
+        let told_of = target.told_of();
         for (pid, image) in &target.processes {
             let mut work = self.reconcile(env, held, *pid, image)?;
             let template = env.template().filter(|_| born.copies.contains(pid));
@@ -394,13 +400,7 @@ impl Engine {
         }
         let sealed = self.means.shared.seal(&target.shared);
         sealed.during_tree("sealing the shared memory")?;
-        let mut removed = Removed::default();
         for (pid, image) in &target.processes {
-            if let Some(now) = before.get_mut(pid) {
-                // That of one who was born again is another directory.
-                now.same_directory &=
-                    fd::told_of(image.cwd.path()).all(|number| !born.all.contains(&number));
-            }
             let mut work = self.reconcile(env, held, *pid, image)?;
             work.directory(before.get(pid), &mut removed)?;
         }

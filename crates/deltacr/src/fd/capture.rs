@@ -371,9 +371,7 @@ impl Capture<'_> {
         }
         let shown = String::from_utf8_lossy(&path).into_owned();
         let directory = holder.raw.file.format() == libc::S_IFDIR;
-        let virtual_file = [&b"/proc/"[..], b"/sys/"]
-            .iter()
-            .any(|root| path.starts_with(root));
+        let virtual_file = procfs::SHOWN.iter().any(|root| path.starts_with(root));
         if path.ends_with(DELETED) || !path.starts_with(b"/") {
             return Err(holder.refuse(format_args!(
                 "{shown}, which has no name and is not on the sandbox's filesystem"

@@ -8,8 +8,9 @@ use super::model::{Kind, Object};
 use super::procfs::About;
 use super::restore::{Restore, named, owner_of};
 use super::{Procs, epoll, event, install, path, pipe, process, tty, watch};
+use crate::env::ExternalId;
 use crate::error::{During, Result};
-use crate::ids::HostPid;
+use crate::ids::{HostPid, InnerPid};
 use crate::sys;
 
 /// Whether it is a file of `/proc` that tells of a descriptor.
@@ -27,7 +28,7 @@ impl Restore<'_, '_> {
         // The other side of a pseudo-terminal can be opened when its master is there, and `/dev/tty` when the
         // process has a controlling terminal.
         self.make_those(|kind| matches!(kind, Kind::Master { .. }))?;
-        let last = |kind: &Kind| matches!(kind, Kind::ControllingTerminal);
+        let last = |kind: &Kind| matches!(kind, Kind::ControllingTerminal { .. });
         self.make_those(|kind| !matches!(kind, Kind::Master { .. }) && !last(kind))?;
         self.fresh.clear();
         self.hung_up.clear();
@@ -69,13 +70,13 @@ impl Restore<'_, '_> {
         let flags = path::reopen_flags(object.flags);
         let (pid, _) = object.home;
         let made = match &object.kind {
-            Kind::File { ino } => self.open_file(*ino, object.flags),
+            Kind::File { ino } => self.removed.or_inode(self.env, *ino, object.flags),
             Kind::Memory { key } => self.shared.open_descriptor(*key, flags),
             Kind::Path { path } => self.open_path(path, object),
-            Kind::Namespace { name } => path::open_namespace(self.env, name),
-            Kind::ControllingTerminal => return self.open_inside(object, b"/dev/tty\0"),
+            Kind::Namespace { name } => path::open_namespace(self.env, name, flags),
+            Kind::ControllingTerminal { number } => self.open_controlling(*number, object),
             Kind::Pipe { pipe } => return self.make_pipe_end(*pipe, object),
-            Kind::External(id) => self.env.open_external(*id, object.writes()),
+            Kind::External(id) => self.open_external(*id, object.access()),
             Kind::Terminal { number, hung_up } => self.open_slave(*number, *hung_up, object.flags),
             Kind::Master { number } => tty::make_master(self.env, *number, object.flags),
             Kind::Event { count, semaphore } => event::make_event(*count, *semaphore),
@@ -101,33 +102,54 @@ impl Restore<'_, '_> {
         tty::open_slave(self.env, number, flags)
     }
 
-    fn open_file(&mut self, ino: u64, flags: i32) -> io::Result<OwnedFd> {
-        let opened = self.env.open_inode(ino, path::reopen_flags(flags));
-        match opened {
-            // Files without a name come back; directories do not.
-            Err(e) if e.raw_os_error() == Some(libc::ESTALE) => {
-                self.removed.open(self.env, Some(ino), None, flags)
+    /// An end of a pipe whose other end the service holds; a program may have opened the end that it was given once more, for
+    /// anything.
+    fn open_external(&self, id: ExternalId, access: i32) -> io::Result<OwnedFd> {
+        let writes = access == libc::O_WRONLY;
+        let (given, as_given) = match self.env.open_external(id, writes) {
+            Err(e) if e.kind() == io::ErrorKind::InvalidInput => {
+                (self.env.open_external(id, !writes)?, false)
             }
-            other => other,
+            given => (given?, access != libc::O_RDWR),
+        };
+        match as_given {
+            true => Ok(given),
+            false => pipe::reopen(given.as_fd(), access),
         }
     }
 
+    /// Opens a terminal as `/dev/tty` in a process that it is the controlling terminal of; where there is none any more, by its own
+    /// name.
+    fn open_controlling(&mut self, number: Option<u32>, object: &Object) -> io::Result<OwnedFd> {
+        let Some(number) = number else {
+            return tty::open_hung_up(self.env, object.flags);
+        };
+        let home = object.home.0;
+        let others = self.procs.keys().copied().filter(|pid| *pid != home);
+        for pid in [home].into_iter().chain(others).collect::<Vec<_>>() {
+            if let Ok(tty) = self.open_inside(pid, object.flags, b"/dev/tty\0")
+                && tty::number_of(tty.as_fd())? == Some(number)
+            {
+                return Ok(tty);
+            }
+        }
+        tty::open_slave(self.env, number, object.flags)
+    }
+
     /// Opens what is another thing for every process in the process itself.
-    fn open_inside(&mut self, object: &Object, path: &[u8]) -> Result<OwnedFd> {
-        let (pid, _) = object.home;
+    fn open_inside(&mut self, pid: InnerPid, flags: i32, path: &[u8]) -> io::Result<OwnedFd> {
         let mut batch = crate::remote::Batch::new();
         let path = batch.input(path);
-        let flags = path::reopen_flags(object.flags) | libc::O_NOCTTY;
+        let flags = path::reopen_flags(flags) | libc::O_NOCTTY;
         let call = batch.call(
             libc::SYS_openat,
             &[libc::AT_FDCWD.into(), path.into(), flags.into(), 0.into()],
         );
-        let remote = self.remote(pid)?;
-        let outcome = remote.run(&batch).during(pid, "running a batch")?;
-        let fd = outcome.result(call).during(pid, "opening it again")? as i32;
+        let remote = self.procs.get_mut(&pid).ok_or(io::ErrorKind::NotFound)?;
+        let fd = remote.run(&batch)?.result(call)? as i32;
         let handle = remote.take_fd(fd);
-        install::close(remote, &[fd]).during(pid, "closing descriptors")?;
-        handle.during(pid, "duplicating it")
+        install::close(remote, &[fd])?;
+        handle
     }
 
     /// Another end of a pipe that is there, or the first of a new one.

@@ -38,7 +38,7 @@ pub use capture::{capture, survey};
 pub use inside::look_inside;
 pub use model::Descriptors;
 pub use path::Removed;
-pub(crate) use procfs::told_of;
+pub(crate) use procfs::{stays, told_of};
 pub use restore::{check, restore};
 pub(crate) use table::KnownSlots;
 

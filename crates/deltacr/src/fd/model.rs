@@ -83,8 +83,8 @@ pub(crate) enum Kind {
     Path { path: Vec<u8> },
     /// One of the sandbox's own namespaces, by its name in `/proc/PID/ns`.
     Namespace { name: String },
-    /// `/dev/tty`, whatever terminal that is for the process which opened it.
-    ControllingTerminal,
+    /// `/dev/tty`, and the number of the terminal that this was for the process which opened it; none if that is hung up.
+    ControllingTerminal { number: Option<u32> },
     /// One end of a pipe or fifo (which one is in the flags), by index into [`Descriptors::pipes`].
     Pipe { pipe: usize },
     /// The inside end of a pipe that the service holds the other end of.
@@ -123,7 +123,7 @@ impl Kind {
             Self::Memory { .. } => "memfd".to_owned(),
             Self::Path { path } => String::from_utf8_lossy(path).into_owned(),
             Self::Namespace { name } => format!("{name} namespace"),
-            Self::ControllingTerminal => "controlling terminal".to_owned(),
+            Self::ControllingTerminal { .. } => "controlling terminal".to_owned(),
             Self::Pipe { .. } | Self::External(_) => "pipe".to_owned(),
             Self::Terminal { number, .. } => format!("pseudo-terminal {number}"),
             Self::Master { number } => format!("master of pseudo-terminal {number}"),

@@ -67,8 +67,13 @@ pub(crate) fn own_namespace(env: &dyn Environment, link: &[u8]) -> Option<String
 }
 
 /// Opens one of the sandbox's own namespaces.
-pub(crate) fn open_namespace(env: &dyn Environment, name: &str) -> io::Result<OwnedFd> {
-    Ok(std::fs::File::open(namespace_path(env, name))?.into())
+pub(crate) fn open_namespace(env: &dyn Environment, name: &str, flags: i32) -> io::Result<OwnedFd> {
+    let flags = OFlags::from_bits_retain(flags as u32) | OFlags::CLOEXEC;
+    Ok(rustix::fs::open(
+        namespace_path(env, name),
+        flags,
+        Mode::empty(),
+    )?)
 }
 
 fn namespace_path(env: &dyn Environment, name: &str) -> String {
@@ -81,6 +86,22 @@ fn namespace_path(env: &dyn Environment, name: &str) -> String {
 pub struct Removed(HashMap<u64, OwnedFd>);
 
 impl Removed {
+    /// Opens an inode of the versioned filesystem, or what stands for it if it is a directory that had been removed.
+    pub(crate) fn or_inode(
+        &mut self,
+        env: &dyn Environment,
+        ino: u64,
+        flags: i32,
+    ) -> io::Result<OwnedFd> {
+        match env.open_inode(ino, reopen_flags(flags)) {
+            // Files without a name come back; directories do not.
+            Err(e) if e.raw_os_error() == Some(libc::ESTALE) => {
+                self.open(env, Some(ino), None, flags)
+            }
+            other => other,
+        }
+    }
+
     /// Opens the one that had this number, or another one if it is not known. It is called as `path` says, if nothing else is.
     pub(crate) fn open(
         &mut self,

@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use super::model::{Descriptors, Kind, Object};
-use super::socket;
+use super::{procfs, socket};
 use crate::ids::InnerPid;
 
 /// Flags that only a new open can change.
@@ -93,6 +93,9 @@ impl Plan {
                 now == pid && current.tables.contains_key(pid)
             }
             (Kind::Socket(now), Kind::Socket(wanted)) => socket::alike(now, wanted),
+            (Kind::Path { path: now }, Kind::Path { path }) => {
+                now == path && procfs::stays_open(path, |pid| current.tables.contains_key(&pid))
+            }
             // So is a zombie, and who was one may be gone.
             (Kind::Refused { .. } | Kind::Zombie { .. }, _) => false,
             (now, wanted) => now == wanted,

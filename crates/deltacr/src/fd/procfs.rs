@@ -1,19 +1,39 @@
 //! Files of `/proc` that are about one process, or about one thread of it.
 
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 
 use super::guise::StandIn;
 use super::model::{Descriptors, Kind, Object};
 use super::path;
 use super::restore::Restore;
 use crate::birth::spawn;
-use crate::env::Environment;
+use crate::env::{Environment, Namespace};
 use crate::ids::InnerPid;
+use crate::image::INIT;
 use crate::remote::Remote;
+use crate::sys::process;
 
 /// What the kernel adds to names that are gone.
 pub(crate) const DELETED: &[u8] = b" (deleted)";
+
+/// Where the kernel shows itself.
+pub(crate) const SHOWN: [&[u8]; 2] = [b"/proc/", b"/sys/"];
+/// `CAP_DAC_OVERRIDE`, `CAP_DAC_READ_SEARCH` and `CAP_SYS_PTRACE`: what may be needed to open files that are about processes.
+const OPENING: u64 = 1 << 1 | 1 << 2 | 1 << 19;
+
+/// Files of `/proc/PID` that go on showing an address space which the process has given up (`execve`).
+const OF_MEMORY: [&[u8]; 9] = [
+    b"auxv",
+    b"clear_refs",
+    b"environ",
+    b"maps",
+    b"mem",
+    b"numa_maps",
+    b"pagemap",
+    b"smaps",
+    b"smaps_rollup",
+];
 
 /// A path below `/proc` of which only the kernel knows whether it is still about somebody: `/proc/PID/entry` or
 /// `/proc/PID/task/TID/entry`.
@@ -45,6 +65,17 @@ impl<'a> About<'a> {
         })
     }
 
+    /// Whether it is about one of these processes, or about nobody who could be another by now.
+    fn stays(&self, kept: impl Fn(InnerPid) -> bool) -> bool {
+        self.ended || self.process == INIT || kept(self.process)
+    }
+
+    /// Whether it shows the address space that the process had when it was opened.
+    fn is_of_memory(&self) -> bool {
+        let name = self.entry.strip_prefix(b"/").unwrap_or_default();
+        OF_MEMORY.contains(&name)
+    }
+
     /// Whether it tells of a descriptor, which must be there to be told of.
     pub(crate) fn is_of_descriptor(&self) -> bool {
         let directories = [&b"/fd/"[..], b"/fdinfo/"];
@@ -70,9 +101,9 @@ impl<'a> About<'a> {
             0 => b"/stat",
             _ => b"",
         };
-        let opened = path::open(env, &self.path_in(process, thread, self.entry), flags);
+        let opened = open(env, &self.path_in(process, thread, self.entry), flags);
         match opened {
-            Err(e) if is_missing(&e) => path::open(env, &self.path_in(process, thread, any), flags),
+            Err(e) if is_missing(&e) => open(env, &self.path_in(process, thread, any), flags),
             opened => opened,
         }
     }
@@ -109,6 +140,46 @@ fn number(path: &[u8]) -> Option<(InnerPid, &[u8])> {
     (number > 0).then_some((InnerPid(number), rest))
 }
 
+/// Whether what a path leads to is about the same process before and after a rollback that keeps the processes that `kept` names.
+/// One that was made again is another one, whatever its number.
+pub(crate) fn stays(path: &[u8], kept: impl Fn(InnerPid) -> bool) -> bool {
+    About::of(path).is_none_or(|about| about.stays(kept))
+}
+
+/// The same of an open file.
+pub(crate) fn stays_open(path: &[u8], kept: impl Fn(InnerPid) -> bool) -> bool {
+    About::of(path).is_none_or(|about| about.stays(kept) && !about.is_of_memory())
+}
+
+/// Opens what the kernel shows of itself as one of the sandbox's processes would: some of it is about the namespaces of who opens it,
+/// and some tells more to one with more rights (where the kernel is in memory).
+fn open(env: &dyn Environment, path: &[u8], flags: i32) -> io::Result<OwnedFd> {
+    if !SHOWN.iter().any(|root| path.starts_with(root)) {
+        return path::open(env, path, flags);
+    }
+    let net = env.namespace(Namespace::Net)?;
+    let ipc = env.namespace(Namespace::Ipc)?;
+    std::thread::scope(|scope| {
+        let thread = scope.spawn(|| {
+            process::enter(net.as_fd())?;
+            process::enter(ipc.as_fd())?;
+            process::keep_capabilities(OPENING)?;
+            path::open(env, path, flags)
+        });
+        thread
+            .join()
+            .unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+    })
+}
+
+/// The process and the thread that a path is about, if they have not ended.
+pub(crate) fn told_of(path: &[u8]) -> impl Iterator<Item = InnerPid> {
+    let living = About::of(path).filter(|about| !about.ended);
+    living
+        .into_iter()
+        .flat_map(|about| about.thread.into_iter().chain([about.process]))
+}
+
 fn is_missing(error: &io::Error) -> bool {
     error.raw_os_error() == Some(libc::ENOENT)
 }
@@ -124,21 +195,17 @@ pub(crate) fn mark_ended(env: &dyn Environment, mut path: Vec<u8>, ino: u64) -> 
     path
 }
 
-/// The process, and the thread, that a path below `/proc` is about, unless they have ended.
-pub(crate) fn told_of(path: &[u8]) -> impl Iterator<Item = InnerPid> + use<> {
-    let about = About::of(path).filter(|about| !about.ended);
-    let numbers = about.map(|about| about.thread.into_iter().chain([about.process]));
-    numbers.into_iter().flatten()
-}
-
 impl Descriptors {
-    /// The processes and threads that open files of `/proc` are about.
+    /// The processes and threads that open files of `/proc` are about, and those that open files signal.
     pub(crate) fn told_of(&self) -> impl Iterator<Item = InnerPid> {
-        let paths = self.objects.iter().filter_map(|object| match &object.kind {
-            Kind::Path { path } => Some(path),
-            _ => None,
-        });
-        paths.flat_map(|path| told_of(path))
+        self.objects.iter().flat_map(|object| {
+            let path = match &object.kind {
+                Kind::Path { path } => path.as_slice(),
+                _ => &[],
+            };
+            let owner = object.owner.map(|owner| InnerPid(owner.id));
+            told_of(path).chain(owner)
+        })
     }
 }
 
@@ -150,9 +217,9 @@ impl Restore<'_, '_> {
         if let Some(about) = about.filter(|about| about.ended) {
             return self.open_of_ended(about, object);
         }
-        match (path::open(self.env, path, object.flags), about) {
-            // It ended while the checkpoint was taken.
-            (Err(e), Some(about)) if is_missing(&e) => self.open_of_ended(about, object),
+        match (open(self.env, path, object.flags), about) {
+            // It ended while the checkpoint was taken, or is a zombie, of which most cannot be opened any more.
+            (Err(e), Some(about)) => self.open_of_ended(about, object).map_err(|_| e),
             (opened, _) => opened,
         }
     }

@@ -3,7 +3,10 @@
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 
+use rustix::io::Errno;
+
 use super::model::{Kind, Object, Pipe};
+use super::path::Removed;
 use super::restore::{Restore, named};
 use super::{event, lock, pipe, tty, watch};
 use crate::env::Environment;
@@ -20,7 +23,7 @@ impl Restore<'_, '_> {
             let now = self.plan.reuse[index].map(|now| &self.current.objects[now]);
             if now.is_none_or(|now| differs(now, object)) {
                 let handle = self.duplicate(index)?;
-                let note = settle_object(handle.as_fd(), self.env, now, object)
+                let note = settle_object(handle.as_fd(), (self.env, self.removed), now, object)
                     .during(object.home.0, "setting it up")
                     .map_err(named(object))?;
                 let (pid, fd) = object.home;
@@ -100,7 +103,7 @@ fn differs(now: &Object, wanted: &Object) -> bool {
 /// Sets flags, position and what the kind itself holds. Returns what could not be kept.
 fn settle_object(
     file: BorrowedFd<'_>,
-    env: &dyn Environment,
+    (env, removed): (&dyn Environment, &mut Removed),
     now: Option<&Object>,
     wanted: &Object,
 ) -> io::Result<Option<&'static str>> {
@@ -115,7 +118,11 @@ fn settle_object(
         (Kind::File { .. } | Kind::Path { .. } | Kind::Memory { .. }, _)
             if now.map_or(0, |now| now.pos) != wanted.pos =>
         {
-            rustix::fs::seek(file, rustix::fs::SeekFrom::Start(wanted.pos))?;
+            match rustix::fs::seek(file, rustix::fs::SeekFrom::Start(wanted.pos)) {
+                // Of a process that has ended: nothing more is read from it, wherever.
+                Err(Errno::SRCH) if matches!(wanted.kind, Kind::Path { .. }) => {}
+                sought => drop(sought?),
+            }
         }
         (Kind::Event { count, semaphore }, Some(Kind::Event { count: now, .. })) => {
             event::set_event(file, *now, *count, *semaphore)?;
@@ -127,7 +134,7 @@ fn settle_object(
                 Some(Kind::Inotify { watches, queued }) => (watches.as_slice(), *queued),
                 _ => (&[][..], 0),
             };
-            if watch::set(file, env, now, (watches, *queued))? {
+            if watch::set(file, env, removed, now, (watches, *queued))? {
                 return Ok(Some(
                     "inotify events that waited at the checkpoint are lost",
                 ));

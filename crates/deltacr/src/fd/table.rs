@@ -153,7 +153,11 @@ impl ProcFds {
         let info = read_info(open.as_fd())?;
         let file = match before {
             Some((which, file)) if which == info.file => file,
-            _ => self.file(name)?,
+            _ => match self.file(name) {
+                // The kernel counts what is in `/proc/PID/fd` to tell how large it is, and has nothing to count if the process has ended.
+                Err(e) if e.raw_os_error() == Some(libc::ENOENT) => FileId::directory(info.file.1),
+                file => file?,
+            },
         };
         let now = self.is_for_good(&file).then(|| KnownSlot {
             info: keep.then_some(open),
@@ -208,6 +212,16 @@ fn read_info(file: BorrowedFd<'_>) -> io::Result<FdInfo> {
 }
 
 impl FileId {
+    /// A directory of which nothing is known but its number.
+    fn directory(ino: u64) -> Self {
+        Self {
+            dev: 0,
+            ino,
+            mode: libc::S_IFDIR,
+            rdev: 0,
+        }
+    }
+
     fn of(stat: &Statx) -> Self {
         Self {
             dev: rustix::fs::makedev(stat.stx_dev_major, stat.stx_dev_minor),

@@ -30,7 +30,11 @@ pub(crate) fn capture(capture: &mut Capture<'_>, holder: &Holder<'_>) -> Result<
         (MEM_MAJOR, 3 | 5 | 7 | 8 | 9) => Ok(Kind::Path {
             path: holder.link()?,
         }),
-        (TTYAUX_MAJOR, 0) => Ok(Kind::ControllingTerminal),
+        (TTYAUX_MAJOR, 0) => {
+            let number = holder.take()?;
+            let number = holder.during(number_of(number.as_fd()), "asking which terminal it is")?;
+            Ok(Kind::ControllingTerminal { number })
+        }
         (TTYAUX_MAJOR, 2) => match holder.raw.info.tty_index {
             Some(number) => {
                 settings(capture, holder, number)?;
@@ -207,6 +211,25 @@ fn set_owner(env: &dyn Environment, number: u32, wanted: &Terminal) -> io::Resul
         rustix::fs::chmod(path, Mode::from_raw_mode(wanted.mode))?;
     }
     Ok(())
+}
+
+/// The number of the terminal whose slave side a file is, whatever it was opened as; none if it is hung up.
+pub(crate) fn number_of(tty: BorrowedFd<'_>) -> io::Result<Option<u32>> {
+    match sys::fd::terminal_device(tty) {
+        Err(e) if e.raw_os_error() == Some(libc::EIO) => Ok(None),
+        Err(e) => Err(e),
+        Ok((major, minor)) if SLAVE_MAJORS.contains(&major) => {
+            Ok(Some((major - SLAVE_MAJORS.start()) * PER_MAJOR + minor))
+        }
+        Ok(_) => Err(io::Error::other("it is no pseudo-terminal")),
+    }
+}
+
+/// Opens a terminal, whichever, and hangs it up.
+pub(crate) fn open_hung_up(env: &dyn Environment, flags: i32) -> io::Result<OwnedFd> {
+    let master = path::open(env, b"/dev/pts/ptmx", libc::O_RDWR | libc::O_NOCTTY)?;
+    sys::fd::lock_pty(master.as_fd(), false)?;
+    open_slave(env, sys::fd::pty_number(master.as_fd())?, flags)
 }
 
 /// Opens the slave side.

@@ -10,6 +10,7 @@ use rustix::fs::inotify::{self, CreateFlags, WatchFlags};
 
 use super::capture::{Capture, Holder};
 use super::model::{Kind, Watch};
+use super::path::Removed;
 use crate::env::Environment;
 use crate::error::Result;
 use crate::sys;
@@ -48,6 +49,7 @@ pub(crate) fn make() -> io::Result<OwnedFd> {
 pub(crate) fn set(
     instance: BorrowedFd<'_>,
     env: &dyn Environment,
+    removed: &mut Removed,
     now: (&[Watch], usize),
     wanted: (&[Watch], usize),
 ) -> io::Result<bool> {
@@ -55,7 +57,8 @@ pub(crate) fn set(
         inotify::remove_watch(instance, watch.wd)?;
     }
     for watch in wanted.0.iter().filter(|watch| !now.0.contains(watch)) {
-        let file = env.open_inode(watch.ino, libc::O_PATH | libc::O_NOFOLLOW | libc::O_CLOEXEC)?;
+        let flags = libc::O_PATH | libc::O_NOFOLLOW | libc::O_CLOEXEC;
+        let file = removed.or_inode(env, watch.ino, flags)?;
         sys::fd::set_next_watch(instance, watch.wd)?;
         let mask = WatchFlags::from_bits_retain(watch.mask);
         let path = format!("/proc/self/fd/{}", file.as_raw_fd());

@@ -92,6 +92,14 @@ pub(crate) fn pty_number(master: BorrowedFd<'_>) -> io::Result<u32> {
     int_ioctl(master, libc::TIOCGPTN).map(|n| n as u32)
 }
 
+/// Major and minor number of the terminal that a file is (`TIOCGDEV`), also of one that was opened as `/dev/tty`.
+pub(crate) fn terminal_device(tty: BorrowedFd<'_>) -> io::Result<(u32, u32)> {
+    const TIOCGDEV: libc::Ioctl = 0x8004_5432;
+    let device = int_ioctl(tty, TIOCGDEV)? as u32;
+    // The kernel's own encoding.
+    Ok((device >> 8 & 0xfff, device & 0xff | device >> 12 & 0xf_ff00))
+}
+
 /// Bytes that wait to be read (`FIONREAD`).
 pub(crate) fn readable(fd: BorrowedFd<'_>) -> io::Result<usize> {
     int_ioctl(fd, libc::FIONREAD).map(|n| usize::try_from(n).unwrap_or(0))

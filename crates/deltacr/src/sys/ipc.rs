@@ -2,7 +2,6 @@
 
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsRawFd, BorrowedFd};
 
 use crate::sys::pagemap::{self, Mapping};
 
@@ -19,12 +18,6 @@ fn check(result: libc::c_int) -> io::Result<libc::c_int> {
 pub(crate) struct Rights {
     pub(crate) mode: u32,
     pub(crate) owner: (u32, u32),
-}
-
-/// Takes the calling thread into an IPC namespace, for good.
-pub(crate) fn enter(namespace: BorrowedFd<'_>) -> io::Result<()> {
-    // SAFETY: setns takes integers only; the namespace has no bearing on memory.
-    check(unsafe { libc::setns(namespace.as_raw_fd(), libc::CLONE_NEWIPC) }).map(drop)
 }
 
 /// Does something as another user, by whom the calling thread acts meanwhile.

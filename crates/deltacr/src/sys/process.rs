@@ -70,29 +70,54 @@ pub(crate) fn pidfd_signal(pidfd: BorrowedFd<'_>, signal: i32) -> io::Result<()>
 /// `_LINUX_CAPABILITY_VERSION_3`, which has two words for each set.
 pub(crate) const CAPABILITY_VERSION: u32 = 0x2008_0522;
 
+/// `struct __user_cap_header_struct`.
+#[repr(C)]
+struct CapabilityHeader {
+    version: u32,
+    pid: i32,
+}
+
+/// `struct __user_cap_data_struct`.
+#[repr(C)]
+#[derive(Clone, Copy, Default)]
+struct CapabilityWord {
+    effective: u32,
+    permitted: u32,
+    inheritable: u32,
+}
+
 /// The inheritable capabilities of a process, as bits.
 pub(crate) fn inheritable(pid: HostPid) -> io::Result<u64> {
-    #[repr(C)]
-    struct Header {
-        version: u32,
-        pid: i32,
-    }
-    #[repr(C)]
-    #[derive(Clone, Copy, Default)]
-    struct Word {
-        effective: u32,
-        permitted: u32,
-        inheritable: u32,
-    }
-    let header = Header {
+    let header = CapabilityHeader {
         version: CAPABILITY_VERSION,
         pid: pid.0,
     };
-    let mut words = [Word::default(); 2];
+    let mut words = [CapabilityWord::default(); 2];
     // SAFETY: both have the layout that the kernel defines for this version.
     done(unsafe { libc::syscall(libc::SYS_capget, &raw const header, words.as_mut_ptr()) })?;
     let [low, high] = words.map(|word| u64::from(word.inheritable));
     Ok(low | high << 32)
+}
+
+/// Leaves the calling thread only these capabilities, for good.
+pub(crate) fn keep_capabilities(kept: u64) -> io::Result<()> {
+    let header = CapabilityHeader {
+        version: CAPABILITY_VERSION,
+        pid: 0,
+    };
+    let words = [kept as u32, (kept >> 32) as u32].map(|word| CapabilityWord {
+        effective: word,
+        permitted: word,
+        inheritable: 0,
+    });
+    // SAFETY: both have the layout that the kernel defines for this version. The raw call concerns this thread only.
+    done(unsafe { libc::syscall(libc::SYS_capset, &raw const header, words.as_ptr()) })
+}
+
+/// Takes the calling thread into a namespace, for good.
+pub(crate) fn enter(namespace: BorrowedFd<'_>) -> io::Result<()> {
+    // SAFETY: setns takes integers only; no namespace has a bearing on memory.
+    done(unsafe { libc::syscall(libc::SYS_setns, namespace.as_raw_fd(), 0) })
 }
 
 /// Sends a signal to one thread of a process.
