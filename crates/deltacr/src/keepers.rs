@@ -30,6 +30,7 @@ pub(crate) fn keepers(
                 p.birth == image.birth
                     && p.stat.parent == parent
                     && p.stat.session == image.stat.session
+                    && has_terminal_of(*pid, &p.stat, &image.stat)
             });
             if same {
                 keep.insert(*pid);
@@ -39,6 +40,12 @@ pub(crate) fn keepers(
             return keep;
         }
     }
+}
+
+/// Whether a process has its terminal still: only a leader can be given another.
+fn has_terminal_of(pid: InnerPid, now: &Stat, image: &Stat) -> bool {
+    let leads = image.session == pid;
+    leads || image.tty == 0 || now.tty == image.tty
 }
 
 /// Those to keep that are in the way of others: their group or session is named after one that is to be born. The kernel gives no number

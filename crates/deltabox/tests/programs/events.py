@@ -706,3 +706,65 @@ def dev_tty_hung_up_since():
         equal(os.read(master, 10), b"hello", "read")
 
     return mutate, check
+
+
+@case
+def terminal_of_all_in_a_session():
+    """Only who leads a session can be given a terminal; the others have it from their birth on, or not at all."""
+    master, slave = pty.openpty()
+
+    def lead():
+        os.setsid()
+        put("before", Child())
+        fcntl.ioctl(slave, termios.TIOCSCTTY, 0)
+        os.close(master)
+        os.close(slave)
+        put("after", Child())
+        after.ask("put('below', Child()).pid")
+        # In the foreground is another group than the leader's.
+        os.setpgid(after.pid, after.pid)
+        tty = os.open("/dev/tty", os.O_RDWR)
+        os.tcsetpgrp(tty, after.pid)
+        os.close(tty)
+
+    leader = Child(lead)
+    os.close(slave)
+    writes = "os.write(os.open('/dev/tty', os.O_RDWR), b'hello')"
+    expressions = "before.pid", "after.pid", "after.ask('below.pid')"
+    before = [stat(pid)[2:6] for pid in [leader.pid, *(leader.ask(expression) for expression in expressions)]]
+    equal([number for _, _, number, _ in before][1], "0", "the terminal of who was born before")
+
+    def mutate():
+        leader.ask("after.kill()")
+        leader.ask("before.kill()")
+
+    def check():
+        pids = [leader.pid, *(leader.ask(expression) for expression in expressions)]
+        equal([stat(pid)[2:6] for pid in pids], before, "groups, sessions, terminals and foreground groups")
+        equal(leader.ask(f'after.ask("below.ask(\\"{writes}\\")")'), 5, "written")
+        equal(os.read(master, 10), b"hello", "read")
+        equal("OSError" in str(leader.ask(f'before.ask("{writes}")')), True, "without a terminal")
+
+    return mutate, check
+
+
+@case
+def terminal_given_up_since():
+    master, slave = pty.openpty()
+
+    def lead():
+        os.setsid()
+        fcntl.ioctl(slave, termios.TIOCSCTTY, 0)
+        put("member", Child())
+
+    leader = Child(lead)
+    before = stat(leader.ask("member.pid"))[4]
+
+    def mutate():
+        leader.ask(f"member.ask('__import__(\"fcntl\").ioctl({slave}, {termios.TIOCNOTTY}, 0)')")
+        equal(stat(leader.ask("member.pid"))[4], "0", "the terminal")
+
+    def check():
+        equal(stat(leader.ask("member.pid"))[4], before, "the terminal")
+
+    return mutate, check

@@ -316,6 +316,8 @@ theme! { events:
     inotify_of_a_removed_directory
     dev_tty_in_another_session
     dev_tty_hung_up_since
+    terminal_of_all_in_a_session
+    terminal_given_up_since
 }
 
 theme! { memory:

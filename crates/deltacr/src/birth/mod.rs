@@ -11,7 +11,7 @@ pub(crate) mod terminal;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
-use std::os::fd::BorrowedFd;
+use std::os::fd::{BorrowedFd, OwnedFd};
 use std::time::Duration;
 
 use crate::env::Environment;
@@ -40,6 +40,8 @@ pub(crate) struct Born {
     pub(crate) all: BTreeSet<InnerPid>,
     /// Those that are copies of the template; the others are fresh images of their programs.
     pub(crate) copies: BTreeSet<InnerPid>,
+    /// Masters of their terminals, where nobody has them.
+    pub(crate) masters: BTreeMap<u32, OwnedFd>,
 }
 
 /// Makes what `target` has and `held` lacks.
@@ -58,6 +60,9 @@ pub(crate) fn deliver(env: &dyn Environment, held: &mut Held, target: &TreeImage
         dying: BTreeSet::new(),
     };
     delivery.families()?;
+    if !delivery.born.all.is_empty() {
+        delivery.terminals()?;
+    }
     delivery.dying_leaders()?;
     delivery.groups()?;
     delivery.zombies()?;
@@ -165,6 +170,38 @@ impl<'a> Delivery<'a> {
     fn lead_session(&mut self, pid: InnerPid) -> Result<()> {
         self.call(pid, libc::SYS_setsid, &[])?;
         self.sessions.insert(pid, pid);
+        self.take_terminal(pid);
+        Ok(())
+    }
+
+    /// Gives a leader its terminal, which its children get from it and in no other way. Where that cannot be done yet, it is
+    /// tried again when all descriptors are there.
+    fn take_terminal(&mut self, pid: InnerPid) {
+        // One that is to be a zombie has none.
+        let tty = self.target.processes.get(&pid).map_or(0, |p| p.stat.tty);
+        if tty == 0 {
+            return;
+        }
+        let taken = self.held.remote(pid).map_or(Ok(()), |remote| {
+            terminal::take(self.env, remote, tty, &mut self.born.masters)
+        });
+        if let Err(error) = taken {
+            tracing::debug!(%error, "process {pid} gets its terminal later");
+        }
+    }
+
+    /// Takes terminals away from those whose leader has got one after they were born.
+    fn terminals(&mut self) -> Result<()> {
+        for (pid, image) in &self.target.processes {
+            let now = self.held.stat(*pid, &self.born.all)?.tty;
+            if self.born.all.contains(pid)
+                && image.stat.tty == 0
+                && now != 0
+                && let Some(remote) = self.held.remote(*pid)
+            {
+                terminal::leave(self.env, remote, now).during(*pid, "leaving a terminal")?;
+            }
+        }
         Ok(())
     }
 

@@ -1,14 +1,14 @@
-//! Controlling terminals of session leaders, and the foreground groups of those.
+//! Controlling terminals of sessions, and the foreground groups of those.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use rustix::fs::{Mode, OFlags, ResolveFlags, openat2};
 
 use crate::env::Environment;
 use crate::error::{During, Result};
-use crate::fd::Procs;
+use crate::fd::{self, Procs};
 use crate::hold::Held;
 use crate::ids::InnerPid;
 use crate::image::TreeImage;
@@ -77,17 +77,7 @@ fn is_new(group: InnerPid, held: &Held, target: &TreeImage, born: &BTreeSet<Inne
 }
 
 fn give(env: &dyn Environment, remote: &mut Remote, wanted: &Stat, take: bool) -> io::Result<()> {
-    let number = pty_number(wanted.tty)
-        .ok_or_else(|| io::Error::other("its terminal is no pseudo-terminal"))?;
-    let flags = OFlags::RDWR | OFlags::NOCTTY | OFlags::CLOEXEC;
-    let resolve = ResolveFlags::IN_ROOT | ResolveFlags::NO_SYMLINKS;
-    let tty = openat2(
-        env.root(),
-        format!("dev/pts/{number}"),
-        flags,
-        Mode::empty(),
-        resolve,
-    )?;
+    let tty = open(env, number_of(wanted.tty)?)?;
     let fd = remote.give_fds(&[tty.as_fd()])?[0];
     let mut batch = Batch::new();
     let took = take.then(|| {
@@ -107,6 +97,50 @@ fn give(env: &dyn Environment, remote: &mut Remote, wanted: &Stat, take: bool) -
     batch.call(libc::SYS_close, &[fd.into()]);
     let outcome = remote.run(&batch)?;
     took.map_or(Ok(()), |call| outcome.result(call).map(drop))
+}
+
+/// Gives a leader that has none this terminal. If that is not there, it is made, and its master put among `masters`.
+pub(super) fn take(
+    env: &dyn Environment,
+    remote: &mut Remote,
+    tty: i32,
+    masters: &mut BTreeMap<u32, OwnedFd>,
+) -> io::Result<()> {
+    let number = number_of(tty)?;
+    let terminal = match open(env, number) {
+        Err(e) if e.kind() == io::ErrorKind::NotFound => {
+            let flags = libc::O_RDWR | libc::O_NONBLOCK;
+            masters.insert(number, fd::make_master(env, number, flags)?);
+            open(env, number)?
+        }
+        opened => opened?,
+    };
+    control(remote, terminal.as_fd(), libc::TIOCSCTTY)
+}
+
+/// Makes a process that does not lead its session have no terminal.
+pub(super) fn leave(env: &dyn Environment, remote: &mut Remote, tty: i32) -> io::Result<()> {
+    let terminal = open(env, number_of(tty)?)?;
+    control(remote, terminal.as_fd(), libc::TIOCNOTTY)
+}
+
+fn control(remote: &mut Remote, terminal: BorrowedFd<'_>, request: libc::Ioctl) -> io::Result<()> {
+    let fd = remote.give_fds(&[terminal])?[0];
+    let mut batch = Batch::new();
+    let call = batch.call(libc::SYS_ioctl, &[fd.into(), request.into(), 0.into()]);
+    batch.call(libc::SYS_close, &[fd.into()]);
+    remote.run(&batch)?.result(call).map(drop)
+}
+
+fn open(env: &dyn Environment, number: u32) -> io::Result<OwnedFd> {
+    let flags = OFlags::RDWR | OFlags::NOCTTY | OFlags::CLOEXEC;
+    let resolve = ResolveFlags::IN_ROOT | ResolveFlags::NO_SYMLINKS;
+    let path = format!("dev/pts/{number}");
+    Ok(openat2(env.root(), path, flags, Mode::empty(), resolve)?)
+}
+
+fn number_of(tty: i32) -> io::Result<u32> {
+    pty_number(tty).ok_or_else(|| io::Error::other("its terminal is no pseudo-terminal"))
 }
 
 /// The number of a Unix 98 pseudo-terminal (majors 136 to 143) in a `tty_nr` of `/proc/PID/stat`.

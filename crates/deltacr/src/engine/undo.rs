@@ -10,7 +10,7 @@ use crate::birth::{self, terminal::Terminals};
 use crate::end;
 use crate::env::Environment;
 use crate::error::{During, Result};
-use crate::fd::{self, Descriptors, Removed};
+use crate::fd::{self, Descriptors, Prepared};
 use crate::files::Place;
 use crate::hold::{Deaths, Held};
 use crate::ids::InnerPid;
@@ -390,7 +390,10 @@ impl Engine {
             .restore(&target.shared.outside(owners))
             .during_tree("restoring the shared memory")?;
         let mut pages = 0;
-        let mut removed = Removed::default();
+        let mut prepared = Prepared {
+            masters: born.masters,
+            ..Prepared::default()
+        };
         let told_of = target.told_of();
         for (pid, image) in &target.processes {
             let mut work = self.reconcile(env, held, *pid, image)?;
@@ -402,7 +405,7 @@ impl Engine {
         sealed.during_tree("sealing the shared memory")?;
         for (pid, image) in &target.processes {
             let mut work = self.reconcile(env, held, *pid, image)?;
-            work.directory(before.get(pid), &mut removed)?;
+            work.directory(before.get(pid), &mut prepared.removed)?;
         }
         self.means.shared.let_go_of_segments();
         sysv::finish(env, &target.system_v)?;
@@ -413,7 +416,7 @@ impl Engine {
             &target.descriptors,
             &mut remotes(held),
             env,
-            (&self.means.shared, &mut removed),
+            (&self.means.shared, &mut prepared),
             &|procs| terminals.restore(env, procs),
         )?;
         watch.lap("descriptors");

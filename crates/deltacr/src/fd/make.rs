@@ -70,7 +70,7 @@ impl Restore<'_, '_> {
         let flags = path::reopen_flags(object.flags);
         let (pid, _) = object.home;
         let made = match &object.kind {
-            Kind::File { ino } => self.removed.or_inode(self.env, *ino, object.flags),
+            Kind::File { ino } => self.prepared.removed.or_inode(self.env, *ino, object.flags),
             Kind::Memory { key } => self.shared.open_descriptor(*key, flags),
             Kind::Path { path } => self.open_path(path, object),
             Kind::Namespace { name } => path::open_namespace(self.env, name, flags),
@@ -78,7 +78,10 @@ impl Restore<'_, '_> {
             Kind::Pipe { pipe } => return self.make_pipe_end(*pipe, object),
             Kind::External(id) => self.open_external(*id, object.access()),
             Kind::Terminal { number, hung_up } => self.open_slave(*number, *hung_up, object.flags),
-            Kind::Master { number } => tty::make_master(self.env, *number, object.flags),
+            Kind::Master { number } => match self.prepared.masters.remove(number) {
+                Some(master) => Ok(master),
+                None => tty::make_master(self.env, *number, object.flags),
+            },
             Kind::Event { count, semaphore } => event::make_event(*count, *semaphore),
             Kind::Timer(timer) => event::make_timer(timer),
             Kind::Signals { mask } => sys::fd::new_signalfd(*mask),

@@ -37,10 +37,12 @@ use crate::remote::Remote;
 pub use capture::{capture, survey};
 pub use inside::look_inside;
 pub use model::Descriptors;
-pub use path::Removed;
+pub use path::Prepared;
+pub(crate) use path::Removed;
 pub(crate) use procfs::{stays, told_of};
 pub use restore::{check, restore};
 pub(crate) use table::KnownSlots;
+pub(crate) use tty::make_master;
 
 /// The stopped processes of a tree.
 pub type Procs<'a> = BTreeMap<InnerPid, &'a mut Remote>;

@@ -1,7 +1,7 @@
 //! Opening by path inside the sandbox's root.
 
-use std::collections::HashMap;
 use std::collections::hash_map::Entry;
+use std::collections::{BTreeMap, HashMap};
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
@@ -80,10 +80,18 @@ fn namespace_path(env: &dyn Environment, name: &str) -> String {
     format!("/proc/{}/ns/{name}", env.init_pid())
 }
 
+/// What was made before the descriptors and is to be among them.
+#[derive(Debug, Default)]
+pub struct Prepared {
+    pub(crate) removed: Removed,
+    /// Masters of pseudo-terminals, by number.
+    pub(crate) masters: BTreeMap<u32, OwnedFd>,
+}
+
 /// Directories that have been removed, in place of those that had been when the checkpoint was taken: the kernel revives none,
 /// and one is like the other but for its number. By the numbers that they had.
 #[derive(Debug, Default)]
-pub struct Removed(HashMap<u64, OwnedFd>);
+pub(crate) struct Removed(HashMap<u64, OwnedFd>);
 
 impl Removed {
     /// Opens an inode of the versioned filesystem, or what stands for it if it is a directory that had been removed.

@@ -8,7 +8,7 @@ use super::install::{self, Wanted};
 use super::model::{Descriptors, Object};
 use super::plan::{Plan, TableChange};
 use super::process::Departed;
-use super::{Procs, Removed, epoll, lease, lock, pipe};
+use super::{Prepared, Procs, epoll, lease, lock, pipe};
 use crate::env::Environment;
 use crate::error::{During, Error, Result};
 use crate::ids::{HostPid, InnerPid};
@@ -27,7 +27,7 @@ pub fn check(target: &Descriptors) -> Result<()> {
 /// A process that was built anew has nothing open and must not be in `current` ([`Descriptors::retain`]); what
 /// `current` says of processes that are not among `procs` is ignored. Sessions must be right already; `terminals` is
 /// called to give their leaders their controlling terminals, when those are there.
-/// `shared` holds the memfds as they are to be; `removed`, directories that processes were given in place of removed ones.
+/// `shared` holds the memfds as they are to be; `prepared`, what was made of the target already.
 /// Returns notes for the user: what could not be kept.
 ///
 /// # Errors
@@ -37,7 +37,7 @@ pub fn restore(
     target: &Descriptors,
     procs: &mut Procs<'_>,
     env: &dyn Environment,
-    (shared, removed): (&SharedObjects, &mut Removed),
+    (shared, prepared): (&SharedObjects, &mut Prepared),
     terminals: &dyn Fn(&mut Procs<'_>) -> Result<()>,
 ) -> Result<Vec<String>> {
     let living;
@@ -65,7 +65,7 @@ pub fn restore(
         procs,
         env,
         shared,
-        removed,
+        prepared,
         handles: BTreeMap::new(),
         feeders: Vec::new(),
         departed: Departed::default(),
@@ -106,7 +106,7 @@ pub(super) struct Restore<'a, 'p> {
     pub(super) procs: &'a mut Procs<'p>,
     pub(super) env: &'a dyn Environment,
     pub(super) shared: &'a SharedObjects,
-    pub(super) removed: &'a mut Removed,
+    pub(super) prepared: &'a mut Prepared,
     /// Duplicates of target objects, for as long as they are on their way: to their slots, or into queues.
     pub(super) handles: BTreeMap<usize, OwnedFd>,
     /// The other ends of connections that nobody has the other end of: closed when the queues are filled.

@@ -23,9 +23,14 @@ impl Restore<'_, '_> {
             let now = self.plan.reuse[index].map(|now| &self.current.objects[now]);
             if now.is_none_or(|now| differs(now, object)) {
                 let handle = self.duplicate(index)?;
-                let note = settle_object(handle.as_fd(), (self.env, self.removed), now, object)
-                    .during(object.home.0, "setting it up")
-                    .map_err(named(object))?;
+                let note = settle_object(
+                    handle.as_fd(),
+                    (self.env, &mut self.prepared.removed),
+                    now,
+                    object,
+                )
+                .during(object.home.0, "setting it up")
+                .map_err(named(object))?;
                 let (pid, fd) = object.home;
                 let note = note.map(|note| format!("process {pid}, descriptor {fd}: {note}"));
                 self.notes.extend(note);

@@ -9,7 +9,7 @@ use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 use std::sync::Mutex;
 
 use deltacr::env::{Environment, ExternalId, Namespace};
-use deltacr::fd::{self, Descriptors, Procs, Removed};
+use deltacr::fd::{self, Descriptors, Prepared, Procs};
 use deltacr::ids::{HostPid, InnerPid};
 use deltacr::mem::SharedObjects;
 use deltacr::remote::{Batch, Remote};
@@ -241,7 +241,7 @@ impl Python {
         self.stopped(|procs| {
             let current = fd::survey(procs, world, &world.shared).unwrap();
             fd::check(target).unwrap();
-            let means = (&world.shared, &mut Removed::default());
+            let means = (&world.shared, &mut Prepared::default());
             fd::restore(&current, target, procs, world, means, &|_| Ok(())).unwrap()
         })
     }
@@ -291,7 +291,7 @@ pub(crate) fn assert_rolls_back_with_a_new(
     let mut procs = procs(&mut stopped);
     close_all(procs.get_mut(&dead).unwrap());
     fd::check(image).unwrap();
-    let means = (&world.shared, &mut Removed::default());
+    let means = (&world.shared, &mut Prepared::default());
     fd::restore(&current, image, &mut procs, world, means, &|_| Ok(())).unwrap();
     let now = fd::capture(&procs, world, &world.shared).unwrap();
     drop(procs);
@@ -324,7 +324,7 @@ pub(crate) fn assert_rebuilds(world: &World, image: &Descriptors, of: &mut Pytho
         image,
         &mut procs,
         world,
-        (&world.shared, &mut Removed::default()),
+        (&world.shared, &mut Prepared::default()),
         &|_| Ok(()),
     )
     .unwrap();

@@ -17,7 +17,7 @@ use crate::env::Environment;
 use crate::error::{During, Result};
 use crate::fd::model::{Descriptors, Kind};
 use crate::fd::restore::{Restore, named, restore};
-use crate::fd::{Procs, Removed};
+use crate::fd::{Prepared, Procs};
 use crate::mem::SharedObjects;
 use crate::owners::Owners;
 use crate::sys::socket as sys;
@@ -48,7 +48,7 @@ pub(crate) fn read_waiting(
         set_waiting(&mut image, at, accepted);
     }
     let now = without_waiting(&image, &listeners);
-    let means = (shared, &mut Removed::default());
+    let means = (shared, &mut Prepared::default());
     restore(&now, &image, procs, env, means, &|_| Ok(()))?;
     failed.map_or(Ok(image), Err)
 }
