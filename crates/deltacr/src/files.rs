@@ -121,6 +121,11 @@ impl Place {
         }
     }
 
+    /// The path, as the kernel told it.
+    pub(crate) fn path(&self) -> &[u8] {
+        &self.path
+    }
+
     /// Its inode number, if it is on the versioned filesystem.
     pub(crate) fn inode(&self) -> Option<u64> {
         self.inode

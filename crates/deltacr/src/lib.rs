@@ -28,6 +28,7 @@ mod openings;
 mod orphan;
 mod owners;
 mod procfs;
+mod programs;
 mod reconcile;
 pub mod remote;
 mod resume;

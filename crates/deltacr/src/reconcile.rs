@@ -22,6 +22,7 @@ use crate::limits::Room;
 use crate::mem::{Holding, Layout, Memory, Scan, Tracker, Vma, layout};
 use crate::numbers;
 use crate::procfs::Procfs;
+use crate::programs::{self, Programs};
 use crate::remote::{Batch, Remote};
 use crate::signals::{Queue, Scope};
 use crate::threads;
@@ -65,6 +66,8 @@ pub(crate) struct Reconcile<'a> {
     pub(crate) process: &'a mut HeldProcess,
     pub(crate) tracker: &'a mut Option<Tracker>,
     pub(crate) image: &'a Arc<ProcessImage>,
+    /// Where it finds its program.
+    pub(crate) programs: Programs<'a>,
     /// The timed waits that threads are in.
     pub(crate) waits: &'a mut HashMap<HostPid, Option<Wait>>,
 }
@@ -124,14 +127,19 @@ impl Reconcile<'_> {
     fn link_program(&mut self) -> Result<()> {
         let remote = &mut self.process.stopped.remote;
         let (pid, memory) = (remote.pid(), &self.image.memory);
-        let exe = &self.image.exe;
-        let link = |remote: &mut Remote| {
-            let exe = exe.open_inside(self.env, remote, OFlags::RDONLY)?;
+        let link = |remote: &mut Remote, exe: i32| {
             layout::write_program(remote, &memory.layout, &memory.auxv, exe)
         };
-        let linked = match link(remote) {
+        let by_itself = match programs::in_memory(self.image) {
+            None => self.image.exe.open_inside(self.env, remote, OFlags::RDONLY),
+            Some(_) => Err(io::ErrorKind::PermissionDenied.into()),
+        };
+        let linked = match by_itself.and_then(|exe| link(remote, exe)) {
             Err(e) if e.kind() == io::ErrorKind::PermissionDenied => {
-                exe.as_program(self.env, |_| link(remote))
+                self.programs.of(self.image, |exe| {
+                    let exe = remote.give_fds(&[exe])?[0];
+                    link(remote, exe)
+                })
             }
             linked => linked,
         };
@@ -146,8 +154,8 @@ impl Reconcile<'_> {
         let root = Place::root(self.env, self.procfs, pid);
         let root = root.during(pid, "reading its root directory")?;
         let whole = root.map(|_| self.env.root());
-        let exe = &self.image.exe;
-        let started = exe.as_program(self.env, |exe| spawn::execute(remote, exe, whole));
+        let programs = self.programs;
+        let started = programs.of(self.image, |exe| spawn::execute(remote, exe, whole));
         started.during(pid, "starting the program again")?;
         *self.tracker = None;
         Ok(())

@@ -2,6 +2,7 @@
 
 import fcntl
 import pty
+import subprocess
 import termios
 import tty
 
@@ -360,6 +361,39 @@ def memfd_that_is_executed():
         os.ftruncate(descriptor, 0)
 
     return mutate, execute
+
+
+@case
+def memfd_that_is_being_executed():
+    descriptor = os.memfd_create("cat")
+    with open("/bin/cat", "rb") as cat:
+        os.write(descriptor, cat.read())
+    program = f"/proc/self/fd/{descriptor}"
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with_a_number = subprocess.Popen([program], pass_fds=[descriptor], **pipes)
+    without = subprocess.Popen([program], close_fds=False, **pipes)
+    os.close(descriptor)
+
+    def through(cat):
+        os.write(cat.stdin.fileno(), b"text\n")
+        return read_line(cat.stdout.fileno())
+
+    def links():
+        return [os.readlink(f"/proc/{cat.pid}/exe") for cat in (with_a_number, without)]
+
+    before = links()
+    equal([through(cat) for cat in (with_a_number, without)], ["text"] * 2, "before")
+
+    def mutate():
+        for cat in (with_a_number, without):
+            cat.kill()
+            cat.wait()
+
+    def check():
+        equal([through(cat) for cat in (with_a_number, without)], ["text"] * 2, "answers")
+        equal(links(), before, "programs")
+
+    return mutate, check
 
 
 @case

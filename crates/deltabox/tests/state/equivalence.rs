@@ -304,6 +304,7 @@ theme! { events:
     memfd_sealed_since
     memfds_sealed_before
     memfd_that_is_executed
+    memfd_that_is_being_executed
     pty_with_both_ends_inside
     pty_with_a_session_on_it
     pty_whose_foreground_group_ended_since

@@ -180,7 +180,7 @@ impl Delivery<'_> {
     fn orphan_of(&mut self, mut stand_in: Remote, session: InnerPid, pid: InnerPid) -> Result<()> {
         let image = self.image(pid);
         let signal = image.stat.exit_signal;
-        let born = image.exe.as_program(self.env, |exe| {
+        let born = self.programs().of(image, |exe| {
             numbers::born_as(self.env, pid, || {
                 spawn::child(&mut stand_in, pid, signal, exe, None)
             })

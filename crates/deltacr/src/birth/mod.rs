@@ -22,6 +22,7 @@ use crate::ids::InnerPid;
 use crate::image::{INIT, ProcessImage, TreeImage};
 use crate::numbers;
 use crate::procfs::Stat;
+use crate::programs::Programs;
 use crate::remote::{Batch, Remote};
 use crate::stop::{Stopped, hold_thread};
 use crate::sys::ptrace;
@@ -108,6 +109,13 @@ impl<'a> Delivery<'a> {
             };
             self.adopted(pid)?;
             self.family(pid)?;
+        }
+    }
+
+    fn programs(&self) -> Programs<'a> {
+        Programs {
+            env: self.env,
+            shared: &self.target.shared,
         }
     }
 
@@ -223,10 +231,10 @@ impl<'a> Delivery<'a> {
         let root = Place::root(self.env, &self.held.procfs, parent);
         let root = root.during(parent, "reading its root directory")?;
         let whole = root.map(|_| self.env.root());
-        let env = self.env;
+        let (env, programs) = (self.env, self.programs());
         let mother = self.mother(parent)?;
         let signal = image.stat.exit_signal;
-        let remote = image.exe.as_program(env, |exe| {
+        let remote = programs.of(image, |exe| {
             numbers::born_as(env, pid, || spawn::child(mother, pid, signal, exe, whole))
         });
         let remote = remote.during(pid, "making the process again")?;
@@ -287,7 +295,7 @@ impl<'a> Delivery<'a> {
         let born = host.and_then(|host| spawn::adopt(pid, host));
         let born = born.and_then(|mut remote| {
             let execute = |exe: BorrowedFd<'_>| spawn::execute(&mut remote, exe, None);
-            image.exe.as_program(self.env, execute)?;
+            self.programs().of(image, execute)?;
             Ok(remote)
         });
         let remote = born.during(pid, "making the process again")?;

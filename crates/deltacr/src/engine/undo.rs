@@ -19,6 +19,7 @@ use crate::interview::Questionnaire;
 use crate::keepers::{self, keepers};
 use crate::limits::Room;
 use crate::mem::{Scan, Tracker, Vma};
+use crate::programs::Programs;
 use crate::reconcile::{Now, Reconcile};
 use crate::stopwatch::{Phases, Stopwatch};
 use crate::sysv::{self, Attached};
@@ -318,11 +319,12 @@ impl Engine {
     /// The work on one process of those that are held.
     fn reconcile<'a>(
         &'a mut self,
-        env: &'a dyn Environment,
+        programs: Programs<'a>,
         held: &'a mut Held,
         pid: InnerPid,
         image: &'a Arc<ProcessImage>,
     ) -> Result<Reconcile<'a>> {
+        let env = programs.env;
         let process = member(&mut held.processes, pid)?;
         let host = process.stopped.remote.host();
         Ok(Reconcile {
@@ -332,6 +334,7 @@ impl Engine {
             process,
             tracker: self.trackers.entry(host).or_default(),
             image,
+            programs,
             waits: &mut self.waits,
         })
     }
@@ -349,10 +352,14 @@ impl Engine {
         let killed = end::others(held, &keep, target)?;
         watch.lap("kill");
         let mut before = survey.processes;
+        let programs = Programs {
+            env,
+            shared: &target.shared,
+        };
         let room = Room::of(env.init_pid()).during_tree("reading the limits of init")?;
         for (pid, now) in &mut before {
             let image = &target.processes[pid];
-            let mut work = self.reconcile(env, held, *pid, image)?;
+            let mut work = self.reconcile(programs, held, *pid, image)?;
             work.end_extra_threads()?;
             work.make_room(&room, now)?;
         }
@@ -361,7 +368,7 @@ impl Engine {
         let born = birth::deliver(env, held, target)?;
         for pid in &born.all {
             let image = &target.processes[pid];
-            let work = self.reconcile(env, held, *pid, image)?;
+            let work = self.reconcile(programs, held, *pid, image)?;
             work.make_room_for_new(&room)?;
         }
         watch.lap("births");
@@ -396,7 +403,7 @@ impl Engine {
         };
         let told_of = target.told_of();
         for (pid, image) in &target.processes {
-            let mut work = self.reconcile(env, held, *pid, image)?;
+            let mut work = self.reconcile(programs, held, *pid, image)?;
             let template = env.template().filter(|_| born.copies.contains(pid));
             pages += work.memory(before.get_mut(pid), template)?;
             work.threads_told_of(&told_of)?;
@@ -404,7 +411,7 @@ impl Engine {
         let sealed = self.means.shared.seal(&target.shared);
         sealed.during_tree("sealing the shared memory")?;
         for (pid, image) in &target.processes {
-            let mut work = self.reconcile(env, held, *pid, image)?;
+            let mut work = self.reconcile(programs, held, *pid, image)?;
             work.directory(before.get(pid), &mut prepared.removed)?;
         }
         self.means.shared.let_go_of_segments();
@@ -422,7 +429,7 @@ impl Engine {
         watch.lap("descriptors");
         let mut attributes = BTreeMap::new();
         for (pid, image) in &target.processes {
-            let mut work = self.reconcile(env, held, *pid, image)?;
+            let mut work = self.reconcile(programs, held, *pid, image)?;
             attributes.insert(*pid, work.state(before.remove(pid))?);
         }
         for (pid, image) in &target.processes {

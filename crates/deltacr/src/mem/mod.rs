@@ -41,6 +41,7 @@ pub use holding::{Derived, FileMapping, Holding, OfBase};
 pub use layout::Layout;
 pub use pages_to_come::Pages;
 pub use scan::Scan;
+pub(crate) use shm::copy_of as copy_of_object;
 pub use shm::{SharedMemory, SharedObjects, ShmImage, ShmKey};
 pub use tracker::Tracker;
 pub(crate) use vmas::mapped_file;

@@ -30,7 +30,7 @@ use crate::error::{During, Result};
 use crate::owners::Owners;
 use crate::store::{PageMap, PageStore};
 use crate::sys::pagemap::Mapping;
-use contents::{read, write};
+use contents::{differ, read, write};
 
 /// Names a shared memory object of a tree, across its deaths and rebirths.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
@@ -520,11 +520,12 @@ impl Live {
     fn restore(mut self, store: &PageStore, image: &ShmImage) -> io::Result<Self> {
         let size = self.file.metadata()?.len();
         let now = read(&self.file, size, &self.pages, store)?;
-        let writable = File::from(self.open(libc::O_RDWR)?);
-        if size != image.size {
+        // One that is executed cannot be opened for writing; nor was it written to.
+        if size != image.size || differ(&now, image) {
+            let writable = File::from(self.open(libc::O_RDWR)?);
             writable.set_len(image.size)?;
+            write(&writable, &now, image)?;
         }
-        write(&writable, &now, image)?;
         own(&self.file, image)?;
         if !spares_mappings(image.seals()) {
             self.seal(image)?;
@@ -541,6 +542,16 @@ impl Live {
         }
         Ok(())
     }
+}
+
+/// A file that holds what an object held, and may be executed.
+pub(crate) fn copy_of(image: &ShmImage) -> io::Result<OwnedFd> {
+    let name = CString::new(image.name.as_bytes())?;
+    let file = File::from(memfd_create(&name, MemfdFlags::CLOEXEC)?);
+    file.set_len(image.size)?;
+    write(&file, &PageMap::new(), image)?;
+    fchmod(&file, Mode::RWXU | Mode::RWXG | Mode::RWXO)?;
+    Ok(file.into())
 }
 
 /// Gives a file its mode and owner.

@@ -67,6 +67,15 @@ fn sort(pages: &mut PageMap, first: u64, bytes: &[u8], store: &PageStore) -> io:
     Ok(())
 }
 
+/// Whether a file that holds `now` holds something else than the image.
+pub(super) fn differ(now: &PageMap, image: &ShmImage) -> bool {
+    let mut differ = false;
+    now.diff(&image.pages, 0..image.size.div_ceil(PAGE), |_| {
+        differ = true;
+    });
+    differ
+}
+
 /// Writes what differs between `now`, which the file holds, and the image.
 pub(super) fn write(file: &File, now: &PageMap, image: &ShmImage) -> io::Result<()> {
     let mut runs = Vec::new();
