@@ -412,6 +412,30 @@ def group_whose_leader_ended_since():
 
 
 @case
+def groups_that_those_have_left_whom_they_are_named_after():
+    children = [Child(lambda: os.setpgid(0, 0)) for _ in range(2)]
+    one, other = (child.ask("os.getpid()") for child in children)
+    for group in one, other:
+        children.append(Child(lambda: os.setpgid(0, group)))
+        children[-1].ask("1")
+    children[0].ask(f"os.setpgid(0, {other})")
+    groups = lambda: [child.ask("os.getpgid(0)") for child in children]
+    before = groups()
+    equal(before, [other, other, one, other], "before")
+
+    def mutate():
+        children[0].ask("os.setpgid(0, 0)")
+        children[1].ask(f"os.setpgid(0, {one})")
+        children[2].kill()
+        children[3].ask("os.setpgid(0, 0)")
+
+    def check():
+        equal(groups(), before, "groups")
+
+    return mutate, check
+
+
+@case
 def stopped_process():
     child = Child()
     os.kill(child.pid, signal.SIGSTOP)

@@ -504,6 +504,7 @@ theme! { processes:
     zombie_that_leads_a_session
     zombie_of_a_parent_that_gives_up_rights_since
     group_whose_leader_ended_since
+    groups_that_those_have_left_whom_they_are_named_after
     stopped_process
     orphan_of_a_double_fork
     sessions_and_groups

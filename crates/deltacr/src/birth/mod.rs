@@ -319,15 +319,21 @@ impl<'a> Delivery<'a> {
     }
 
     fn groups(&mut self) -> Result<()> {
-        let mut astray: Vec<(InnerPid, InnerPid)> = Vec::new();
+        let mut astray: BTreeMap<InnerPid, InnerPid> = BTreeMap::new();
         for (pid, image) in &self.target.processes {
             let stat = self.held.stat(*pid, &self.born.all)?;
             if stat.group != image.stat.group {
-                astray.push((*pid, image.stat.group));
+                astray.insert(*pid, image.stat.group);
             }
         }
-        // Those that groups are named after come first.
-        astray.sort_by_key(|(pid, group)| (pid != group, *group));
+        let left = self.left_groups(&astray);
+        for leader in &left {
+            self.call(*leader, libc::SYS_setpgid, &[0.into(), 0.into()])?;
+            astray.insert(*leader, self.image(*leader).stat.group);
+        }
+        // Those that groups are named after come first, but for those who leave theirs.
+        let mut astray: Vec<(InnerPid, InnerPid)> = astray.into_iter().collect();
+        astray.sort_by_key(|(pid, group)| (left.contains(pid), pid != group, *group));
         let mut stand_ins: BTreeMap<InnerPid, (InnerPid, Remote)> = BTreeMap::new();
         let mut result = Ok(());
         for (pid, group) in astray {
@@ -343,6 +349,16 @@ impl<'a> Delivery<'a> {
             }
         }
         result
+    }
+
+    /// The processes that are in another group than the one which is named after them, and that others are to join.
+    fn left_groups(&self, astray: &BTreeMap<InnerPid, InnerPid>) -> BTreeSet<InnerPid> {
+        let groups = astray.iter().filter(|(pid, group)| pid != group);
+        let is_left = |group: &InnerPid| {
+            let leader = self.target.processes.get(group);
+            leader.is_some_and(|leader| leader.stat.group != *group)
+        };
+        groups.map(|(_, group)| *group).filter(is_left).collect()
     }
 
     fn join(
