@@ -102,6 +102,9 @@ const PERSONALITIES: [u64; 3] = [0xffff_ffff, 0, 0x0004_0000];
 const UNKNOWN_OPTIONS: [i32; 2] = [libc::PR_SET_MDWE, PR_SET_SYSCALL_USER_DISPATCH];
 const PR_SET_SYSCALL_USER_DISPATCH: i32 = 59;
 
+/// Sockets of several paths (MPTCP), which nobody can put back. Go's servers ask for them first, and take TCP instead.
+const UNKNOWN_PROTOCOL: u64 = libc::IPPROTO_MPTCP as u64;
+
 /// How many programs [`filters`] gives.
 pub(crate) const FILTERS: usize = 4;
 
@@ -130,7 +133,12 @@ pub(crate) fn filters() -> io::Result<Vec<Vec<u8>>> {
             .into_iter()
             .map(|option| rule(Op::Eq, option as u64))
             .collect::<Result<_, _>>()?;
-        let unknown = Rules::from([(libc::SYS_prctl, options)]);
+        let protocol = SeccompCondition::new(2, Len::Dword, Op::Eq, UNKNOWN_PROTOCOL)?;
+        let protocol = SeccompRule::new(vec![protocol])?;
+        let unknown = Rules::from([
+            (libc::SYS_prctl, options),
+            (libc::SYS_socket, vec![protocol]),
+        ]);
         Ok([
             foreign_numbers(),
             compile(unknown, libc::EINVAL)?,

@@ -260,12 +260,13 @@ fn system_calls_that_cannot_be_carried_are_refused_with_the_error_that_makes_pro
     }
     let calls: Vec<&[i64]> = calls.iter().map(Vec::as_slice).collect();
     assert_eq!(errors_of(&sandbox, &calls), vec![libc::EPERM; calls.len()]);
-    // Write no code, dispatch system calls.
+    // Write no code, dispatch system calls, sockets of several paths.
     let unknown: &[&[i64]] = &[
         &[libc::SYS_prctl, 65, 1, 0, 0, 0],
         &[libc::SYS_prctl, 59, 1, 0, 0, 0],
+        &[libc::SYS_socket, 2, 1, 262],
     ];
-    assert_eq!(errors_of(&sandbox, unknown), [libc::EINVAL; 2]);
+    assert_eq!(errors_of(&sandbox, unknown), [libc::EINVAL; 3]);
     // What programs do all the time is not in the way.
     let allowed: &[&[i64]] = &[
         &[libc::SYS_unshare, libc::CLONE_FILES as i64],
