@@ -71,6 +71,42 @@ def resource_limits():
 
 
 @case
+def processes_that_may_have_no_more_descriptors():
+    """One gave up the right to any, as OpenSSH does before it speaks to strangers; one has as many as it may have."""
+
+    def none():
+        resource.setrlimit(resource.RLIMIT_NOFILE, (0, 0))
+
+    def all_taken():
+        resource.setrlimit(resource.RLIMIT_NOFILE, (50, 50))
+        try:
+            while True:
+                os.dup(0)
+        except OSError as error:
+            equal(error.errno, errno.EMFILE)
+
+    children = [Child(none), Child(all_taken)]
+    for child in children:
+        child.ask("put('told', bytearray(b'hello') * 100000)[:1]")
+    limits = [resource.prlimit(child.pid, resource.RLIMIT_NOFILE) for child in children]
+    numbers = lambda: [sorted(os.listdir(f"/proc/{child.pid}/fd")) for child in children]
+    before = numbers()
+
+    def mutate():
+        for child in children:
+            child.ask("told.__setitem__(slice(5, 300000), b'wrong' * 59999)")
+
+    def check():
+        equal([resource.prlimit(child.pid, resource.RLIMIT_NOFILE) for child in children], limits, "limits")
+        equal(numbers(), before, "descriptors")
+        for child in children:
+            equal(child.ask("told == b'hello' * 100000"), True, "memory")
+            equal(child.ask("os.open('/', 0)")[:19], "OSError: [Errno 24]", "one more")
+
+    return mutate, check
+
+
+@case
 def credentials_of_another_user():
     def setup():
         os.setgroups([2000, 3000])

@@ -489,6 +489,7 @@ theme! { processes:
     working_directory_umask_and_name
     working_directories_in_proc
     resource_limits
+    processes_that_may_have_no_more_descriptors
     credentials_of_another_user
     ids_for_files_and_sets_of_capabilities
     seccomp_filters_of_its_own

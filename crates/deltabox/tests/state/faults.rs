@@ -56,6 +56,32 @@ fn a_process_stands_in_a_removed_directory_again() {
     }
 }
 
+/// Numbers go back with a rollback that makes processes again, so that on another branch a thread gets that of a process.
+#[test]
+fn a_process_is_made_again_whose_number_is_a_threads_by_now() {
+    let lab = Lab::new();
+    let sandbox = lab.sandbox();
+    let script = "import os, signal, sys, threading\n\
+        def fork():\n  pid = os.fork()\n  return pid or signal.pause()\n\
+        def end(pid):\n  os.kill(pid, 9)\n  return os.waitpid(pid, 0)[0]\n\
+        def thread():\n  one = threading.Thread(target=signal.pause, daemon=True)\n  one.start()\n  return one.native_id\n\
+        for line in sys.stdin: print(eval(line), flush=True)";
+    let mut program = Program::start(&sandbox, &[PYTHON, "-c", script]).unwrap();
+    let first = program.ask("fork()").unwrap();
+    let (one, mark_of_one) = (sandbox.checkpoint(None).unwrap().id, program.mark());
+    let second = program.ask("fork()").unwrap();
+    let (two, mark_of_two) = (sandbox.checkpoint(None).unwrap().id, program.mark());
+    program.ask(&format!("end({first})")).unwrap();
+    sandbox.rollback(one).unwrap();
+    program.went_back(mark_of_one);
+    assert_eq!(program.ask("thread()").unwrap(), second);
+    assert_eq!(sandbox.rollback(two).unwrap().fallback, None);
+    program.went_back(mark_of_two);
+    for child in [first, second] {
+        assert_eq!(program.ask(&format!("end({child})")).unwrap(), child);
+    }
+}
+
 #[test]
 fn a_directory_that_is_called_as_if_removed_is_no_fault() {
     let lab = Lab::new();

@@ -18,6 +18,9 @@ use crate::sys::uffd;
 /// page table.
 const NEAR: u64 = 2 << 20;
 
+/// How an error names the beginning.
+const DOING: &str = "starting to track written pages";
+
 /// Tracks which pages of a process are written, by a `userfaultfd` with asynchronous write
 /// protection that was made in the process and is kept by us only. Dropping it ends the tracking.
 #[derive(Debug)]
@@ -42,25 +45,40 @@ impl Tracker {
     /// Begins to track a stopped process, which is in state `base`.
     pub(crate) fn attach(remote: &mut Remote, base: Arc<AddressSpace>) -> Result<Self> {
         let pid = remote.pid();
-        let doing = "starting to track written pages";
+        let made = Self::make(remote, base).and_then(|made| {
+            // Why none was made.
+            made.ok_or_else(|| io::Error::from_raw_os_error(libc::EMFILE))
+        });
+        made.during(pid, DOING)
+    }
+
+    /// The same; none if the process may have no more descriptors, not even for a moment.
+    fn attach_if_room(remote: &mut Remote, base: Arc<AddressSpace>) -> Result<Option<Self>> {
+        let pid = remote.pid();
+        Self::make(remote, base).during(pid, DOING)
+    }
+
+    fn make(remote: &mut Remote, base: Arc<AddressSpace>) -> io::Result<Option<Self>> {
         let mut make = Batch::new();
         let flags = libc::O_CLOEXEC | pagemap::USER_MODE_ONLY;
         let made = make.call(libc::SYS_userfaultfd, &[flags.into()]);
-        let there = remote.with_numbers(|remote| remote.run(&make)?.result(made));
-        let there = there.during(pid, doing)? as i32;
+        let there = match remote.with_numbers(|remote| remote.run(&make)?.result(made)) {
+            Err(e) if e.raw_os_error() == Some(libc::EMFILE) => return Ok(None),
+            there => there? as i32,
+        };
         let uffd = remote.take_fd(there);
         let mut close = Batch::new();
         close.call(libc::SYS_close, &[there.into()]);
-        remote.run(&close).during(pid, doing)?;
-        let uffd = uffd.during(pid, doing)?;
-        pagemap::enable_write_tracking(uffd.as_fd()).during(pid, doing)?;
-        Ok(Self {
+        remote.run(&close)?;
+        let uffd = uffd?;
+        pagemap::enable_write_tracking(uffd.as_fd())?;
+        Ok(Some(Self {
             uffd,
             base,
             lazy: None,
             ahead: Ahead::default(),
             faults: 0,
-        })
+        }))
     }
 
     /// Tracks these mappings too. Fails with `ENOMEM` if the process has another address space
@@ -185,8 +203,8 @@ pub(crate) struct Reset {
 }
 
 /// Makes the process, which is in state `base` and has this page map, count as unchanged from now on, but for its written
-/// pages if they are fewer than `protect`. If that fails, the process is left without a tracker, so that everything counts
-/// as changed.
+/// pages if they are fewer than `protect`. If that fails, or the process may have no more descriptors, it is left without a tracker, so
+/// that everything counts as changed.
 pub(crate) fn reset(
     remote: &mut Remote,
     tracker: &mut Option<Tracker>,
@@ -206,7 +224,9 @@ pub(crate) fn reset(
     let new = match kept.filter(|t| t.extend(&reset.untracked).is_ok()) {
         Some(kept) => kept,
         None => {
-            let new = Tracker::attach(remote, base)?;
+            let Some(new) = Tracker::attach_if_room(remote, base)? else {
+                return Ok(());
+            };
             let extended = new.extend(&reset.untracked);
             extended.during(pid, "tracking written pages")?;
             new
