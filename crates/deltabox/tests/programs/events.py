@@ -802,3 +802,32 @@ def terminal_given_up_since():
         equal(stat(leader.ask("member.pid"))[4], before, "the terminal")
 
     return mutate, check
+
+
+@case
+def pty_whose_slave_side_is_closed():
+    """The master tells so, when all is read; and not before anybody has opened the other side."""
+    left, slave = pty.openpty()
+    name = os.ttyname(slave)
+    os.close(slave)
+    talked, slave = pty.openpty()
+    os.write(slave, b"farewell")
+    os.close(slave)
+    new = os.open("/dev/ptmx", os.O_RDWR | os.O_NONBLOCK | os.O_NOCTTY)
+    for master in (left, talked):
+        os.set_blocking(master, False)
+
+    def mutate():
+        for master in (left, talked, new):
+            os.close(master)
+
+    def check():
+        raises(errno.EIO, os.read, left, 10)
+        equal(os.read(talked, 20), b"farewell", "output")
+        raises(errno.EIO, os.read, talked, 10)
+        raises(errno.EAGAIN, os.read, new, 10)
+        again = os.open(name, os.O_RDWR | os.O_NOCTTY)
+        os.write(again, b"hello")
+        equal(os.read(left, 20), b"hello", "output of who has opened it again")
+
+    return mutate, check

@@ -1113,3 +1113,59 @@ def kinds_of_timestamps_changed_since():
         equal([end.getsockopt(socket.SOL_SOCKET, name) for name in (29, 35)], [1, 0], "options")
 
     return mutate, check
+
+
+@case
+def datagrams_from_before_it_was_connected():
+    """To another one than who has sent them, who may not send any more."""
+    sockets = [[datagram_socket(f"/playground/{name}") for name in ("receiver", "sender", "peer")]]
+    sockets.append([datagram_socket(("127.0.0.1", 0), socket.AF_INET) for _ in range(3)])
+    pairs = [datagram_socket(f"/playground/{name}") for name in ("one", "two")]
+    sockets[0][1].sendto(b"early", "/playground/one")
+    pairs[0].connect("/playground/two")
+    pairs[1].connect("/playground/one")
+    pairs[1].send(b"of the peer")
+    for receiver, sender, peer in sockets:
+        sender.sendto(b"early", receiver.getsockname())
+        receiver.connect(peer.getsockname())
+    # Its port is gone when it is not connected any more.
+    late = datagram_socket(None, socket.AF_INET)
+    late.connect(sockets[1][2].getsockname())
+    names = [end.getsockname() for end in (late, *(ends[0] for ends in sockets))]
+
+    def mutate():
+        pairs[0].recv(100)
+        for receiver, _, _ in sockets:
+            receiver.recv(100)
+
+    def check():
+        for receiver, sender, peer in sockets:
+            equal(receiver.recvfrom(100), (b"early", sender.getsockname()), "a datagram")
+            receiver.send(b"hello")
+            equal(peer.recvfrom(100), (b"hello", receiver.getsockname()), "sent to the peer")
+        equal(pairs[0].recvfrom(100), (b"early", "/playground/sender"), "a datagram of another")
+        equal(pairs[0].recvfrom(100), (b"of the peer", "/playground/two"), "a datagram of the peer")
+        pairs[1].send(b"hello")
+        equal(pairs[0].recv(100), b"hello", "sent by the peer")
+        raises(errno.EPERM, sockets[0][1].sendto, b"late", "/playground/receiver")
+        equal([end.getsockname() for end in (late, *(ends[0] for ends in sockets))], names, "names")
+
+    return mutate, check
+
+
+@case
+def more_datagrams_than_there_is_room_for_now():
+    receiver, sender = (datagram_socket(("127.0.0.1", 0), socket.AF_INET) for _ in range(2))
+    for number in range(50):
+        sender.sendto(b"%d" % number, receiver.getsockname())
+    receiver.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1)
+    room = receiver.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF)
+
+    def mutate():
+        receiver.recv(100)
+
+    def check():
+        equal([receiver.recv(100) for _ in range(50)], [b"%d" % number for number in range(50)], "datagrams")
+        equal(receiver.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF), room, "room")
+
+    return mutate, check

@@ -275,6 +275,8 @@ theme! { sockets:
     unix_connections_from_another_root
     tcp_connected_to_itself
     kinds_of_timestamps_changed_since
+    datagrams_from_before_it_was_connected
+    more_datagrams_than_there_is_room_for_now
 }
 
 theme! { flights:
@@ -319,6 +321,7 @@ theme! { events:
     dev_tty_hung_up_since
     terminal_of_all_in_a_session
     terminal_given_up_since
+    pty_whose_slave_side_is_closed
 }
 
 theme! { memory:

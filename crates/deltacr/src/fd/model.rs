@@ -247,6 +247,8 @@ pub(crate) struct Terminal {
     /// What only a master tells, and has; the same.
     pub(crate) locked: bool,
     pub(crate) packets: bool,
+    /// Whether it reads as ended: the slave side has been open, and nobody has it any more.
+    pub(crate) left: bool,
     pub(crate) output: Option<Vec<u8>>,
 }
 

@@ -184,12 +184,16 @@ fn is_missing(error: &io::Error) -> bool {
     error.raw_os_error() == Some(libc::ENOENT)
 }
 
-/// The path of an open file with this inode number, marked as gone if whom it is about has ended. The kernel marks directories only.
-pub(crate) fn mark_ended(env: &dyn Environment, mut path: Vec<u8>, ino: u64) -> Vec<u8> {
+/// The path of an open file with this inode number, marked as gone if whom it is about has ended. The kernel marks directories only, and
+/// what is about a network whenever somebody has looked for it since.
+pub(crate) fn mark_ended(env: &dyn Environment, path: Vec<u8>, ino: u64) -> Vec<u8> {
+    let mut path = match path.strip_suffix(DELETED) {
+        Some(living) => living.to_vec(),
+        None => path,
+    };
     let there = path::open(env, &path, libc::O_PATH | libc::O_NOFOLLOW);
     let there = there.and_then(|file| Ok(rustix::fs::fstat(file)?));
-    let lives = there.is_ok_and(|stat| stat.st_ino == ino);
-    if !lives && !path.ends_with(DELETED) {
+    if !there.is_ok_and(|stat| stat.st_ino == ino) {
         path.extend_from_slice(DELETED);
     }
     path

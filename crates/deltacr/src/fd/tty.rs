@@ -134,6 +134,7 @@ fn read_slave(slave: BorrowedFd<'_>, terminal: &mut Terminal) -> io::Result<()> 
 fn read_master(master: BorrowedFd<'_>, terminal: &mut Terminal) -> io::Result<()> {
     terminal.locked = sys::fd::pty_is_locked(master)?;
     terminal.packets = sys::fd::in_packet_mode(master)?;
+    terminal.left = unread::is_left(master)?;
     terminal.output = unread::take_output(master)?;
     unread::put_output(master, terminal.output.as_deref().unwrap_or_default())
 }
@@ -174,6 +175,9 @@ pub(crate) fn set(
     };
     if let (Some(output), Some(_)) = (&wanted.output, unread::take_output(master)?) {
         unread::put_output(master, output)?;
+    }
+    if slave.is_none() && wanted.left && !unread::is_left(master)? {
+        drop(open_slave(env, number, libc::O_RDWR)?);
     }
     if sys::fd::in_packet_mode(master)? != wanted.packets {
         sys::fd::set_packet_mode(master, wanted.packets)?;

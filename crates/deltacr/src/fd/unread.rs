@@ -168,6 +168,11 @@ fn put_bytes(tty: BorrowedFd<'_>, bytes: &[u8]) -> io::Result<()> {
         .try_for_each(|byte| sys::pretend_input(tty, *byte))
 }
 
+/// Whether nobody has the slave side of a master any more.
+pub(crate) fn is_left(master: BorrowedFd<'_>) -> io::Result<bool> {
+    Ok(ready(master)?.contains(PollFlags::HUP))
+}
+
 /// Takes the output that waits at a master side. `None` where that is more than can be put back, or where the terminal has
 /// something else to tell first (packet mode).
 pub(crate) fn take_output(master: BorrowedFd<'_>) -> io::Result<Option<Vec<u8>>> {

@@ -10,7 +10,7 @@ use crate::sys::socket as sys;
 
 const SO_PEEK_OFF: i32 = 42;
 const SO_BUF_LOCK: i32 = 72;
-/// Bytes of a send buffer that takes whatever was found in one.
+/// Bytes of a buffer that takes whatever was found in one.
 const ROOMY: i32 = 256 << 20;
 /// More messages than any queue holds by default.
 const MOST: usize = 100_000;
@@ -175,9 +175,10 @@ pub(crate) type Lender<'a> = &'a dyn Fn(&Message) -> io::Result<Vec<OwnedFd>>;
 /// Sends messages from a connected socket, whatever the limit of its own buffer is: they have been in one before, but not as
 /// the same pieces.
 pub(crate) fn fill(from: BorrowedFd<'_>, messages: &[Message], lend: Lender<'_>) -> io::Result<()> {
-    let Some(_room) = Room::make(from, messages)? else {
+    if messages.is_empty() {
         return Ok(());
-    };
+    }
+    let _room = Room::to_send(from)?;
     for message in messages {
         let mut rights = lend(message)?;
         let mut rest = message.bytes.as_slice();
@@ -193,36 +194,45 @@ pub(crate) fn fill(from: BorrowedFd<'_>, messages: &[Message], lend: Lender<'_>)
     Ok(())
 }
 
-/// A socket whose send buffer is larger for a while.
-struct Room<'a> {
+/// A socket one of whose buffers is larger for a while.
+pub(super) struct Room<'a> {
     socket: BorrowedFd<'a>,
+    /// The option by which it is set.
+    buffer: i32,
     /// As the kernel tells it, twice what is to be set.
     size: i32,
     locked: i32,
 }
 
 impl<'a> Room<'a> {
-    /// Makes room for these messages; `None` if there are none.
-    fn make(socket: BorrowedFd<'a>, messages: &[Message]) -> io::Result<Option<Self>> {
-        if messages.is_empty() {
-            return Ok(None);
-        }
+    /// To send whatever was found in a buffer.
+    fn to_send(socket: BorrowedFd<'a>) -> io::Result<Self> {
+        Self::make(socket, (libc::SO_SNDBUF, libc::SO_SNDBUFFORCE))
+    }
+
+    /// To receive as much, where what finds no room is dropped.
+    pub(super) fn to_receive(socket: BorrowedFd<'a>) -> io::Result<Self> {
+        Self::make(socket, (libc::SO_RCVBUF, libc::SO_RCVBUFFORCE))
+    }
+
+    fn make(socket: BorrowedFd<'a>, (told, buffer): (i32, i32)) -> io::Result<Self> {
         let room = Self {
             socket,
-            size: sys::int_option(socket, libc::SOL_SOCKET, libc::SO_SNDBUF)?,
+            buffer,
+            size: sys::int_option(socket, libc::SOL_SOCKET, told)?,
             locked: sys::int_option(socket, libc::SOL_SOCKET, SO_BUF_LOCK)?,
         };
-        sys::set_int_option(socket, libc::SOL_SOCKET, libc::SO_SNDBUFFORCE, ROOMY)?;
-        Ok(Some(room))
+        sys::set_int_option(socket, libc::SOL_SOCKET, buffer, ROOMY)?;
+        Ok(room)
     }
 }
 
 impl Drop for Room<'_> {
     fn drop(&mut self) {
         let set = |name, value| sys::set_int_option(self.socket, libc::SOL_SOCKET, name, value);
-        let done = set(libc::SO_SNDBUFFORCE, self.size / 2);
+        let done = set(self.buffer, self.size / 2);
         if let Err(e) = done.and_then(|()| set(SO_BUF_LOCK, self.locked)) {
-            tracing::warn!("giving a socket the size of its send buffer back: {e}");
+            tracing::warn!("giving a socket the size of its buffer back: {e}");
         }
     }
 }

@@ -107,7 +107,7 @@ impl Restore<'_, '_> {
             State::Connected { peer } if !same => {
                 let to = self.handle(index)?;
                 let mutual = socket(self.target, *peer).and_then(Socket::peer) == Some(index);
-                if !mutual {
+                if !mutual || self.has_of_others(wanted) {
                     self.refill(to.as_fd(), now.is_some(), None, wanted)?;
                     return self.resend(index, wanted);
                 }
@@ -150,6 +150,58 @@ impl Restore<'_, '_> {
 
     /// Sends datagrams to a socket again, each from the address it came from.
     fn resend(&mut self, index: usize, wanted: &Socket) -> io::Result<()> {
+        let to = self.handle(index)?;
+        let _room = queue::Room::to_receive(to.as_fd())?;
+        let apart = self.has_of_others(wanted);
+        if apart {
+            self.take_apart(to.as_fd(), wanted)?;
+        }
+        self.send_all(index, wanted)?;
+        match apart {
+            true => self.put_together(to.as_fd(), wanted),
+            false => Ok(()),
+        }
+    }
+
+    /// Whether it has got datagrams of others than the peer that it is connected to: from before it was.
+    fn has_of_others(&self, wanted: &Socket) -> bool {
+        let peer = wanted.peer().and_then(|peer| socket(self.target, peer));
+        let of_another = |message: &Message| match (wanted.is_unix(), peer) {
+            (true, Some(peer)) => message.from.len() > 2 && message.from != peer.local,
+            (true, None) => false,
+            (false, _) => !address::same_endpoint(&message.from, &wanted.remote),
+        };
+        let connected = peer.is_some() || !wanted.remote.is_empty();
+        wanted.kind == libc::SOCK_DGRAM && connected && wanted.queue.iter().any(of_another)
+    }
+
+    /// Lets a socket hear everybody again, as it did before it was connected.
+    fn take_apart(&self, to: BorrowedFd<'_>, wanted: &Socket) -> io::Result<()> {
+        repair::cut(to)?;
+        if let Some(peer) = wanted.peer() {
+            // Who was connected to it is told that it has left.
+            let peer = self.handle(peer)?;
+            sys::int_option(peer.as_fd(), libc::SOL_SOCKET, libc::SO_ERROR)?;
+            return Ok(());
+        }
+        // A port that it did not ask for is gone with the connection.
+        match address::same_port(&sys::local_address(to)?, &wanted.local) {
+            true => Ok(()),
+            false => sys::bind(to, &wanted.local),
+        }
+    }
+
+    fn put_together(&self, to: BorrowedFd<'_>, wanted: &Socket) -> io::Result<()> {
+        match wanted.peer() {
+            Some(peer) => match socket(self.target, peer) {
+                Some(image) => sys::connect(to, &self.target_of(peer, image)?.address()),
+                None => Ok(()),
+            },
+            None => sys::connect(to, &wanted.remote),
+        }
+    }
+
+    fn send_all(&mut self, index: usize, wanted: &Socket) -> io::Result<()> {
         for message in &wanted.queue {
             let sender = (0..self.target.objects.len()).find(|&other| {
                 socket(self.target, other).is_some_and(|s| is_sender(s, wanted, index, message))
