@@ -1169,3 +1169,41 @@ def more_datagrams_than_there_is_room_for_now():
         equal(receiver.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF), room, "room")
 
     return mutate, check
+
+
+@case
+def connections_that_were_reset():
+    """Of which nobody has been told yet: it must not look like an end."""
+    server = socket.socket()
+    server.bind(("127.0.0.1", 0))
+    server.listen()
+    reset = socket.create_connection(server.getsockname())
+    accepted, _ = server.accept()
+    accepted.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    accepted.close()
+    eventually(lambda: select.select([reset], [], [], 0)[0], "the reset")
+    left, other = socket.socketpair()
+    left.send(b"never read")
+    other.send(b"farewell")
+    other.close()
+    silent, other = socket.socketpair()
+    silent.send(b"never read")
+    other.close()
+    ended, other = socket.socketpair()
+    other.send(b"farewell")
+    other.close()
+
+    def mutate():
+        raises(errno.ECONNRESET, reset.recv, 10)
+        left.recv(100)
+        raises(errno.ECONNRESET, left.recv, 10)
+        raises(errno.ECONNRESET, silent.recv, 10)
+
+    def check():
+        raises(errno.ECONNRESET, reset.recv, 10)
+        equal(left.recv(100), b"farewell", "sent before")
+        raises(errno.ECONNRESET, left.recv, 10)
+        raises(errno.ECONNRESET, silent.recv, 10)
+        equal([ended.recv(100) for _ in range(2)], [b"farewell", b""], "an end")
+
+    return mutate, check

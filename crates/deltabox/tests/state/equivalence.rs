@@ -277,6 +277,7 @@ theme! { sockets:
     kinds_of_timestamps_changed_since
     datagrams_from_before_it_was_connected
     more_datagrams_than_there_is_room_for_now
+    connections_that_were_reset
 }
 
 theme! { flights:

@@ -186,16 +186,23 @@ pub(crate) fn shutdown(fd: BorrowedFd<'_>, directions: u8) -> io::Result<()> {
 
 /// Whether reading finds the end of the stream when it has read what waits.
 pub(crate) fn reads_end(fd: BorrowedFd<'_>) -> io::Result<bool> {
-    let mut fds = [PollFd::from_borrowed_fd(fd, PollFlags::RDHUP)];
-    poll(&mut fds, Some(&Timespec::default()))?;
-    Ok(fds[0].revents().contains(PollFlags::RDHUP))
+    tells(fd, PollFlags::RDHUP)
 }
 
 /// Whether an urgent byte waits to be read.
 pub(crate) fn has_urgent(fd: BorrowedFd<'_>) -> io::Result<bool> {
-    let mut fds = [PollFd::from_borrowed_fd(fd, PollFlags::PRI)];
+    tells(fd, PollFlags::PRI)
+}
+
+/// Whether there is an error that the next call tells of, and nobody after it.
+pub(crate) fn has_error(fd: BorrowedFd<'_>) -> io::Result<bool> {
+    tells(fd, PollFlags::ERR)
+}
+
+fn tells(fd: BorrowedFd<'_>, what: PollFlags) -> io::Result<bool> {
+    let mut fds = [PollFd::from_borrowed_fd(fd, what)];
     poll(&mut fds, Some(&Timespec::default()))?;
-    Ok(fds[0].revents().contains(PollFlags::PRI))
+    Ok(fds[0].revents().contains(what))
 }
 
 /// A handle of the file that a unix socket is bound to (`SIOCUNIXFILE`).

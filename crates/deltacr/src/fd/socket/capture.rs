@@ -307,7 +307,8 @@ impl Sockets {
                 "a unix socket that was made outside the tree".into(),
             ));
         };
-        let connected = sys::remote_address(self.handles[&index].as_fd())?.is_some();
+        let handle = self.handles[&index].as_fd();
+        let connected = sys::remote_address(handle)?.is_some();
         let waiting = self.waiting_unix(&line.pending)?;
         let in_flight = image.objects[index].is_in_flight();
         let Kind::Socket(socket) = &mut image.objects[index].kind else {
@@ -328,6 +329,9 @@ impl Sockets {
                 *state = State::Orphaned;
             }
             _ => {}
+        }
+        if socket.state == State::Orphaned && socket.is_stream() && sys::has_error(handle)? {
+            socket.state = State::Abandoned;
         }
         if socket.state == State::Outside {
             return Err(Relation::Refused(

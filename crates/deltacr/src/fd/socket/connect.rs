@@ -58,7 +58,12 @@ impl Restore<'_, '_> {
                 sys::connect(end.as_fd(), &target.address())?;
                 end
             }
-            (State::Orphaned, _) => self.make_orphan(index, image)?,
+            (State::Orphaned | State::Abandoned, _) => self.make_orphan(index, image)?,
+            (State::Cut, _) => {
+                let end = self.fresh(image)?;
+                repair::make_cut(&self.net()?, &end, image)?;
+                end
+            }
             (State::Ended, _) => {
                 let ends = [self.fresh(image)?, self.fresh(image)?];
                 repair::make_ended(&self.net()?, image, ends)?
@@ -199,6 +204,10 @@ impl Restore<'_, '_> {
             repair::connect_pair(&self.net()?, (a.as_fd(), image), (b.as_fd(), None))?;
             (a, b)
         };
+        if image.state == State::Abandoned {
+            // It is closed without having read this.
+            sys::send(end.as_fd(), &[0], &[])?;
+        }
         self.feeders.push((index, other));
         Ok(end)
     }

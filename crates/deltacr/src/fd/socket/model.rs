@@ -54,6 +54,10 @@ pub(crate) enum State {
     Connected { peer: usize },
     /// The peer has closed its side; what it sent is in the queue.
     Orphaned,
+    /// So has it, without having read all that was sent to it, of which the next call tells (`ECONNRESET`).
+    Abandoned,
+    /// It has ended with an error that the next call tells of.
+    Cut,
     /// Both sides have closed the connection, and nothing is left to read.
     Ended,
     /// Connected to what is not in the tree.

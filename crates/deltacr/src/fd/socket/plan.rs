@@ -30,9 +30,12 @@ pub(crate) fn alike(now: &Socket, wanted: &Socket) -> bool {
         && match (&now.state, &wanted.state) {
             (State::Idle, State::Idle)
             | (State::Ended, State::Ended)
+            | (State::Cut, State::Cut)
             | (State::Listening { .. }, State::Listening { .. })
             | (State::Connected { .. }, State::Connected { .. }) => true,
-            (State::Orphaned, State::Orphaned) => now.has_same_queue(wanted),
+            (State::Orphaned, State::Orphaned) | (State::Abandoned, State::Abandoned) => {
+                now.has_same_queue(wanted)
+            }
             (State::Outside, State::Outside) => now.inode == wanted.inode,
             _ => false,
         }

@@ -34,7 +34,8 @@ pub(crate) struct Waiting {
 pub(crate) fn peek(socket: BorrowedFd<'_>, image: &Socket) -> io::Result<Vec<Waiting>> {
     let stream = image.is_stream();
     let waiting = sysfd::readable(socket)?;
-    if waiting == 0 && !more_than_bytes(socket, stream) {
+    // Who asks for more is told of an error, and nobody after it.
+    if waiting == 0 && (sys::has_error(socket)? || !more_than_bytes(socket, stream)) {
         return Ok(Vec::new());
     }
     let before = sys::int_option(socket, libc::SOL_SOCKET, SO_PEEK_OFF)?;
@@ -88,6 +89,10 @@ fn take(socket: BorrowedFd<'_>, kind: i32, flags: i32) -> io::Result<Vec<Waiting
     let mut buffer = vec![0; left.max(DATAGRAM)];
     let mut messages: Vec<Waiting> = Vec::new();
     for _ in 0..MOST {
+        // Behind all bytes of a stream there may be an error, which is told once.
+        if stream && left == 0 {
+            break;
+        }
         let received = match sys::receive(socket, &mut buffer, flags) {
             Err(e) if ended(&e) => break,
             received => received?,

@@ -47,7 +47,7 @@ impl Restore<'_, '_> {
     /// Lets through a socket only what it should.
     fn close_up(&self, index: usize, now: Option<&Socket>, wanted: &Socket) -> io::Result<()> {
         let missing = wanted.shutdown & !now.map_or(0, |now| now.shutdown);
-        if missing != 0 && wanted.state != State::Orphaned {
+        if missing != 0 && !matches!(wanted.state, State::Orphaned | State::Abandoned) {
             match sys::shutdown(self.handle(index)?.as_fd(), missing) {
                 // Of datagrams without a connection the kernel says so, and shuts it all the same.
                 Err(e) if wanted.is_udp() && e.raw_os_error() == Some(libc::ENOTCONN) => {}

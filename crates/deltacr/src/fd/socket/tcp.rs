@@ -97,7 +97,7 @@ pub(super) fn relate(
     // The other side's end looks the same.
     let reads = is_left(info.state()) || !sys::reads_end(handle)?;
     socket.shutdown = match state {
-        State::Idle | State::Ended | State::Listening { .. } => 0,
+        State::Idle | State::Ended | State::Cut | State::Listening { .. } => 0,
         _ => u8::from(!reads) | u8::from(!sends) << 1,
     };
     if state == State::Ended {
@@ -118,6 +118,9 @@ pub(super) fn peer_name(socket: BorrowedFd<'_>) -> io::Result<Vec<u8>> {
 
 /// What a closed socket is: one that was connected reads as the end, another has no connection to read from.
 fn closed(socket: BorrowedFd<'_>) -> Result<State, Relation> {
+    if sysfd::readable(socket)? == 0 && sys::has_error(socket)? {
+        return Ok(State::Cut);
+    }
     match sys::receive(socket, &mut [0], libc::MSG_PEEK) {
         Ok(received) if received.len == 0 => Ok(State::Ended),
         Ok(_) => Err(Relation::Refused(
