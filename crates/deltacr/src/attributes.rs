@@ -13,6 +13,7 @@ use crate::ids::{HostPid, InnerPid};
 use crate::limits::{self, Limit, Room};
 use crate::procfs;
 use crate::remote::{Arg, Batch, CallId, DataRef, Outcome, Remote};
+use crate::signals::Queue;
 use crate::stop::Stopped;
 
 /// `sizeof(sigset_t)` of the kernel.
@@ -65,6 +66,25 @@ impl Attributes {
     pub(crate) fn note_others(&mut self, told: impl Iterator<Item = (InnerPid, Gist)>) {
         let other = |(_, gist): &(InnerPid, Gist)| !self.credentials.are(gist);
         self.gists = told.filter(other).collect();
+    }
+
+    /// Asks once more for the interval timers whose signals are among those that are queued by now: one that has ended since it was asked
+    /// for would tick twice.
+    pub(crate) fn look_again(&mut self, remote: &mut Remote, queued: &Queue) -> io::Result<()> {
+        let signals = [libc::SIGALRM, libc::SIGVTALRM, libc::SIGPROF];
+        let ticked = signals.map(|signal| queued.set() & 1 << (signal - 1) != 0);
+        if ticked == [false; 3] {
+            return Ok(());
+        }
+        let mut batch = Batch::new();
+        let questions = ask_for_timers(&mut batch);
+        let now = told_of_timers(&remote.run(&batch)?, &questions);
+        for ((timer, now), ticked) in self.timers.iter_mut().zip(now).zip(ticked) {
+            if ticked {
+                *timer = now;
+            }
+        }
+        Ok(())
     }
 
     /// Notes that `SIGTRAP` is ignored, which asking for it has changed.
@@ -151,13 +171,7 @@ impl Questions {
                 action
             })
             .collect();
-        let timers = (0..ITIMERS)
-            .map(|which| {
-                let timer = b.output(RECORD);
-                b.call(libc::SYS_getitimer, &[which.into(), timer.into()]);
-                timer
-            })
-            .collect();
+        let timers = ask_for_timers(b);
         let dumpable = prctl(b, libc::PR_GET_DUMPABLE, 0);
         let death_signal = b.output(4);
         prctl(b, libc::PR_GET_PDEATHSIG, death_signal);
@@ -189,18 +203,6 @@ impl Questions {
         o.result(self.program_break)
     }
 
-    /// The kernel starts a real-time timer with an interval again when the process takes the signal of the last time; until
-    /// then it shows nothing that is left.
-    fn timers(&self, o: &Outcome) -> Vec<[u8; RECORD]> {
-        let mut timers = o.records(&self.timers);
-        if let Some((interval, left)) = timers.first_mut().map(|t| t.split_at_mut(RECORD / 2))
-            && left.iter().all(|byte| *byte == 0)
-        {
-            left.copy_from_slice(interval);
-        }
-        timers
-    }
-
     pub(crate) fn attributes(&self, o: &Outcome, remote: &Remote) -> io::Result<Attributes> {
         Ok(Attributes {
             credentials: self.credentials.answers(o)?,
@@ -213,7 +215,7 @@ impl Questions {
                 .map(|d| [o.long(*d), o.long(d.at(8, 8))])
                 .collect(),
             actions: o.records(&self.actions),
-            timers: self.timers(o),
+            timers: told_of_timers(o, &self.timers),
             dumpable: o.result(self.dumpable)?,
             death_signal: o.int(self.death_signal),
             subreaper: o.int(self.subreaper),
@@ -224,6 +226,28 @@ impl Questions {
             oom_score: procfs::read_all(&*remote.proc_file("oom_score_adj")?)?,
         })
     }
+}
+
+/// Adds the questions for the interval timers to a batch.
+fn ask_for_timers(b: &mut Batch) -> Vec<DataRef> {
+    let ask = |which: u64| {
+        let timer = b.output(RECORD);
+        b.call(libc::SYS_getitimer, &[which.into(), timer.into()]);
+        timer
+    };
+    (0..ITIMERS).map(ask).collect()
+}
+
+/// The kernel starts a real-time timer with an interval again when the process takes the signal of the last time; until
+/// then it shows nothing that is left.
+fn told_of_timers(o: &Outcome, timers: &[DataRef]) -> Vec<[u8; RECORD]> {
+    let mut timers = o.records(timers);
+    if let Some((interval, left)) = timers.first_mut().map(|t| t.split_at_mut(RECORD / 2))
+        && left.iter().all(|byte| *byte == 0)
+    {
+        left.copy_from_slice(interval);
+    }
+    timers
 }
 
 /// Undoes what differs, but for what comes later: [timers](arm), [credentials](restore_credentials) and [limits](restore_limits).

@@ -11,7 +11,7 @@ use crate::interview::Answers;
 use crate::mem::Layout;
 use crate::procfs::Procfs;
 use crate::signals::{Queue, Scope};
-use crate::threads;
+use crate::threads::{self, ThreadImage};
 use crate::timers;
 use crate::waits::Waits;
 
@@ -35,6 +35,7 @@ pub(crate) fn describe(
     if process.ignores_trap {
         attributes.ignore_trap();
     }
+    let timers = timers::capture(procfs, remote)?;
     let mut pending =
         Queue::capture(remote.host(), Scope::Process).during(pid, "reading the queued signals")?;
     let mut threads = Vec::with_capacity(process.stopped.threads.len());
@@ -46,6 +47,11 @@ pub(crate) fn describe(
         attributes.others.extend(own.map(|own| (image.tid, own)));
         threads.push(image);
     }
+    let looked = attributes.look_again(remote, &pending);
+    looked.during(pid, "reading the interval timers")?;
+    let queues = threads.iter().map(ThreadImage::pending).chain([&pending]);
+    let ticked = queues.flat_map(Queue::timers).collect();
+    let timers = timers::fitting(procfs, remote, timers, &ticked)?;
     pending.extend(remote.strays());
     let exe = Place::program(env, procfs, pid, remote.files());
     let cwd = whereabouts.directory(env, procfs, pid);
@@ -59,7 +65,7 @@ pub(crate) fn describe(
         cwd: cwd.during(pid, "reading its directory")?,
         root: root.during(pid, "reading its root directory")?,
         attributes,
-        timers: timers::capture(procfs, remote)?,
+        timers,
         pending,
         threads,
         memory: Arc::default(),

@@ -12,6 +12,11 @@ use crate::sys::ptrace::{self, RawSiginfo};
 /// `sizeof(sigset_t)` of the kernel.
 const SIGSET: u64 = 8;
 
+/// Where a `siginfo_t` has the code that tells what it is of,
+const CODE: usize = 8;
+/// and the number of a timer.
+const TIMER: usize = 16;
+
 /// Queued signals, in order.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Queue(#[serde(with = "stored::signals")] Vec<RawSiginfo>);
@@ -45,6 +50,16 @@ impl Queue {
     pub(crate) fn set(&self) -> u64 {
         self.signal_numbers()
             .fold(0, |set, signal| set | 1 << (signal - 1))
+    }
+
+    /// The POSIX timers that signals in it are of.
+    pub(crate) fn timers(&self) -> impl Iterator<Item = i32> {
+        let field = |info: &RawSiginfo, at: usize| {
+            i32::from_le_bytes([info[at], info[at + 1], info[at + 2], info[at + 3]])
+        };
+        let infos = self.0.iter();
+        let of_timers = infos.filter(move |info| field(info, CODE) == libc::SI_TIMER);
+        of_timers.map(move |info| field(info, TIMER))
     }
 
     /// Makes the queue of `tid`, which is `self` now, the same as `target`. Takes the thread's signals off its queue before its

@@ -67,6 +67,11 @@ impl ThreadImage {
         self.filters.0.starts_with(&Filters::of(host, env).0)
     }
 
+    /// The signals that are queued for it alone.
+    pub(crate) fn pending(&self) -> &Queue {
+        &self.pending
+    }
+
     /// Whether it has the seccomp filters of another thread.
     pub(crate) fn has_filters_of(&self, other: &Self) -> bool {
         self.filters == other.filters

@@ -1,5 +1,6 @@
 //! POSIX timers (`timer_create(2)`).
 
+use std::collections::BTreeSet;
 use std::io;
 
 use serde::{Deserialize, Serialize};
@@ -110,6 +111,26 @@ pub(crate) fn capture(procfs: &Procfs, remote: &mut Remote) -> Result<Vec<Timer>
         timer.setting = outcome.bytes(setting).to_vec();
     }
     Ok(timers)
+}
+
+/// The timers of a stopped process as they fit to the signals that are queued: `before` are those of before the queues were read, and
+/// `ticked` those that have a signal in them. One that has ended meanwhile must not tick twice, nor get lost.
+pub(crate) fn fitting(
+    procfs: &Procfs,
+    remote: &mut Remote,
+    mut before: Vec<Timer>,
+    ticked: &BTreeSet<i32>,
+) -> Result<Vec<Timer>> {
+    if before.iter().all(|timer| !ticked.contains(&timer.id)) {
+        return Ok(before);
+    }
+    for now in capture(procfs, remote)? {
+        let known = before.iter_mut().find(|timer| timer.id == now.id);
+        if let Some(timer) = known.filter(|timer| ticked.contains(&timer.id)) {
+            *timer = now;
+        }
+    }
+    Ok(before)
 }
 
 /// Reads `/proc/PID/timers` (`Documentation/filesystems/proc.rst`).

@@ -146,13 +146,16 @@ class Timer:
         self.id = ctypes.c_int()
         event = struct.pack("=Qiii44x", 7, signal, 4 if thread else 0, thread)  # SIGEV_THREAD_ID
         self._call(222, clock, event, ctypes.byref(self.id))
-        times = [part for time in (every, first) for part in (int(time), int(time % 1 * 1e9))]
-        self._call(223, self.id, 0, struct.pack("=qqqq", *times), None)
+        self.set(first, every)
 
     @staticmethod
     def _call(*args):
         # Not by the C library, whose timers are others than the kernel's.
         return call(libc.syscall, *args)
+
+    def set(self, first, every=0):
+        times = [part for time in (every, first) for part in (int(time), int(time % 1 * 1e9))]
+        self._call(223, self.id, 0, struct.pack("=qqqq", *times), None)
 
     def left(self):
         setting = ctypes.create_string_buffer(32)

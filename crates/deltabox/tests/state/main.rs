@@ -10,6 +10,7 @@ mod refusals;
 mod servers;
 mod sessions;
 mod storm;
+mod ticks;
 mod transparency;
 mod walk;
 mod work;
