@@ -43,6 +43,7 @@ mod threads;
 mod timers;
 mod tracer;
 mod twins;
+mod verdict;
 mod waits;
 mod whereabouts;
 

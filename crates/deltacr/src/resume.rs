@@ -58,6 +58,11 @@ pub(crate) fn end(regs: &mut Registers, result: u64) {
     regs.orig_rax = NONE;
 }
 
+/// Makes a call look like one that never restarts.
+pub(crate) fn interrupt(regs: &mut Registers) {
+    regs.rax = EINTR;
+}
+
 /// Makes a call end as one that a signal has interrupted.
 pub(crate) fn end_interrupted(regs: &mut Registers) {
     end(regs, EINTR);

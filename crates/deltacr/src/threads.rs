@@ -17,6 +17,7 @@ use crate::signals::{Queue, Scope};
 use crate::stop::StoppedThread;
 use crate::sys::process;
 use crate::sys::ptrace::{self, Registers, RseqConfig};
+use crate::verdict;
 use crate::waits::{self, Wait};
 
 const PR_GET_TID_ADDRESS: i32 = 40;
@@ -58,6 +59,13 @@ impl Filters {
         let own = env.seccomp_filters()..;
         let read = |index| ptrace::seccomp_filter(host, index).ok().flatten();
         Self(own.map_while(read).collect())
+    }
+
+    /// Whether a thread with these registers may go on with a call by the note that the kernel keeps of it, which is a call of its own.
+    fn let_go_on(&self, regs: &Registers) -> bool {
+        let call = libc::SYS_restart_syscall as u32;
+        let mut all = self.0.iter();
+        all.all(|filter| verdict::lets_pass(filter, call, regs))
     }
 }
 
@@ -230,7 +238,9 @@ fn read(
     let rseq = ptrace::rseq(host)?;
     leave_critical_section(remote, &rseq, &mut thread.regs);
     let signalled = (pending.set() | shared.set()) & !thread.mask != 0;
-    let (regs, left) = waits::settle(remote, &mut thread.regs, signalled, wait);
+    let filters = Filters::of(host, env);
+    let by_note = filters.let_go_on(&thread.regs);
+    let (regs, left) = waits::settle(remote, &mut thread.regs, signalled, by_note, wait);
     Ok(ThreadImage {
         tid: thread.tid,
         regs,
@@ -242,7 +252,7 @@ fn read(
         robust: process::robust_list(host)?,
         clear_tid: answers.clear_tid,
         properties: answers.properties,
-        filters: Filters::of(host, env),
+        filters,
     })
 }
 

@@ -7,6 +7,9 @@
 //! Other calls (`epoll_wait`, `sigtimedwait`, …) have no note. `epoll_wait` has its limit in a register, which is lowered; the
 //! limit of the rest is in the program's memory, so they begin anew, and end at the first stop after their time.
 //!
+//! A thread's own seccomp filter may not know the call (`restart_syscall`) by which the kernel goes on with a note, and end the process for it
+//! (OpenSSH's does). Such a thread is sent back to the call itself, as if it had no note.
+//!
 //! Of a wait that is found for the first time it is not known when it began, but where the kernel has written it down for
 //! the program (`nanosleep`): then it counts from the stop on.
 
@@ -140,24 +143,34 @@ fn written_rest(nr: u64, regs: &Registers) -> Option<u64> {
 fn timed_out(nr: u64) -> u64 {
     match nr {
         SIGTIMEDWAIT | SEMTIMEDOP => -i64::from(libc::EAGAIN) as u64,
+        FUTEX => -i64::from(libc::ETIMEDOUT) as u64,
         _ => 0,
     }
 }
 
 /// Looks after the call that a stop took a thread out of. `regs` are what it was stopped with, and become what it is to go on
-/// with; returned are those of the image, and what is left of the wait if it goes on by a note. `wait` is what was found last
-/// time.
+/// with; returned are those of the image, and what is left of the wait if it goes on by a note, which `by_note` allows. `wait` is what
+/// was found last time.
 pub(crate) fn settle(
     remote: &Remote,
     regs: &mut Registers,
     signalled: bool,
+    by_note: bool,
     wait: &mut Option<Wait>,
 ) -> (Registers, Option<Duration>) {
     let host = remote.host();
     let before = wait.take();
     if let Some(mut image) = with_note(host, regs) {
-        let left = noted(host, &mut image, before, wait);
-        return (image, left);
+        if by_note {
+            let left = noted(host, &mut image, before, wait);
+            return (image, left);
+        }
+        match call_of(host, &image, before) {
+            Some(nr) => image.orig_rax = nr,
+            None => resume::end_interrupted(&mut image),
+        }
+        resume::interrupt(&mut image);
+        *regs = image;
     }
     if !resume::is_interrupted(regs, signalled) {
         // It may not even have got back to its call.
@@ -210,14 +223,8 @@ fn noted(
     before: Option<Wait>,
     wait: &mut Option<Wait>,
 ) -> Option<Duration> {
-    let at = (image.rip, image.rsp);
-    let same = before.filter(|w| image.orig_rax == RESTART && w.at == at);
-    let nr = match image.orig_rax {
-        // Which call it was the registers tell only the first time.
-        RESTART => same.map(|w| w.nr).or_else(|| call_in_code(host, image.rip)),
-        nr => Some(nr),
-    };
-    let Some(nr) = nr else {
+    let same = same_wait(image, before);
+    let Some(nr) = call_of(host, image, before) else {
         resume::end_interrupted(image);
         return None;
     };
@@ -234,6 +241,21 @@ fn noted(
         resume::restart(image);
     }
     left
+}
+
+/// The wait that was found last time, if a thread with a note is still in it.
+fn same_wait(image: &Registers, before: Option<Wait>) -> Option<Wait> {
+    let at = (image.rip, image.rsp);
+    before.filter(|w| image.orig_rax == RESTART && w.at == at)
+}
+
+/// The call that goes on by a note: the registers tell it the first time only.
+fn call_of(host: HostPid, image: &Registers, before: Option<Wait>) -> Option<u64> {
+    let known = || same_wait(image, before).map(|w| w.nr);
+    match image.orig_rax {
+        RESTART => known().or_else(|| call_in_code(host, image.rip)),
+        nr => Some(nr),
+    }
 }
 
 /// The number that a program loads right before its `syscall` instruction, if it is of a call that goes on by a note.
@@ -277,7 +299,11 @@ fn lower(
     match limit {
         Limit::Milliseconds(_) => {
             // Rounded up: never to return too early.
-            regs.r10 = left.as_nanos().div_ceil(1_000_000) as u64;
+            let left = left.as_nanos().div_ceil(1_000_000) as u64;
+            match wait.nr {
+                POLL => regs.rdx = left,
+                _ => regs.r10 = left,
+            }
             Some(wait)
         }
         Limit::At(_) if left.is_zero() => {

@@ -183,6 +183,38 @@ def seccomp_filters_of_its_own():
 
 
 @case
+def waits_that_a_filter_does_not_let_the_kernel_go_on_with():
+    """It does so by a call that a program never makes itself (`restart_syscall`), and that filters do not know: OpenSSH's."""
+
+    def polled(descriptor, milliseconds):
+        poller = select.poll()
+        poller.register(descriptor, select.POLLIN)
+        return poller.poll(milliseconds)
+
+    def slept(seconds):
+        return call(libc.nanosleep, struct.pack("qq", seconds, 0), None)
+
+    put("polled", polled)
+    put("slept", slept)
+    reader, writer = os.pipe()
+    empty, _ = os.pipe()
+    waits = {f"polled({reader}, 1000000)": [(reader, 1)], f"polled({empty}, 1500)": [], "slept(1)": 0}
+    children = [(Child(lambda: refuse_call(219)), wait, result) for wait, result in waits.items()]
+    for child, wait, _ in children:
+        child.ask("1")
+        child.tell(wait)
+        eventually(lambda: stat(child.pid)[0] == "S", "it waits")
+    time.sleep(0.1)
+
+    def check():
+        os.write(writer, b"x")
+        for child, _, result in children:
+            equal(eval(read_line(child.hearing)), result, "what the call returned")
+
+    return check, check
+
+
+@case
 def children_with_rights_that_their_parents_have_not():
     """The children are killed, and the parents, which cannot give birth to such ones any more, stay."""
     def confined():

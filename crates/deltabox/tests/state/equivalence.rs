@@ -497,6 +497,7 @@ theme! { processes:
     credentials_of_another_user
     ids_for_files_and_sets_of_capabilities
     seccomp_filters_of_its_own
+    waits_that_a_filter_does_not_let_the_kernel_go_on_with
     children_with_rights_that_their_parents_have_not
     settings_that_a_program_starts_with_and_changes
     credentials_dropped_since
