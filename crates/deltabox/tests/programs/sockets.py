@@ -1207,3 +1207,38 @@ def connections_that_were_reset():
         equal([ended.recv(100) for _ in range(2)], [b"farewell", b""], "an end")
 
     return mutate, check
+
+
+@case
+def unix_connections_of_who_may_not_connect_any_more():
+    """Those that wait with data are made anew by every checkpoint."""
+    os.mkdir("/playground/closed", 0o700)
+    server = socket.socket(socket.AF_UNIX)
+    server.settimeout(20)
+    server.bind("/playground/closed/server")
+    server.listen()
+
+    def connect():
+        for name in ("accepted", "waiting"):
+            put(name, socket.socket(socket.AF_UNIX)).connect("/playground/closed/server")
+        waiting.send(b"early")
+        os.setresgid(1000, 1000, 1000)
+        os.setresuid(1000, 1000, 1000)
+
+    child = Child(connect)
+    child.ask("waiting.fileno()")
+    first, _ = server.accept()
+    os.chmod("/playground/closed/server", 0o600)
+    os.chmod("/playground/closed", 0)
+
+    def mutate():
+        child.ask("[accepted.close(), waiting.close()]")
+
+    def check():
+        child.ask("[end.send(b'hello') for end in (accepted, waiting)]")
+        equal(first.recv(10), b"hello", "through the connection")
+        second, _ = server.accept()
+        equal(second.recv(10, socket.MSG_WAITALL), b"earlyhello", "through the one that waited")
+        equal(os.stat("/playground/closed/server").st_mode & 0o7777, 0o600, "mode")
+
+    return mutate, check

@@ -278,6 +278,7 @@ theme! { sockets:
     datagrams_from_before_it_was_connected
     more_datagrams_than_there_is_room_for_now
     connections_that_were_reset
+    unix_connections_of_who_may_not_connect_any_more
 }
 
 theme! { flights:

@@ -278,11 +278,46 @@ pub(super) fn connected(
     lent.push(number);
     let taken = remote.take_fd(number).and_then(|end| {
         name(end.as_fd())?;
-        connect(remote, guise, number, &way)?;
+        match (connect(remote, guise, number, &way), target) {
+            // Who may connect to it may have changed since, and so may have who it is that does.
+            (Err(e), Target::File(file)) if e.kind() == io::ErrorKind::PermissionDenied => {
+                let _open = OpenToAll::make(file.as_fd())?;
+                connect(remote, guise, number, &way)?;
+            }
+            (connected, _) => connected?,
+        }
         Ok(end)
     });
     close(remote, &lent)?;
     taken
+}
+
+/// The file of a socket to which everybody may connect for a moment.
+struct OpenToAll<'a> {
+    file: BorrowedFd<'a>,
+    before: Mode,
+}
+
+impl<'a> OpenToAll<'a> {
+    fn make(file: BorrowedFd<'a>) -> io::Result<Self> {
+        let before = Mode::from_raw_mode(rustix::fs::fstat(file)?.st_mode);
+        set_mode(file, before | Mode::WUSR | Mode::WGRP | Mode::WOTH)?;
+        Ok(Self { file, before })
+    }
+}
+
+impl Drop for OpenToAll<'_> {
+    fn drop(&mut self) {
+        if let Err(error) = set_mode(self.file, self.before) {
+            tracing::warn!(%error, "everybody may connect to a socket from now on");
+        }
+    }
+}
+
+/// The mode of a file of which only a handle is open.
+fn set_mode(file: BorrowedFd<'_>, mode: Mode) -> io::Result<()> {
+    let path = format!("/proc/self/fd/{}", file.as_raw_fd());
+    Ok(rustix::fs::chmod(path, mode)?)
 }
 
 /// How a process reaches a socket.
@@ -294,7 +329,7 @@ enum Way {
 }
 
 fn connect(remote: &mut Remote, guise: Option<Guise>, number: i32, way: &Way) -> io::Result<()> {
-    let connected = match way {
+    match way {
         Way::Name(name) => connect_to(remote, guise, number, name),
         Way::File { file, root } => {
             match connect_to(remote, guise, number, &by_descriptor(*file)) {
@@ -304,13 +339,6 @@ fn connect(remote: &mut Remote, guise: Option<Guise>, number: i32, way: &Way) ->
                 done => done,
             }
         }
-    };
-    match connected {
-        // Who may connect to it may have changed since.
-        Err(e) if e.kind() == io::ErrorKind::PermissionDenied && guise.is_some() => {
-            connect(remote, None, number, way)
-        }
-        done => done,
     }
 }
 
