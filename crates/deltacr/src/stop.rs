@@ -8,6 +8,7 @@ use crate::remote::{Remote, await_stop, block_signals};
 use crate::resume;
 use crate::signals::{Queue, Scope};
 use crate::sys::ptrace::{self, Registers, Stop};
+use crate::threads;
 use crate::waits::{self, Waits};
 
 /// A thread that stands still, with what it is to go on with.
@@ -20,6 +21,8 @@ pub(crate) struct StoppedThread {
     pub(crate) regs: Registers,
     /// The signal mask that it was stopped with.
     pub(crate) mask: u64,
+    /// Whether the call that it was stopped in was looked after: the registers are those that it is to go on with.
+    pub(crate) settled: bool,
 }
 
 /// A process all of whose threads stand still, traced by the calling thread.
@@ -102,7 +105,7 @@ fn unless_gone(e: io::Error) -> io::Result<()> {
 
 impl StoppedThread {
     pub(crate) fn release(&self) -> io::Result<()> {
-        let regs = undisturbed(self.host, &self.regs, self.mask)?;
+        let regs = undisturbed(self.host, &self.regs, self.mask, self.settled)?;
         ptrace::set_registers(self.host, &regs)?;
         ptrace::set_signal_mask(self.host, self.mask)?;
         ptrace::detach(self.host)
@@ -126,7 +129,7 @@ pub(crate) fn task_ids(host: HostPid) -> io::Result<Vec<HostPid>> {
 pub(crate) fn let_run(host: HostPid, waits: &mut Waits) -> io::Result<()> {
     let regs = ptrace::registers(host)?;
     waits::note(host, &regs, waits);
-    let calm = undisturbed(host, &regs, ptrace::signal_mask(host)?)?;
+    let calm = undisturbed(host, &regs, ptrace::signal_mask(host)?, false)?;
     if calm.rip != regs.rip {
         ptrace::set_registers(host, &calm)?;
     }
@@ -134,17 +137,20 @@ pub(crate) fn let_run(host: HostPid, waits: &mut Waits) -> io::Result<()> {
 }
 
 /// The registers that a thread goes on with so that it cannot tell that it was stopped: a call that nothing but the stop has
-/// interrupted begins again. Of one that was captured that was seen to already; not so where a checkpoint failed before.
-fn undisturbed(host: HostPid, regs: &Registers, mask: u64) -> io::Result<Registers> {
-    let mut regs = *regs;
-    if resume::is_interrupted(&regs, false) {
+/// interrupted begins again, and one that the kernel would go on with by a call that the thread's filters do not know. Of one that
+/// is `settled` that was seen to already; not so where a checkpoint failed before.
+fn undisturbed(host: HostPid, regs: &Registers, mask: u64, settled: bool) -> io::Result<Registers> {
+    let stuck = || !settled && resume::has_note(regs) && !threads::may_go_on_by_note(host, regs);
+    if resume::is_interrupted(regs, false) || stuck() {
         let own = Queue::capture(host, Scope::Thread)?;
         let shared = Queue::capture(host, Scope::Process)?;
         if (own.set() | shared.set()) & !mask == 0 {
+            let mut regs = *regs;
             resume::restart(&mut regs);
+            return Ok(regs);
         }
     }
-    Ok(regs)
+    Ok(*regs)
 }
 
 /// Waits until a thread that was interrupted stands still.
@@ -165,6 +171,7 @@ pub(crate) fn hold_thread(tid: InnerPid, host: HostPid) -> io::Result<StoppedThr
         host,
         regs,
         mask,
+        settled: false,
     })
 }
 

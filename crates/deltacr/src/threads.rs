@@ -56,9 +56,13 @@ pub(crate) struct Filters(Vec<Vec<u8>>);
 impl Filters {
     /// Those of a stopped thread; none where the kernel does not tell.
     fn of(host: HostPid, env: &dyn Environment) -> Self {
-        let own = env.seccomp_filters()..;
+        Self::from(host, env.seccomp_filters())
+    }
+
+    /// Those of a stopped thread from this one on.
+    fn from(host: HostPid, first: usize) -> Self {
         let read = |index| ptrace::seccomp_filter(host, index).ok().flatten();
-        Self(own.map_while(read).collect())
+        Self((first..).map_while(read).collect())
     }
 
     /// Whether a thread with these registers may go on with a call by the note that the kernel keeps of it, which is a call of its own.
@@ -67,6 +71,11 @@ impl Filters {
         let mut all = self.0.iter();
         all.all(|filter| verdict::lets_pass(filter, call, regs))
     }
+}
+
+/// Whether all filters of a stopped thread with these registers let it go on with a call by the note that the kernel keeps of it.
+pub(crate) fn may_go_on_by_note(host: HostPid, regs: &Registers) -> bool {
+    Filters::from(host, 0).let_go_on(regs)
 }
 
 impl ThreadImage {
@@ -241,6 +250,7 @@ fn read(
     let filters = Filters::of(host, env);
     let by_note = filters.let_go_on(&thread.regs);
     let (regs, left) = waits::settle(remote, &mut thread.regs, signalled, by_note, wait);
+    thread.settled = true;
     Ok(ThreadImage {
         tid: thread.tid,
         regs,
@@ -313,6 +323,7 @@ pub(crate) fn restore(
             .during(pid, "making a thread wait again")?,
         None => target.regs,
     };
+    thread.settled = true;
     thread.mask = target.mask;
     Ok(())
 }

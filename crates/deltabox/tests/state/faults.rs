@@ -82,6 +82,32 @@ fn a_process_is_made_again_whose_number_is_a_threads_by_now() {
     }
 }
 
+/// The kernel would go on with the wait by a call that the filter lets nobody make.
+#[test]
+fn a_refused_checkpoint_does_not_disturb_a_wait_under_a_filter() {
+    let lab = Lab::new();
+    let sandbox = lab.sandbox();
+    let script = "import ctypes, os, select, socket, struct, sys\n\
+        libc = ctypes.CDLL(None)\n\
+        rare = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, 12)\n\
+        steps = [(0x20, 0, 0, 0), (0x15, 0, 1, 219), (6, 0, 0, 0x50001), (6, 0, 0, 0x7fff0000)]\n\
+        steps = ctypes.create_string_buffer(b''.join(struct.pack('HBBI', *step) for step in steps))\n\
+        libc.prctl(22, 2, struct.pack('HxxxxxxQ', 4, ctypes.addressof(steps)))\n\
+        poller = select.poll()\n\
+        poller.register(0, select.POLLIN)\n\
+        print(os.getpid(), flush=True)\n\
+        try: print(poller.poll(1000000), sys.stdin.readline().strip(), flush=True)\n\
+        except OSError as error: print(error, flush=True)";
+    let mut program = Program::start(&sandbox, &[PYTHON, "-c", script]).unwrap();
+    let pid = program.hear().unwrap();
+    let waits = format!("until grep -q 'State:.S' /proc/{pid}/status; do :; done");
+    output(&sandbox, &waits);
+    for _ in 0..3 {
+        assert!(sandbox.checkpoint(None).is_err());
+    }
+    assert_eq!(program.ask("told").unwrap(), "[(0, 1)] told");
+}
+
 #[test]
 fn a_directory_that_is_called_as_if_removed_is_no_fault() {
     let lab = Lab::new();
