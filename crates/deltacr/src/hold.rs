@@ -2,8 +2,8 @@
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::fs;
-use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use crate::catch::{Catcher, Caught, is_dead};
@@ -11,6 +11,7 @@ use crate::env::Environment;
 use crate::error::{During, Error, Result};
 use crate::freeze::Freezer;
 use crate::ids::{HostPid, InnerPid};
+use crate::limits::Room;
 use crate::mem::Layout;
 use crate::procfs::{OpenFiles, Procfs, Stat};
 use crate::remote::Remote;
@@ -88,15 +89,18 @@ impl Drop for Keep {
 /// All processes that the engine met, by their number outside.
 pub(crate) type Acquaintances = HashMap<HostPid, Acquaintance>;
 
-/// What a sandbox's processes are found and frozen by; opened once.
+/// What a sandbox's processes are found and frozen by, and the limits that they are born with; opened once.
 pub(crate) struct Grounds {
     pub(crate) procfs: Procfs,
     pub(crate) freezer: Freezer,
+    pub(crate) room: Arc<Room>,
 }
 
 impl Grounds {
     pub(crate) fn open(env: &dyn Environment) -> Result<Self> {
+        let room = Room::of(env.init_pid()).during_tree("reading the limits of init")?;
         Ok(Self {
+            room: Arc::new(room),
             procfs: Procfs::open(env).during_tree("opening /proc of the sandbox")?,
             freezer: Freezer::open(env.cgroup()).during_tree("opening the freezer")?,
         })

@@ -17,7 +17,6 @@ use crate::ids::InnerPid;
 use crate::image::{ProcessImage, TreeImage};
 use crate::interview::Questionnaire;
 use crate::keepers::{self, keepers};
-use crate::limits::Room;
 use crate::mem::{Scan, Tracker, Vma};
 use crate::programs::Programs;
 use crate::reconcile::{Now, Reconcile};
@@ -356,7 +355,7 @@ impl Engine {
             env,
             shared: &target.shared,
         };
-        let room = Room::of(env.init_pid()).during_tree("reading the limits of init")?;
+        let room = Arc::clone(&open_once(&mut self.grounds, env)?.room);
         for (pid, now) in &mut before {
             let image = &target.processes[pid];
             let mut work = self.reconcile(programs, held, *pid, image)?;
