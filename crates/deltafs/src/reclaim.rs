@@ -2,6 +2,7 @@
 //! is in memory into the block file.
 
 use std::io;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::sync::{Arc, Weak};
 use std::thread::JoinHandle;
@@ -33,6 +34,8 @@ pub(crate) enum Call {
 pub(crate) struct Reclaimer {
     left: Arc<Mutex<Vec<View>>>,
     calls: Sender<Call>,
+    /// Whether the thread is to come to its end: what is left to be given back goes with the file.
+    ending: Arc<AtomicBool>,
     /// None only while this is dropped.
     thread: Option<JoinHandle<()>>,
 }
@@ -43,8 +46,10 @@ impl Reclaimer {
         let (calls, orders) = channel();
         store.reclaim_by(calls.clone());
         let left = Arc::<Mutex<Vec<View>>>::default();
+        let ending = Arc::<AtomicBool>::default();
         let mut work = Work {
             left: Arc::clone(&left),
+            ending: Arc::clone(&ending),
             // Whatever is freed holds the store; nothing needs the thread to.
             store: Arc::downgrade(store),
             due: None,
@@ -55,6 +60,7 @@ impl Reclaimer {
         Ok(Self {
             left,
             calls,
+            ending,
             thread: Some(thread),
         })
     }
@@ -71,6 +77,7 @@ impl Reclaimer {
 #[derive(Debug)]
 struct Work {
     left: Arc<Mutex<Vec<View>>>,
+    ending: Arc<AtomicBool>,
     store: Weak<DataStore>,
     /// When what is in memory is to be written.
     due: Option<Instant>,
@@ -104,7 +111,7 @@ impl Work {
         let some = std::mem::take(&mut *self.left.lock());
         drop(some);
         if let Some(store) = self.store.upgrade() {
-            store.trim();
+            store.trim_while(|| !self.ending.load(Ordering::Relaxed));
         }
     }
 
@@ -146,6 +153,7 @@ impl Drop for LeftBehind {
 
 impl Drop for Reclaimer {
     fn drop(&mut self) {
+        self.ending.store(true, Ordering::Relaxed);
         let _ = self.calls.send(Call::End);
         if let Some(thread) = self.thread.take() {
             let _ = thread.join();

@@ -144,7 +144,7 @@ impl DataStore {
         let places = match self.secure(count) {
             // The free places that have their space already are not blank.
             Err(Errno::NOSPC | Errno::DQUOT) => {
-                self.give_back();
+                self.give_back(|| true);
                 self.secure(count)?
             }
             other => other?,
@@ -291,6 +291,11 @@ impl DataStore {
 
     /// Gives the disk space of freed blocks back, if enough of them have come together.
     pub(crate) fn trim(&self) {
+        self.trim_while(|| true);
+    }
+
+    /// The same as long as `go_on` says so: each part takes its time where the disk is told of it at once (`discard`).
+    pub(crate) fn trim_while(&self, go_on: impl Fn() -> bool) {
         {
             let places = &mut self.state.lock().places;
             if places.ready() < PUNCH_BATCH {
@@ -298,20 +303,19 @@ impl DataStore {
                 return;
             }
         }
-        self.give_back();
+        self.give_back(go_on);
     }
 
-    fn give_back(&self) {
+    fn give_back(&self, go_on: impl Fn() -> bool) {
         let freed = self.state.lock().places.take_all();
         let (mut punched, mut kept) = (Vec::new(), Vec::new());
         for run in runs(&freed) {
             let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
             let (start, len) = (run[0] * BLOCK, run.len() as u64 * BLOCK);
+            let given = go_on() && rustix::fs::fallocate(&self.file, flags, start, len).is_ok();
             // A filesystem that cannot punch keeps the space; the places are used again all the same.
-            match rustix::fs::fallocate(&self.file, flags, start, len) {
-                Ok(()) => punched.extend_from_slice(run),
-                Err(_) => kept.extend_from_slice(run),
-            }
+            let list = if given { &mut punched } else { &mut kept };
+            list.extend_from_slice(run);
         }
         let places = &mut self.state.lock().places;
         places.asked = !kept.is_empty();

@@ -64,6 +64,21 @@ fn a_dropped_block_gives_its_place_back() {
 }
 
 #[test]
+fn what_is_not_given_back_for_want_of_time_is_used_again() {
+    let place = store(16);
+    let store = &place.store;
+    let blocks = store.allocate(1000, 1).unwrap();
+    let all = vec![7; 1000 * BLOCK_LEN];
+    store.write(&all, blocks[0].position()).unwrap();
+    drop(blocks);
+    let taken = store.disk_bytes().unwrap();
+    store.trim_while(|| false);
+    assert_eq!(store.disk_bytes().unwrap(), taken);
+    let again = store.allocate(1000, 2).unwrap();
+    assert!(again.iter().all(|block| block.position() < 1000 * BLOCK));
+}
+
+#[test]
 fn what_was_given_back_to_the_disk_is_reserved_again() {
     let place = store(16);
     let store = &place.store;
