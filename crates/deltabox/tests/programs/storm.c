@@ -91,6 +91,19 @@ static void fill(struct mapping *m) {
         m->at[page * PAGE] = (unsigned char)(m->byte + page);
 }
 
+/* After a rollback a mapping may be two to the kernel (docs/limits.md). Then it is copied, as realloc does. */
+static unsigned char *resized(struct mapping *m, size_t pages) {
+    void *at = mremap(m->at, m->pages * PAGE, pages * PAGE, MREMAP_MAYMOVE);
+    if (at == MAP_FAILED && errno == EFAULT) {
+        at = mmap(NULL, pages * PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+        CHECK(at != MAP_FAILED);
+        memcpy(at, m->at, (pages < m->pages ? pages : m->pages) * PAGE);
+        CHECK(munmap(m->at, m->pages * PAGE) == 0);
+    }
+    CHECK(at != MAP_FAILED);
+    return at;
+}
+
 static void *mappings(void *seed) {
     unsigned dice = (unsigned)(intptr_t)seed;
     struct mapping all[MAPPINGS] = {0};
@@ -117,8 +130,7 @@ static void *mappings(void *seed) {
             CHECK(mprotect(m->at, m->pages * PAGE, PROT_READ | PROT_WRITE) == 0);
             break;
         case 2:
-            m->at = mremap(m->at, m->pages * PAGE, pages * PAGE, MREMAP_MAYMOVE);
-            CHECK(m->at != MAP_FAILED);
+            m->at = resized(m, pages);
             for (size_t page = m->pages; page < pages; page++)
                 CHECK(m->at[page * PAGE] == 0);
             m->pages = pages;
