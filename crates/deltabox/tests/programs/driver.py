@@ -59,6 +59,19 @@ def eventually(condition, what):
     raise AssertionError(f"did not happen: {what}")
 
 
+def waiting_thread():
+    """The number of a new thread that never ends."""
+    tids = []
+
+    def wait():
+        tids.append(threading.get_native_id())
+        time.sleep(1e6)
+
+    threading.Thread(target=wait, daemon=True).start()
+    eventually(lambda: tids, "a thread")
+    return tids[0]
+
+
 def status(field, pid="self"):
     with open(f"/proc/{pid}/status") as lines:
         for text in lines:

@@ -646,19 +646,12 @@ def signals_of_a_file_for_another_user():
 
 @case
 def signals_of_a_file_for_one_thread():
-    tids = []
-
-    def wait():
-        tids.append(threading.get_native_id())
-        time.sleep(1e6)
-
-    threading.Thread(target=wait, daemon=True).start()
-    eventually(lambda: tids, "a thread")
+    tid = waiting_thread()
     reading, writing = os.pipe()
     told = []
     signal.signal(signal.SIGUSR1, lambda *_: told.append("SIGUSR1"))
     fcntl.fcntl(reading, 10, signal.SIGUSR1)  # F_SETSIG
-    fcntl.fcntl(reading, 15, struct.pack("ii", 0, tids[0]))  # F_SETOWN_EX of F_OWNER_TID
+    fcntl.fcntl(reading, 15, struct.pack("ii", 0, tid))  # F_SETOWN_EX of F_OWNER_TID
     fcntl.fcntl(reading, fcntl.F_SETFL, os.O_ASYNC)
 
     def mutate():
@@ -666,7 +659,7 @@ def signals_of_a_file_for_one_thread():
 
     def check():
         owner = fcntl.fcntl(reading, 16, bytes(8))  # F_GETOWN_EX
-        equal(struct.unpack("ii", owner), (0, tids[0]), "owner")
+        equal(struct.unpack("ii", owner), (0, tid), "owner")
         os.write(writing, b"x")
         eventually(lambda: told, "the signal")
 

@@ -786,22 +786,15 @@ def what_proc_has_of_the_dead_read_in_part():
 
 @case
 def working_directory_in_what_proc_has_of_a_thread():
-    tids = []
-
-    def wait():
-        tids.append(threading.get_native_id())
-        time.sleep(1e6)
-
-    threading.Thread(target=wait, daemon=True).start()
-    eventually(lambda: tids, "a thread")
-    os.chdir(f"/proc/self/task/{tids[0]}")
+    tid = waiting_thread()
+    os.chdir(f"/proc/self/task/{tid}")
 
     def mutate():
         os.chdir("/")
 
     def check():
-        equal(os.getcwd(), f"/proc/{os.getpid()}/task/{tids[0]}", "where it is")
-        equal(f"Pid:\t{tids[0]}\n" in open("status").read(), True, "the thread's status")
+        equal(os.getcwd(), f"/proc/{os.getpid()}/task/{tid}", "where it is")
+        equal(f"Pid:\t{tid}\n" in open("status").read(), True, "the thread's status")
 
     return mutate, check
 

@@ -8,6 +8,7 @@ use super::socket::Maker;
 use crate::birth::spawn;
 use crate::env::Environment;
 use crate::ids::InnerPid;
+use crate::numbers;
 use crate::remote::{Batch, Remote};
 
 /// Leaves an id as it is.
@@ -88,8 +89,7 @@ impl StandIn {
             found if found == pid => Ok(made),
             found => {
                 made.end(procs)?;
-                let what = format!("the number {pid} is taken, the stand-in got {found}");
-                Err(io::Error::new(io::ErrorKind::AlreadyExists, what))
+                Err(numbers::taken(pid, found))
             }
         }
     }

@@ -17,19 +17,6 @@ pub(crate) struct Wanted<'a> {
     pub(crate) cloexec: bool,
 }
 
-/// Closes descriptors.
-pub(crate) fn close(remote: &mut Remote, fds: &[i32]) -> io::Result<()> {
-    for part in fds.chunks(500) {
-        let mut batch = Batch::new();
-        for &fd in part {
-            batch.call(libc::SYS_close, &[fd.into()]);
-        }
-        // What close(2) returns tells of the last write, not of the descriptor: it is closed.
-        remote.run(&batch)?;
-    }
-    Ok(())
-}
-
 /// Sets close-on-exec.
 pub(crate) fn set_cloexec(remote: &mut Remote, fds: &[(i32, bool)]) -> io::Result<()> {
     for part in fds.chunks(500) {

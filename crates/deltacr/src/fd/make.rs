@@ -7,7 +7,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use super::model::{Kind, Object};
 use super::procfs::About;
 use super::restore::{Restore, named, owner_of};
-use super::{Procs, epoll, event, install, path, pipe, process, tty, watch};
+use super::{Procs, epoll, event, path, pipe, process, tty, watch};
 use crate::env::ExternalId;
 use crate::error::{During, Result};
 use crate::ids::{HostPid, InnerPid};
@@ -151,7 +151,7 @@ impl Restore<'_, '_> {
         let remote = self.procs.get_mut(&pid).ok_or(io::ErrorKind::NotFound)?;
         let fd = remote.run(&batch)?.result(call)? as i32;
         let handle = remote.take_fd(fd);
-        install::close(remote, &[fd])?;
+        remote.close(&[fd])?;
         handle
     }
 

@@ -7,7 +7,6 @@ use std::os::fd::{AsFd, OwnedFd};
 
 use super::Procs;
 use super::capture::{Capture, Holder};
-use super::install;
 use super::model::{Kind, Object};
 use crate::birth::spawn;
 use crate::error::{During, Result};
@@ -54,7 +53,7 @@ pub(crate) fn open_zombie(
     let call = batch.call(libc::SYS_pidfd_open, &[pid.0.into(), flags.into()]);
     let fd = remote.run(&batch)?.result(call)? as i32;
     let taken = remote.take_fd(fd);
-    install::close(remote, &[fd])?;
+    remote.close(&[fd])?;
     taken
 }
 

@@ -175,7 +175,9 @@ impl Restore<'_, '_> {
     fn close(&mut self) -> Result<()> {
         let changes = std::mem::take(&mut self.changes);
         for (&pid, change) in changes.iter().filter(|(_, c)| !c.close.is_empty()) {
-            install::close(self.remote(pid)?, &change.close).during(pid, "closing descriptors")?;
+            self.remote(pid)?
+                .close(&change.close)
+                .during(pid, "closing descriptors")?;
         }
         self.changes = changes;
         Ok(())

@@ -10,6 +10,8 @@ use super::{Batch, Remote, longs};
 use crate::limits::Widened;
 use crate::sys::process;
 
+/// How many descriptors one batch closes.
+const CLOSED_AT_ONCE: usize = 500;
 /// The most descriptors that one message carries (the kernel's limit is 253).
 const FDS_A_MESSAGE: usize = 128;
 const CMSG_HEADER: usize = 16;
@@ -44,12 +46,17 @@ impl Remote {
         }
     }
 
-    fn close(&mut self, fds: &[i32]) -> io::Result<()> {
-        let mut batch = Batch::new();
-        for fd in fds {
-            batch.call(libc::SYS_close, &[(*fd).into()]);
+    /// Closes descriptors of the process.
+    pub(crate) fn close(&mut self, fds: &[i32]) -> io::Result<()> {
+        for part in fds.chunks(CLOSED_AT_ONCE) {
+            let mut batch = Batch::new();
+            for &fd in part {
+                batch.call(libc::SYS_close, &[fd.into()]);
+            }
+            // What close(2) returns tells of the last write, not of the descriptor: it is closed.
+            self.run(&batch)?;
         }
-        self.run(&batch).map(drop)
+        Ok(())
     }
 
     fn give_some(&mut self, fds: &[BorrowedFd<'_>]) -> io::Result<Vec<i32>> {

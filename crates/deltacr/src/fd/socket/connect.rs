@@ -1,7 +1,7 @@
 //! Making the connections that are missing.
 
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use super::model::{Socket, State};
 use super::plan::socket;
@@ -105,19 +105,10 @@ impl Restore<'_, '_> {
         };
         let (a, b) = match accepted {
             Some(pair) => pair,
-            None => {
-                let (home, _) = self.target.objects[index].home;
-                self.as_maker(image.maker, home, |remote, guise| {
-                    unix::pair(remote, guise, image.kind)
-                })?
-            }
+            None => self.fresh_pair(index, image)?,
         };
-        for (end, at, image) in [(&a, index, image), (&b, other, peer)] {
-            options::set(end.as_fd(), image)?;
-            if image.has_own_name() {
-                unix::bind(self.env, self.host_of(at)?, end.as_fd(), image.bound())?;
-            }
-        }
+        self.set_up(a.as_fd(), index, image)?;
+        self.set_up(b.as_fd(), other, peer)?;
         Ok((a, b))
     }
 
@@ -178,6 +169,23 @@ impl Restore<'_, '_> {
         Ok((a, b))
     }
 
+    /// Two unix sockets that are connected to each other, by the process that made the one with this image.
+    fn fresh_pair(&mut self, index: usize, image: &Socket) -> io::Result<(OwnedFd, OwnedFd)> {
+        let (home, _) = self.target.objects[index].home;
+        self.as_maker(image.maker, home, |remote, guise| {
+            unix::pair(remote, guise, image.kind)
+        })
+    }
+
+    /// Gives a connected unix socket its options, and its name if that is its own.
+    fn set_up(&mut self, end: BorrowedFd<'_>, index: usize, image: &Socket) -> io::Result<()> {
+        options::set(end, image)?;
+        match image.has_own_name() {
+            true => unix::bind(self.env, self.host_of(index)?, end, image.bound()),
+            false => Ok(()),
+        }
+    }
+
     /// One end of a connection whose other end is closed.
     fn make_orphan(&mut self, index: usize, image: &Socket) -> io::Result<OwnedFd> {
         let (end, other) = if image.domain == libc::AF_UNIX {
@@ -187,17 +195,9 @@ impl Restore<'_, '_> {
             };
             let (other, end) = match accepted {
                 Some(pair) => pair,
-                None => {
-                    let (home, _) = self.target.objects[index].home;
-                    self.as_maker(image.maker, home, |remote, guise| {
-                        unix::pair(remote, guise, image.kind)
-                    })?
-                }
+                None => self.fresh_pair(index, image)?,
             };
-            options::set(end.as_fd(), image)?;
-            if image.has_own_name() {
-                unix::bind(self.env, self.host_of(index)?, end.as_fd(), image.bound())?;
-            }
+            self.set_up(end.as_fd(), index, image)?;
             (end, other)
         } else {
             let (a, b) = (self.fresh(image)?, self.fresh(image)?);

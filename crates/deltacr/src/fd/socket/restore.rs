@@ -9,7 +9,6 @@ use super::{address, inet, options, queue, repair, unix};
 use crate::env::Namespace;
 use crate::error::{During, Result};
 use crate::fd::guise::{Guise, StandIn};
-use crate::fd::install;
 use crate::fd::model::Kind;
 use crate::fd::restore::Restore;
 use crate::ids::InnerPid;
@@ -157,7 +156,7 @@ impl Restore<'_, '_> {
         let remote = self.procs.get_mut(&by).ok_or(io::ErrorKind::NotFound)?;
         let lent = remote.give_fds(&[end.as_fd()])?;
         let done = unix::listen(remote, guise, lent[0], backlog);
-        install::close(remote, &lent)?;
+        remote.close(&lent)?;
         done
     }
 

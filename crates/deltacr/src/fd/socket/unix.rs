@@ -245,7 +245,7 @@ pub(super) fn pair(
     let taken = remote
         .take_fd(numbers[0])
         .and_then(|a| Ok((a, remote.take_fd(numbers[1])?)));
-    close(remote, &numbers)?;
+    remote.close(&numbers)?;
     taken
 }
 
@@ -288,7 +288,7 @@ pub(super) fn connected(
         }
         Ok(end)
     });
-    close(remote, &lent)?;
+    remote.close(&lent)?;
     taken
 }
 
@@ -401,10 +401,6 @@ pub(super) fn peer_process(remote: &mut Remote, fd: i32) -> io::Result<InnerPid>
     let outcome = remote.run(&batch)?;
     outcome.result(call)?;
     Ok(InnerPid(outcome.int(told.at(0, 4))))
-}
-
-fn close(remote: &mut Remote, numbers: &[i32]) -> io::Result<()> {
-    crate::fd::install::close(remote, numbers)
 }
 
 /// Makes a socket listen, in a process that has it: those who connect take that for their peer.
